@@ -1,0 +1,55 @@
+# Every target sets up its own virtual environment; nothing needs to be installed first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_FILES := tutorials/plot_pumps.py tutorials/plot_eight_schools.py
+
+.PHONY: demo test test-all lint types unit docs linkcheck bench format clean
+
+# 2 cores and small tensors: threads would only wait for each other.
+export OMP_NUM_THREADS ?= 1
+export MPLBACKEND ?= agg
+
+demo: $(STAMP)  ## fit both data sets, compare with NUTS, write pictures and NetCDF to build/demo
+	@for script in $(DEMO_FILES); do $(BIN)/python $$script || exit 1; done
+
+test: lint types unit docs  ## everything that CI runs
+
+test-all: lint types $(STAMP)  ## with tests marked slow and the tutorials at full length
+	$(BIN)/pytest -m ""
+	PYRO_VEM_SMOKE= $(MAKE) docs
+	$(MAKE) demo
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+unit: $(STAMP)
+	$(BIN)/pytest
+
+docs: export PYRO_VEM_SMOKE ?= 1
+docs: $(STAMP)  ## build the pages, tutorials included, in docs/_build/html; warnings are errors
+	$(BIN)/sphinx-build -W -n --keep-going -q -b html docs docs/_build/html
+
+linkcheck: $(STAMP)  ## needs the network; not part of CI
+	$(BIN)/sphinx-build -b linkcheck -D plot_gallery=0 docs docs/_build/linkcheck
+
+bench: $(STAMP)  ## paired benchmarks; prints ratios
+	$(BIN)/python tests/benchmarks/eight_schools.py
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,docs]"
+	@touch $@
+
+clean:
+	rm -rf build docs/_build docs/gallery .pytest_cache .mypy_cache .ruff_cache
