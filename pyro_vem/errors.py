@@ -1,0 +1,67 @@
+"""The errors that users meet. Each message names the site and what to type instead."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class VEMError(Exception):
+    """Base class of every error that pyro_vem raises on purpose.
+
+    Example:
+        >>> issubclass(UnsupportedModelError, VEMError)
+        True
+    """
+
+
+class ModelError(VEMError):
+    """The model or guide, with this data, cannot be fitted as written.
+
+    Example:
+        >>> raise ModelError("site 'y': plate 'obs' has size 3, the data have 4 rows")
+        Traceback (most recent call last):
+        ...
+        pyro_vem.errors.ModelError: site 'y': plate 'obs' has size 3, the data have 4 rows
+    """
+
+
+class UnsupportedModelError(VEMError):
+    """The model is legitimate, but pyro_vem cannot fit it yet.
+
+    Example:
+        >>> raise UnsupportedModelError("site 'z' is discrete")
+        Traceback (most recent call last):
+        ...
+        pyro_vem.errors.UnsupportedModelError: site 'z' is discrete
+    """
+
+
+class NonMonotoneError(VEMError):
+    """The bound fell in a step that must raise it: an internal invariant is broken.
+
+    Example:
+        >>> raise NonMonotoneError("M-step of iteration 3: the bound fell by 0.1")
+        Traceback (most recent call last):
+        ...
+        pyro_vem.errors.NonMonotoneError: M-step of iteration 3: the bound fell by 0.1
+    """
+
+
+def unknown_names(what: str, given: Iterable[str], known: Iterable[str]) -> str | None:
+    """A sentence on the names in `given` that are not in `known`, with close matches.
+
+    Example:
+        >>> unknown_names("fixed=", ["tua"], ["mu", "tau"])
+        "fixed=: unknown name 'tua' (did you mean 'tau'?). Known names: 'mu', 'tau'."
+        >>> unknown_names("fixed=", ["mu"], ["mu", "tau"]) is None
+        True
+    """
+    known = list(known)
+    unknown = [name for name in given if name not in known]
+    if not unknown:
+        return None
+    parts = []
+    for name in unknown:
+        close = difflib.get_close_matches(name, known, n=1)
+        parts.append(f"unknown name {name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+    listing = ", ".join(repr(name) for name in known) or "none"
+    return f"{what}: {', '.join(parts)}. Known names: {listing}."

@@ -1,0 +1,1 @@
+"""The model: its roles, its data, and what runs of it tell."""

@@ -1,0 +1,110 @@
+"""A user's data as the positional and keyword arguments of the model."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ModelError, UnsupportedModelError, unknown_names
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The call ``model(*args, **kwargs)``, floating tensors in one dtype.
+
+    Example:
+        >>> Arguments((1,), {"x": 2}).names
+        ('x',)
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the keyword arguments, in order."""
+        return tuple(self.kwargs)
+
+    def cast(self, dtype: torch.dtype) -> "Arguments":
+        """The same call with every floating tensor in `dtype`."""
+        return Arguments(
+            tuple(_cast(value, dtype) for value in self.args),
+            {name: _cast(value, dtype) for name, value in self.kwargs.items()},
+        )
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().to(dtype)
+    return value
+
+
+def _as_tensor(name: str, value: Any) -> Any:
+    """Arrays and pandas objects become tensors; everything else passes unchanged."""
+    if isinstance(value, Tensor):
+        return value
+    if hasattr(value, "to_numpy"):  # pandas and polars objects, without importing either
+        value = value.to_numpy()
+    if not isinstance(value, np.ndarray | np.generic):
+        return value
+    if value.dtype.kind not in "biuf":
+        raise ModelError(
+            f"data[{name!r}] is an array of dtype {value.dtype}: encode it as numbers first "
+            "(for labels, pandas.factorize gives integer codes)"
+        )
+    # A copy: read-only and non-contiguous arrays are fine, and the caller's memory stays apart.
+    return torch.as_tensor(np.array(value))
+
+
+def arguments(model: Callable[..., Any], data: Any) -> Arguments:
+    """Bind `data` to the model's signature.
+
+    Args:
+        model: the callable whose arguments are named.
+        data: a mapping of argument names to tensors, arrays, pandas objects or plain values;
+            a tuple or list is taken as positional arguments; None means no arguments.
+
+    Raises:
+        ModelError: for unknown or missing names, or an array that holds no numbers.
+        UnsupportedModelError: for a DataLoader or another iterable of minibatches.
+
+    Example:
+        >>> def model(x, y=None): ...
+        >>> arguments(model, {"x": np.ones(2)}).kwargs["x"]
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    if data is None:
+        data = {}
+    if isinstance(data, Mapping):
+        call = Arguments((), {str(k): _as_tensor(str(k), v) for k, v in data.items()})
+    elif isinstance(data, tuple | list):
+        call = Arguments(tuple(_as_tensor(str(i), v) for i, v in enumerate(data)), {})
+    elif isinstance(data, Tensor | np.ndarray) or hasattr(data, "to_numpy"):
+        raise ModelError(
+            "data is one array: give a mapping of the model's argument names to arrays, for example {'y': y}"
+        )
+    else:
+        raise UnsupportedModelError(
+            f"data is a {type(data).__name__}: minibatches are not supported yet; "
+            "give a mapping of argument names to whole arrays"
+        )
+    _check_signature(model, call)
+    return call
+
+
+def _check_signature(model: Callable[..., Any], call: Arguments) -> None:
+    target = model.forward if isinstance(model, torch.nn.Module) else model
+    signature = inspect.signature(target)
+    parameters = signature.parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        message = unknown_names("data", call.names, [p.name for p in parameters])
+        if message:
+            raise ModelError(message)
+    try:
+        signature.bind(*call.args, **call.kwargs)
+    except TypeError as error:
+        raise ModelError(f"data do not fit the model's arguments {signature}: {error}") from error

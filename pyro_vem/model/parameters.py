@@ -1,0 +1,80 @@
+"""Blocks of parameters: named constrained tensors as one flat unconstrained vector, and back."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributions import transform_to
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter: its name, its constraint, and its initial value on the constrained scale.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> Parameter("tau", dist.constraints.positive, torch.tensor(1.0)).unconstrained
+        tensor(0.)
+    """
+
+    name: str
+    constraint: Any
+    init: Tensor
+
+    @property
+    def unconstrained(self) -> Tensor:
+        """The initial value on the unconstrained scale."""
+        return transform_to(self.constraint).inv(self.init).detach()
+
+
+class Block:
+    """Parameters that one step moves together.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> block = Block([Parameter("tau", dist.constraints.positive, torch.tensor(2.0))])
+        >>> block.constrained(torch.zeros(1))
+        {'tau': tensor(1.)}
+    """
+
+    def __init__(self, parameters: Iterable[Parameter]) -> None:
+        self.parameters = tuple(parameters)
+        self._shapes = [p.unconstrained.shape for p in self.parameters]
+        self._sizes = [shape.numel() for shape in self._shapes]
+        self.size = sum(self._sizes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters, in order."""
+        return tuple(p.name for p in self.parameters)
+
+    def initial(self) -> Float[Tensor, " n"]:
+        """The initial values as one flat unconstrained float64 vector."""
+        return self.flat({p.name: p.init for p in self.parameters})
+
+    def flat(self, values: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
+        """Constrained values by name as one flat unconstrained float64 vector."""
+        parts = [
+            transform_to(p.constraint).inv(values[p.name].detach().double()).reshape(-1)
+            for p in self.parameters
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+    def constrained(self, flat: Float[Tensor, " n"]) -> dict[str, Tensor]:
+        """The flat vector as constrained values by name; differentiable."""
+        pieces = flat.split(self._sizes)
+        return {
+            p.name: transform_to(p.constraint)(piece.reshape(shape))
+            for p, piece, shape in zip(self.parameters, pieces, self._shapes, strict=True)
+        }
+
+    def where(self, names: Iterable[str]) -> NDArray[np.bool_]:
+        """True at the entries of the flat vector that belong to `names`."""
+        wanted = set(names)
+        flags = [np.full(n, p.name in wanted) for p, n in zip(self.parameters, self._sizes, strict=True)]
+        return np.concatenate(flags) if flags else np.zeros(0, dtype=bool)

@@ -1,0 +1,219 @@
+"""Running Pyro programs as functions: parameters and choices in, sites out.
+
+Everything that touches Pyro's or torch's global state, or an internal of theirs, is in this
+module: `isolated` puts the state back, `Program` swaps parameters and weights for one run.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.util import get_rng_state, set_rng_state
+from torch import Tensor, nn
+
+Site: TypeAlias = dict[str, Any]
+"""A Pyro message of type "sample" or "param" after the run: name, fn, value, scale, mask, ..."""
+
+Choose: TypeAlias = Callable[[Site], Tensor | None]
+"""Gives a latent site its value; None leaves the draw to the site's own distribution."""
+
+
+@contextmanager
+def isolated(dtype: torch.dtype | None = None, seed: int = 0) -> Iterator[None]:
+    """Run pyro code without a trace in global state.
+
+    Inside: an empty parameter store, seeded generators, validation off, no handler of the
+    caller in sight, `dtype` as default. On the way out, also after an exception, all of it
+    is as it was.
+
+    Example:
+        >>> import pyro
+        >>> with isolated():
+        ...     p = pyro.param("only_inside", torch.zeros(()))
+        >>> "only_inside" in pyro.get_param_store()
+        False
+    """
+    rng = get_rng_state()
+    default = torch.get_default_dtype()
+    torch_validation = torch.distributions.Distribution._validate_args
+    try:
+        with (
+            pyro.poutine.block(),  # outermost, so handlers of the caller see nothing
+            pyro.get_param_store().scope(),
+            pyro.validation_enabled(False),
+            warnings.catch_warnings(),
+        ):
+            # Weights are swapped for plain tensors during a run, which pyro.module remarks on.
+            warnings.filterwarnings("ignore", message=".*not registered in the param store")
+            pyro.set_rng_seed(seed)
+            if dtype is not None:
+                torch.set_default_dtype(dtype)
+            yield
+    finally:
+        torch.set_default_dtype(default)
+        torch.distributions.Distribution._validate_args = torch_validation
+        set_rng_state(rng)
+
+
+class Execution(Messenger):  # type: ignore[misc]
+    """One run of a program: substitutes parameters and values, records every site.
+
+    Args:
+        params: constrained values by name; a name that is missing keeps Pyro's own behaviour.
+        choose: values of latent sites.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], choose: Choose) -> None:
+        super().__init__()
+        self._params, self._choose = params, choose
+        self.sites: dict[str, Site] = {}
+        self.params: dict[str, Site] = {}
+        self.deterministic: dict[str, Site] = {}
+        self.subsampled: list[str] = []
+
+    def _pyro_param(self, msg: Site) -> None:
+        if msg["name"] in self._params:
+            msg["value"] = self._params[msg["name"]]
+
+    def _pyro_post_param(self, msg: Site) -> None:
+        self.params[msg["name"]] = msg
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["is_observed"] or is_subsample(msg):
+            return
+        value = self._choose(msg)
+        if value is not None:
+            msg["value"] = value
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        name = msg["name"]
+        if is_subsample(msg):
+            if msg["fn"].subsample_size not in (None, msg["fn"].size):
+                self.subsampled.append(name)
+        elif msg["infer"] and msg["infer"].get("_deterministic"):
+            self.deterministic[name] = msg
+        elif name in self.sites:
+            raise ValueError(f"site {name!r} appears twice in one run: give each site its own name")
+        else:
+            self.sites[name] = msg
+
+
+def is_subsample(msg: Site) -> bool:
+    """True for the bookkeeping site that a subsampling plate makes."""
+    return type(msg["fn"]).__name__ == "_Subsample"
+
+
+class _Shell(nn.Module):
+    """A module round the program, so that torch's own functional_call can swap weights in it."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        super().__init__()
+        self.contents = nn.ModuleList(modules)
+
+    def forward(self, run: Callable[[], Any]) -> Any:
+        return run()
+
+
+class Program:
+    """A Pyro callable with the modules it calls, run as a function of its parameters.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(): return pyro.sample("z", dist.Normal(pyro.param("m", torch.tensor(0.)), 1.))
+        >>> run = Program(model).run((), {}, {"m": torch.tensor(3.0)}, lambda site: site["fn"].mean)
+        >>> run.sites["z"]["value"]
+        tensor(3.)
+    """
+
+    def __init__(self, fn: Callable[..., Any], modules: list[nn.Module] | None = None) -> None:
+        self.fn = fn
+        self.modules = modules or []
+        shell = _Shell(self.modules)
+        self.shell = shell
+        self.weight_paths: dict[int, str] = {id(p): path for path, p in shell.named_parameters()}
+        self._paths: dict[str, str] = {}
+        self._constants: dict[str, Tensor] = {}
+        self._dtypes = {path: p.dtype for path, p in shell.named_parameters()}
+
+    def own_weights(self, names: Mapping[str, str], dtype: torch.dtype | None) -> None:
+        """Say which parameter name stands for which weight; the rest are constants in `dtype`.
+
+        (A ``PyroParam`` is no weight: its ``*_unconstrained`` tensor reaches the program through
+        a param message.)
+        """
+        self._paths = dict(names)
+        owned = set(names.values())
+        tensors = [*self.shell.named_parameters(), *self.shell.named_buffers()]
+        self._constants = {
+            path: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+            for path, tensor in tensors
+            if path not in owned and dtype is not None and not path.endswith("_unconstrained")
+        }
+
+    @property
+    def owned_weights(self) -> dict[int, str]:
+        """Parameter name of each weight that a step owns, by the weight's identity."""
+        names = {path: name for name, path in self._paths.items()}
+        return {key: names[path] for key, path in self.weight_paths.items() if path in names}
+
+    def run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        params: Mapping[str, Tensor],
+        choose: Choose,
+    ) -> Execution:
+        """Run once; the returned record holds every site in program order."""
+        execution = Execution(params, choose)
+        with execution:
+            self._with_weights(params, self._constants, lambda: self.fn(*args, **kwargs))
+        return execution
+
+    def call(self, params: Mapping[str, Tensor], *args: Any, native: bool = True, **kwargs: Any) -> Any:
+        """Call the program as Pyro would, with `params` in place of its parameters.
+
+        With `native`, weights come in the dtype of the user's module, so that data of that
+        dtype fit; without, everything stays in the dtype of the fit.
+        """
+        constants = {} if native else self._constants
+        if native:
+            dtypes = {name: self._dtypes[path] for name, path in self._paths.items()}
+            params = {name: value.to(dtypes.get(name, value.dtype)) for name, value in params.items()}
+        run = pyro.poutine.substitute(self.fn, data=params)
+        return self._with_weights(params, constants, lambda: run(*args, **kwargs))
+
+    def _with_weights(
+        self, params: Mapping[str, Tensor], constants: Mapping[str, Tensor], run: Callable[[], Any]
+    ) -> Any:
+        weights = {path: params[name] for name, path in self._paths.items() if name in params}
+        if not weights and not constants:
+            return run()
+        return torch.func.functional_call(self.shell, {**constants, **weights}, (run,))
+
+
+@contextmanager
+def modules_called() -> Iterator[list[nn.Module]]:
+    """Collect the outermost modules whose forward runs inside the block.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(1, 1))
+        >>> with modules_called() as found:
+        ...     _ = net(torch.zeros(1))
+        >>> found == [net]
+        True
+    """
+    found: list[nn.Module] = []
+
+    def note(module: nn.Module, _: Any) -> None:
+        if not any(module is m for known in found for m in known.modules()):
+            found.append(module)
+
+    handle = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
