@@ -1,0 +1,1 @@
+"""Guides: diagonal Gaussians on the unconstrained scale, mean-field and amortized."""

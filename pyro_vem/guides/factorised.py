@@ -1,0 +1,140 @@
+"""What the two guides share: one independent Gaussian factor a latent site, sampled at the site."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import ComposeTransform, IndependentTransform
+from torch.distributions.transforms import Transform
+
+from ..errors import unknown_names
+from ..model.data import Arguments
+from ..model.prototype import Latent, discover_modules, prototype
+from ..model.roles import roles_of
+from ..model.runtime import Program, isolated
+
+INITIAL_SCALE = 0.1  # unconstrained sd: small, so that the first draws stay where the prior median is
+
+
+def is_identity(transform: Transform) -> bool:
+    """True for the bijector of a real support.
+
+    Example:
+        >>> from torch.distributions import biject_to, constraints
+        >>> is_identity(biject_to(constraints.real)), is_identity(biject_to(constraints.positive))
+        (True, False)
+    """
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return isinstance(transform, ComposeTransform) and not transform.parts
+
+
+def normal_through(transform: Transform, loc: Tensor, scale: Tensor, event_dim: int = 0) -> Any:
+    """Normal(loc, scale) on the unconstrained scale, pushed through a bijector.
+
+    The bijector caches its last pair, so that log q is computed from the unconstrained value
+    and never by inverting: inversion loses digits at simplex, ordered and correlation sites.
+
+    Args:
+        transform: bijector from the unconstrained scale to the support.
+        loc: mean, shaped batch + unconstrained event.
+        scale: standard deviation, shaped as `loc`.
+        event_dim: event dimensions of the value, where they are more than the bijector's own
+            (an ``ImproperUniform`` declares a vector with a scalar support).
+
+    Example:
+        >>> from torch.distributions import biject_to, constraints
+        >>> normal_through(biject_to(constraints.simplex), torch.zeros(2), torch.ones(2)).event_shape
+        torch.Size([3])
+    """
+    base = dist.Normal(loc, scale).to_event(transform.domain.event_dim)
+    factor = base if is_identity(transform) else dist.TransformedDistribution(base, [transform.with_cache(1)])
+    return factor.to_event(max(0, event_dim - factor.event_dim))
+
+
+class FactorisedNormal(ABC):
+    """An independent Gaussian factor for each latent site; the base class of our guides.
+
+    Because no factor depends on another latent, the exact KL of any site is valid by
+    construction (see `pyro_vem.bound.certificate`).
+    """
+
+    def __init__(self, model: Callable[..., Any], *, init: Any = None, name: str = "guide") -> None:
+        self.model = model
+        self.init = init
+        self.name = name
+        self._latents: tuple[Latent, ...] | None = None
+
+    def bind(self, latents: tuple[Latent, ...]) -> "FactorisedNormal":
+        """A copy whose factors are those of `latents`; the guide itself stays as it is."""
+        bound = copy.copy(self)
+        left_out = roles_of(self.model).map_sites
+        bound._latents = tuple(site for site in latents if site.name not in left_out)
+        bound._check()
+        return bound
+
+    def _check(self) -> None:  # noqa: B027 (only some guides have arguments that name sites)
+        """Hook for guides whose arguments name sites."""
+
+    def latents(self, *args: Any, **kwargs: Any) -> tuple[Latent, ...]:
+        """The latent sites with a factor, learnt from the model at the first call."""
+        if self._latents is None:
+            with isolated(torch.get_default_dtype()):
+                call = Arguments(args, kwargs).cast(torch.get_default_dtype())
+                found = prototype(discover_modules(Program(self.model), call), call, self.init)
+            self._latents = self.bind(found.latents)._latents
+        assert self._latents is not None
+        return self._latents
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every latent site; an ordinary Pyro guide with the model's signature."""
+        return {site.name: self._sample(site, args, kwargs) for site in self.latents(*args, **kwargs)}
+
+    def _sample(self, site: Latent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        loc, scale = self.moments(site, args, kwargs)
+        with ExitStack() as stack:
+            for plate in site.plates:
+                stack.enter_context(pyro.plate(plate.name, plate.size, dim=plate.dim))
+            if site.idle is not None:  # elements that the model never uses have no factor
+                stack.enter_context(pyro.poutine.mask(mask=~site.idle))
+            value: Tensor = pyro.sample(site.name, normal_through(site.transform, loc, scale, site.event_dim))
+        return value
+
+    @abstractmethod
+    def moments(self, site: Latent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of a site's factor, shaped batch + unconstrained event."""
+
+    def loc_name(self, site: str) -> str:
+        """Name of the free mean of a site's factor."""
+        return f"{self.name}.loc.{site}"
+
+    def scale_name(self, site: str) -> str:
+        """Name of the free standard deviation of a site's factor."""
+        return f"{self.name}.scale.{site}"
+
+    def free_moments(self, site: Latent) -> tuple[Tensor, Tensor]:
+        """Parameters of a factor of its own: mean at the initial value, sd `INITIAL_SCALE`."""
+        start = site.unconstrained
+        loc: Tensor = pyro.param(self.loc_name(site.name), lambda: start.detach().clone())
+        scale: Tensor = pyro.param(
+            self.scale_name(site.name),
+            lambda: torch.full_like(start, INITIAL_SCALE),
+            constraint=dist.constraints.positive,
+        )
+        return loc, scale
+
+    @property
+    def encoded(self) -> tuple[str, ...]:
+        """Sites whose factor comes from an encoder."""
+        return ()
+
+
+def check_sites(what: str, names: tuple[str, ...], latents: tuple[Latent, ...]) -> str | None:
+    """A sentence on names that are no latent site, or None."""
+    return unknown_names(what, names, [site.name for site in latents])
