@@ -1,0 +1,268 @@
+"""The plan assembled into one differentiable function of (phi, theta)."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import ModelError, UnsupportedModelError
+from ..model.data import Arguments
+from ..model.prototype import plates_of, run_checked
+from ..model.runtime import Execution, Program
+from .draws import NoiseSpec, independent_noise, matched_noise
+from .tables import Plan
+from .terms import log_density, make_plan, site_terms
+from .transport import noise_event, transport
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model and a guide with their data: everything that a bound needs but the parameters.
+
+    Attributes:
+        guide: None when no latent is left for it (maximum likelihood or MAP).
+        map_sites: latents whose values are parameters of the M-step.
+    """
+
+    model: Program
+    guide: Program | None
+    call: Arguments
+    map_sites: tuple[str, ...]
+
+    def run_guide(self, phi: Values, noise: Values) -> Execution | None:
+        """One guide run at fixed noise."""
+        if self.guide is None:
+            return None
+
+        def choose(site: dict[str, Any]) -> Tensor:
+            name = site["name"]
+            return transport(site["fn"], noise[name] if name in noise else torch.zeros(()))
+
+        return self.guide.run(self.call.args, self.call.kwargs, phi, choose)
+
+    def run_model(self, theta: Values, values: Values) -> Execution:
+        """One model run at given values of its latents."""
+        return self.model.run(self.call.args, self.call.kwargs, theta, lambda site: values[site["name"]])
+
+    def bound_model(self, theta: Values) -> Callable[[], Any]:
+        """The model with its data and parameters in place, all in float64, for NUTS."""
+        points = {name: theta[name] for name in self.map_sites}
+        params = {name: value for name, value in theta.items() if name not in points}
+
+        def model() -> Any:
+            with pyro.condition(data=points):
+                return self.model.call(params, *self.call.args, native=False, **self.call.kwargs)
+
+        return model
+
+    def run(self, phi: Values, theta: Values, noise: Values) -> tuple[dict[str, Any], Execution]:
+        """Guide sites and the model run against them."""
+        guide = self.run_guide(phi, noise)
+        sites = guide.sites if guide else {}
+        values = {name: site["value"] for name, site in sites.items()}
+        values.update({name: theta[name] for name in self.map_sites})
+        return sites, self.run_model(theta, values)
+
+
+def plan_problem(
+    problem: Problem, phi: Values, theta: Values, analytic: str = "auto"
+) -> tuple[Plan, tuple[NoiseSpec, ...]]:
+    """The plan of a problem and the noise that its guide takes, from one checked run."""
+    specs: list[NoiseSpec] = []
+    sites = {}
+    if problem.guide is not None:
+
+        def centre(site: dict[str, Any]) -> Tensor:
+            fn = site["fn"]
+            if not fn.has_rsample:
+                raise UnsupportedModelError(
+                    f"guide site {site['name']!r} ({type(fn).__name__}) is not reparameterised: "
+                    "score-function gradients are not supported yet; use a reparameterised distribution"
+                )
+            event = noise_event(site)
+            if event is None:
+                return transport(fn, torch.zeros(()))
+            specs.append(NoiseSpec(site["name"], tuple(fn.batch_shape), event, plates_of(site)))
+            return transport(fn, torch.zeros(specs[-1].shape))
+
+        sites = run_checked(problem.guide, problem.call, phi, centre, "guide").sites
+    values = {name: site["value"] for name, site in sites.items()}
+    values.update({name: theta[name] for name in problem.map_sites})
+
+    def replay(site: dict[str, Any]) -> Tensor:
+        if site["name"] not in values:
+            raise ModelError(
+                f"site {site['name']!r} is latent in the model, but the guide does not sample it"
+            )
+        return values[site["name"]]
+
+    model_sites = run_checked(problem.model, problem.call, theta, replay).sites
+    guide = problem.guide.fn if problem.guide else None
+    return make_plan(guide, sites, model_sites, problem.map_sites, analytic), tuple(specs)
+
+
+class Objective:
+    """The ELBO on fixed noise: a smooth deterministic function of phi and theta.
+
+    Args:
+        problem: model, guide and data.
+        plan: the method of each term.
+        specs: the noise that the guide takes.
+        num_draws: even number of fixed draws.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self, problem: Problem, plan: Plan, specs: tuple[NoiseSpec, ...], num_draws: int, seed: int
+    ) -> None:
+        self.problem, self.specs, self.seed = problem, specs, seed
+        generator = torch.Generator().manual_seed(seed)
+        self.num_draws = num_draws
+        self.noise, note = matched_noise(specs, self.num_draws, generator) if specs else ({}, None)
+        notes = plan.notes + ((note,) if note else ())
+        self.plan = Plan(plan.rows, notes)
+        self._vectorised = True
+
+    @property
+    def is_random(self) -> bool:
+        """False if the guide takes no noise: the bound is then a plain function."""
+        return bool(self.noise)
+
+    def prepare(self, phi: Values, theta: Values) -> None:
+        """Choose between vmap and a loop over the draws, and record it in the plan."""
+        if not self.noise:
+            return
+        try:
+            with torch.no_grad():
+                self.terms(phi, theta)
+        except Exception as error:
+            self._vectorised = False
+            with torch.no_grad():
+                self.terms(phi, theta)  # an error of the model itself is raised here
+            reason = str(error).strip().splitlines()[0][:120]
+            note = f"one run a draw: torch.func.vmap refuses the model ({reason})"
+            self.add_note(note)
+
+    def add_note(self, note: str) -> None:
+        """Record in the plan what is not as usual."""
+        self.plan = Plan(self.plan.rows, (*self.plan.notes, note))
+
+    def terms(self, phi: Values, theta: Values) -> dict[str, Float[Tensor, ""]]:
+        """Every term of the plan, averaged over the draws, in nats."""
+        plan = self.plan
+
+        def one(noise: Values) -> dict[str, Tensor]:
+            guide_sites, model = self.problem.run(phi, theta, noise)
+            return site_terms(plan, guide_sites, model.sites)
+
+        if not self.noise:
+            return one({})
+        return {name: values.mean(0) for name, values in self._each(one, self.noise).items()}
+
+    def value(self, phi: Values, theta: Values) -> Float[Tensor, ""]:
+        """The ELBO on the fixed draws, in nats."""
+        return torch.stack(list(self.terms(phi, theta).values())).sum()
+
+    def _each(self, one: Callable[[Any], dict[str, Tensor]], noise: Values) -> dict[str, Tensor]:
+        if self._vectorised:
+            result: dict[str, Tensor] = torch.func.vmap(one, randomness="same")(dict(noise))
+            return result
+        num = len(next(iter(noise.values())))
+        rows = [one({name: value[i] for name, value in noise.items()}) for i in range(num)]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def deterministic(self, theta: Values, values: Values) -> dict[str, Tensor]:
+        """Deterministic sites at given draws of the latents, (draws, *site) each."""
+
+        def one(draw: Values) -> dict[str, Tensor]:
+            points = {name: theta[name] for name in self.problem.map_sites}
+            run = self.problem.run_model(theta, {**draw, **points})
+            return {name: site["value"] for name, site in run.deterministic.items()}
+
+        with torch.no_grad():
+            return self._each(one, values)
+
+    def sample(
+        self,
+        phi: Values,
+        theta: Values,
+        num_draws: int,
+        seed: int,
+        keep: Collection[str] = ("values", "densities"),
+        chunk: int = 1024,
+    ) -> dict[str, dict[str, Tensor]]:
+        """Independent draws from the guide, run through the ordinary model.
+
+        Args:
+            phi: the guide's parameters, constrained.
+            theta: the model's parameters and MAP sites, constrained.
+            num_draws: draws.
+            seed: of the draws.
+            keep: which groups to return: "values" (latents and deterministic sites by name),
+                "densities" (log_p and log_q), "log_likelihood" (each observed site, by row),
+                "terms" (each row of the plan), "observed" (values of the observed sites).
+            chunk: draws evaluated at a time.
+
+        Returns:
+            The groups; each tensor's first dimension runs over the draws.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        parts: list[dict[str, dict[str, Tensor]]] = []
+        with torch.no_grad():
+            for start in range(0, num_draws, chunk):
+                size = min(chunk, num_draws - start)
+                parts.append(self._sample(phi, theta, size, generator, keep))
+        return {
+            group: {name: torch.cat([part[group][name] for part in parts]) for name in parts[0][group]}
+            for group in parts[0]
+        }
+
+    def _sample(
+        self, phi: Values, theta: Values, size: int, generator: torch.Generator, keep: Collection[str]
+    ) -> dict[str, dict[str, Tensor]]:
+        plan = self.plan
+
+        def one(noise: Values) -> dict[str, Tensor]:
+            sites, model = self.problem.run(phi, theta, noise)
+            flat: dict[str, Tensor] = {}
+            for group, members in _groups(plan, sites, model, keep).items():
+                if group in keep:
+                    flat.update({f"{group}\0{name}": value for name, value in members.items()})
+            return flat
+
+        if self.noise:
+            flat = self._each(one, independent_noise(self.specs, size, generator))
+        else:
+            flat = {name: value.expand(size, *value.shape) for name, value in one({}).items()}
+        groups: dict[str, dict[str, Tensor]] = {group: {} for group in keep}
+        for key, value in flat.items():
+            group, name = key.split("\0")
+            groups[group][name] = value
+        return groups
+
+
+def _groups(
+    plan: Plan, guide_sites: Mapping[str, Any], model: Execution, keep: Collection[str]
+) -> dict[str, dict[str, Tensor]]:
+    """What one run tells, by group."""
+    latents = {n: s["value"] for n, s in model.sites.items() if not s["is_observed"]}
+    deterministic = {n: s["value"] for n, s in model.deterministic.items()}
+    groups = {"values": {**latents, **deterministic}}
+    if "densities" in keep:
+        log_p = [log_density(site).sum() for site in model.sites.values()]
+        log_q = [log_density(site).sum() for site in guide_sites.values()] or [torch.zeros(())]
+        groups["densities"] = {"log_p": torch.stack(log_p).sum(), "log_q": torch.stack(log_q).sum()}
+    if "log_likelihood" in keep:
+        observed = {n: s for n, s in model.sites.items() if s["is_observed"]}
+        groups["log_likelihood"] = {n: log_density(s) for n, s in observed.items()}
+    if "observed" in keep:
+        groups["observed"] = {n: s["value"] for n, s in model.sites.items() if s["is_observed"]}
+    if "terms" in keep:
+        groups["terms"] = site_terms(plan, guide_sites, model.sites)
+    return groups
