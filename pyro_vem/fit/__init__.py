@@ -1,0 +1,1 @@
+"""The driver, its steps and its result."""

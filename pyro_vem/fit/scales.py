@@ -1,0 +1,55 @@
+"""Lengths of the coordinates, so that a step of one is about a nat or a posterior sd."""
+
+import numpy as np
+
+from ..guides.factorised import FactorisedNormal
+from .setup import Setup
+from .smooth import Vector, curvature_scale
+from .state import State, loss_of
+
+
+class Scales:
+    """The lengths of both blocks along a fit.
+
+    Free Gaussian factors have the Fisher information diag(1/sigma^2, 2) in (mu, log sigma).
+    Everything else takes its lengths from the curvature of the bound, which is probed anew in
+    rounds 1, 2, 4, 8, ...: lengths only shape the steps, and late rounds change little.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._probed: dict[str, tuple[int, Vector]] = {}
+
+    def of(self, state: State, block: str, iteration: int) -> Vector:
+        """Lengths of a block ("E" or "M"), or of both ("joint")."""
+        phi = self._phi(state, iteration) if block in ("E", "joint") else np.zeros(0)
+        theta = self._curvature(state, "M", iteration) if block in ("M", "joint") else np.zeros(0)
+        return np.concatenate([phi, theta])
+
+    def _phi(self, state: State, iteration: int) -> Vector:
+        guide, phi = self._setup.guide, self._setup.phi
+        if not isinstance(guide, FactorisedNormal):
+            return self._curvature(state, "E", iteration)
+        free = free_sites(guide)
+        is_loc = phi.where(guide.loc_name(site) for site in free)
+        is_scale = phi.where(guide.scale_name(site) for site in free)
+        scale = np.ones_like(state.phi)
+        if not (is_loc | is_scale).all():
+            scale = self._curvature(state, "E", iteration).copy()
+        scale[is_loc] = np.exp(state.phi[is_scale])
+        scale[is_scale] = 0.5**0.5
+        return scale
+
+    def _curvature(self, state: State, block: str, iteration: int) -> Vector:
+        age = iteration.bit_length()
+        if block not in self._probed or self._probed[block][0] != age:
+            loss, x = loss_of(self._setup, state, block)
+            self._probed[block] = age, curvature_scale(loss, x)
+        return self._probed[block][1]
+
+
+def free_sites(guide: object) -> tuple[str, ...]:
+    """Sites whose mean and sd are parameters of their own."""
+    if not isinstance(guide, FactorisedNormal):
+        return ()
+    return tuple(site.name for site in guide.latents() if site.name not in guide.encoded)

@@ -1,0 +1,182 @@
+"""From a user's model, data and guide to a problem with its blocks of parameters."""
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bound.elbo import AnalyticKL_ELBO
+from ..bound.objective import Objective, Problem, plan_problem
+from ..errors import ModelError, unknown_names
+from ..guides.factorised import FactorisedNormal
+from ..guides.mean_field import MeanFieldNormal
+from ..model.data import Arguments, arguments
+from ..model.parameters import Block, Parameter
+from ..model.prototype import Prototype, discover_modules, parameters_of, prototype, run_checked
+from ..model.roles import roles_of
+from ..model.runtime import Program
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Settings that are rarely needed.
+
+    Attributes:
+        num_draws: fixed draws for terms without a closed form; even.
+        elbo_draws: most fresh draws spent on the reported ELBO.
+        step_iterations: most optimiser iterations within one E- or M-step.
+
+    Raises:
+        ValueError: for a number of draws that is odd or too small.
+
+    Example:
+        >>> FitOptions(num_draws=512).num_draws
+        512
+    """
+
+    num_draws: int = 256
+    elbo_draws: int = 4096
+    step_iterations: int = 200
+
+    def __post_init__(self) -> None:
+        if self.num_draws < 32 or self.num_draws % 2:
+            raise ValueError(f"num_draws={self.num_draws}: give an even number of at least 32")
+        if self.elbo_draws < 100 or self.step_iterations < 1:
+            raise ValueError("elbo_draws must be at least 100 and step_iterations at least 1")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that the driver moves and measures.
+
+    Attributes:
+        phi: block of the guide's parameters (E-step).
+        theta: block of the model's parameters and MAP sites (M-step).
+        held: parameters that no step moves, constrained.
+        prototype: structure of the model.
+        guide: the guide as a Pyro callable; None when no latent is left for it.
+    """
+
+    problem: Problem
+    objective: Objective
+    phi: Block
+    theta: Block
+    held: Mapping[str, Tensor]
+    prototype: Prototype
+    guide: Callable[..., Any] | None
+
+    def theta_values(self, flat: Tensor) -> dict[str, Tensor]:
+        """Constrained model parameters by name, held ones included."""
+        return {**self.theta.constrained(flat), **self.held}
+
+    def elbo(self, phi: Tensor, theta: Tensor) -> Tensor:
+        """The bound on the fixed draws, differentiable in both flat vectors."""
+        return self.objective.value(self.phi.constrained(phi), self.theta_values(theta))
+
+
+def set_up(
+    model: Callable[..., Any],
+    data: Any,
+    guide: Any,
+    elbo: AnalyticKL_ELBO | None,
+    init: Any,
+    options: FitOptions,
+    seed: int,
+) -> Setup:
+    """Run the model a few times, check everything, and choose the method of each term."""
+    if not callable(model):
+        raise ModelError(f"model={model!r}: give a Pyro model, a function or a PyroModule")
+    raw = arguments(model, data)
+    call = raw.cast(torch.float64)
+    guide = _check_guide(guide)
+    program = discover_modules(Program(model), raw)
+    own_init = guide.init if init is None and isinstance(guide, FactorisedNormal) else init
+    proto = prototype(program, call, own_init)
+    theta, held, map_sites = _model_block(model, proto)
+    if not proto.latents and not proto.parameters:
+        raise ModelError(
+            "the model has neither latent sites nor parameters: nothing to fit; add pyro.sample sites "
+            "without obs=, or pyro.param statements"
+        )
+    if not proto.observed:
+        warnings.warn(
+            "the model has no observed site: the fit returns its prior; did you forget obs= or a "
+            "data argument?",
+            stacklevel=3,
+        )
+    latents = tuple(site for site in proto.latents if site.name not in map_sites)
+    guide = _bound_guide(guide, model, latents)
+    guide_program = discover_modules(Program(guide), raw) if guide is not None else None
+    problem = Problem(program, guide_program, call, map_sites)
+    phi = Block(_guide_parameters(guide_program, call))
+    _check_shared(problem, phi, proto)
+    values = {p.name: p.init for p in theta.parameters} | held
+    analytic = elbo.analytic if elbo is not None else "auto"
+    plan, specs = plan_problem(problem, {p.name: p.init for p in phi.parameters}, values, analytic)
+    objective = Objective(problem, plan, specs, options.num_draws, seed)
+    return Setup(problem, objective, phi, theta, held, proto, guide)
+
+
+def _check_guide(guide: Any) -> Any:
+    if isinstance(guide, type):
+        raise ModelError(f"guide={guide.__name__}: give an instance, {guide.__name__}(model)")
+    if guide is not None and not callable(guide):
+        raise ModelError(f"guide={guide!r}: give a Pyro guide, or None for MeanFieldNormal")
+    return guide
+
+
+def _bound_guide(guide: Any, model: Callable[..., Any], latents: tuple[Any, ...]) -> Any:
+    if not latents and not isinstance(guide, FactorisedNormal):
+        return guide  # None: maximum likelihood or MAP
+    if guide is None:
+        guide = MeanFieldNormal(model)
+    if isinstance(guide, FactorisedNormal):
+        return guide.bind(latents) if latents else None
+    # A lazy guide builds itself at its first call; the user's own object stays as it is.
+    return copy.deepcopy(guide) if isinstance(guide, nn.Module) else guide
+
+
+def _model_block(
+    model: Callable[..., Any], proto: Prototype
+) -> tuple[Block, dict[str, Tensor], tuple[str, ...]]:
+    roles = roles_of(model)
+    latents = [site.name for site in proto.latents]
+    names = [p.name for p in proto.parameters]
+    modules = sorted({name.split("$$$")[0] for name in names if "$$$" in name})
+    for message in (
+        unknown_names("vem_model(map_sites=)", roles.map_sites, latents),
+        unknown_names("vem_model(fixed=)", roles.fixed, [*names, *modules]),
+    ):
+        if message:
+            raise ModelError(message)
+    fixed = {name for name in names if name in roles.fixed or name.split("$$$")[0] in roles.fixed}
+    moved = [p for p in proto.parameters if p.name not in fixed]
+    for name in roles.map_sites:
+        site = proto.latent(name)
+        moved.append(Parameter(name, site.support, site.init))
+    held = {p.name: p.init for p in proto.parameters if p.name in fixed}
+    return Block(moved), held, roles.map_sites
+
+
+def _guide_parameters(program: Program | None, call: Arguments) -> tuple[Parameter, ...]:
+    if program is None:
+        return ()
+    program.own_weights({}, torch.float64)
+    run = run_checked(program, call, {}, lambda site: None, "guide")
+    return parameters_of(program, run)
+
+
+def _check_shared(problem: Problem, phi: Block, proto: Prototype) -> None:
+    shared = set(phi.names) & {p.name for p in proto.parameters}
+    if problem.guide is not None and not shared:
+        weights = set(problem.guide.owned_weights) & set(problem.model.owned_weights)
+        shared = {name for i in weights for name in (problem.model.owned_weights[i],)}
+    if shared:
+        raise ModelError(
+            f"parameter {sorted(shared)[0]!r} is used by both model and guide, so that no step owns it: "
+            "give the guide parameters (and modules) of its own"
+        )

@@ -1,0 +1,55 @@
+"""How a fit ended: `Status`, and one row of history a step."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Status(Enum):
+    """How a fit ended, with a sentence on what happened and what to do.
+
+    Example:
+        >>> Status.converged.value
+        'Converged: both gradients are small and the predicted remaining gain is below tol.'
+    """
+
+    converged = "Converged: both gradients are small and the predicted remaining gain is below tol."
+    max_iterations = (
+        "Stopped at the iteration limit before convergence: raise max_iter, or warm-start a second "
+        "fit with init=fit; look at the history for a step that still gains."
+    )
+    nonfinite = "The bound is not finite at the start: give initial values with init=, or rescale the data."
+    diverged = (
+        "A posterior standard deviation or a parameter ran away: the posterior or the likelihood has "
+        "no maximum there; give the named site a proper prior or hold the parameter with fixed=."
+    )
+    interrupted = "Interrupted: the result is the last complete step."
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row of a fit's history.
+
+    Attributes:
+        iteration: counts E/M rounds from 1.
+        block: "E", "M", "joint" or "start" (the two closed-form variance steps before the first E).
+        before, after: the bound on the fixed draws, in nats.
+        gradient: norm of the scaled gradient of the block after the step.
+        evaluations, products: bound evaluations and Hessian-vector products spent.
+        seconds: wall time.
+        note: what was unusual, empty otherwise.
+    """
+
+    iteration: int
+    block: str
+    before: float
+    after: float
+    gradient: float
+    evaluations: int
+    products: int
+    seconds: float
+    note: str = ""
+
+    @property
+    def gain(self) -> float:
+        """Rise of the bound, in nats."""
+        return self.after - self.before

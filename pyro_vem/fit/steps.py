@@ -1,0 +1,101 @@
+"""The E-step, the M-step, and what both share: one block of parameters moved uphill."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..errors import NonMonotoneError
+from ..guides.factorised import FactorisedNormal
+from .scales import free_sites
+from .setup import Setup
+from .smooth import Method, Smooth, Vector, minimise
+from .state import State, joint_loss, loss_of, moved
+from .status import Step
+
+
+def step(
+    setup: Setup,
+    state: State,
+    block: str,
+    scale: Vector,
+    *,
+    iteration: int,
+    gtol: float,
+    method: Method,
+    max_iter: int,
+) -> tuple[State, Step]:
+    """Raise the bound in one block ("E", "M" or "joint"); the other block cannot move.
+
+    Args:
+        setup: the problem.
+        state: where the fit is.
+        block: the block that moves.
+        scale: lengths of its coordinates.
+        iteration: for the history.
+        gtol: bound on the scaled gradient norm.
+        method: optimiser.
+        max_iter: its iterations.
+
+    Raises:
+        NonMonotoneError: if the bound fell.
+    """
+    start = time.perf_counter()
+    loss, x = loss_of(setup, state, block)
+    result = minimise(loss, x, scale, gtol=gtol, max_iter=max_iter, method=method)
+    new = moved(setup, state, block, result.x, -result.value)
+    _check_rise(state.elbo, new.elbo, block, iteration)
+    row = Step(
+        iteration, block, state.elbo, new.elbo, result.gradient,
+        result.evaluations, result.products, time.perf_counter() - start,
+    )  # fmt: skip
+    return new, row
+
+
+def is_twice_differentiable(setup: Setup, state: State) -> bool:
+    """True if Hessian-vector products can be had; if not, the plan says why."""
+    smooth = Smooth(joint_loss(setup), state.joint, np.ones(state.joint.size))
+    zero = np.zeros(state.joint.size)
+    try:
+        smooth.hessian_product(zero, zero)
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        setup.objective.add_note(f"L-BFGS steps: no second derivatives ({reason})")
+        return False
+    return True
+
+
+def _check_rise(before: float, after: float, block: str, iteration: int) -> None:
+    if not after >= before - 1e-9 * (1 + abs(before)):
+        raise NonMonotoneError(
+            f"{block}-step of iteration {iteration}: the bound fell from {before:.12g} to {after:.12g} "
+            "on the same draws; the model may change between runs"
+        )
+
+
+def start_variances(setup: Setup, state: State) -> tuple[State, Step | None]:
+    """Two fixed-point steps on the variances of free Gaussian factors.
+
+    At the optimum sigma^2 = sigma^2 / (1 - dELBO/d log sigma); the iteration moves variances
+    near their optimum at the price of two gradients, before the first Newton step.
+    """
+    guide = setup.guide
+    free = free_sites(guide)
+    if not isinstance(guide, FactorisedNormal) or not free:
+        return state, None
+    start = time.perf_counter()
+    where = setup.phi.where(guide.scale_name(site) for site in free)
+    loss, _ = loss_of(setup, state, "E")
+    current, norm = state, 0.0
+    for _ in range(2):
+        leaf = torch.from_numpy(current.phi.copy()).requires_grad_()
+        (gradient,) = torch.autograd.grad(-loss(leaf), leaf, materialize_grads=True)
+        phi = current.phi.copy()
+        phi[where] -= 0.5 * np.log(np.clip(1 - gradient.numpy()[where], 0.04, 1e4))
+        elbo = -float(loss(torch.from_numpy(phi)).detach())
+        if not elbo > current.elbo:
+            break
+        current, norm = replace(current, phi=phi, elbo=elbo), float(gradient.norm())
+    row = Step(0, "start", state.elbo, current.elbo, norm, 4, 0, time.perf_counter() - start)
+    return current, row

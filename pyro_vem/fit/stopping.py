@@ -1,0 +1,56 @@
+"""When to stop: the predicted remaining gain of the joint problem, and signs of divergence."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..guides.factorised import FactorisedNormal
+from .setup import Setup
+from .smooth import Smooth, Vector, predicted_gain
+from .state import State, joint_loss
+
+GRADIENT_LIMIT = 1e-3  # of the scaled gradient per square root of dimension: posterior sds
+RUNAWAY = 25.0  # |log sd| beyond which a factor has collapsed or exploded
+DRIFT = 1e8  # movement of an unconstrained model parameter that no data set needs
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """What is left to gain at a point.
+
+    Attributes:
+        gain: predicted gain of the joint problem in nats; +inf where it cannot be certified.
+        gradient: scaled gradient norm of both blocks at the same point, per sqrt(dimension).
+    """
+
+    gain: float
+    gradient: float
+
+    def is_small(self, tol: float) -> bool:
+        """The stopping rule."""
+        return self.gain < tol and self.gradient < GRADIENT_LIMIT
+
+
+def remaining(setup: Setup, state: State, scale: Vector, tol: float) -> Remaining:
+    """Predict what a joint Newton step would gain; `scale` holds the lengths of both blocks."""
+    loss = joint_loss(setup)
+    smooth = Smooth(loss, state.joint, scale)
+    gradient = float(np.linalg.norm(smooth.gradient(np.zeros_like(scale)))) / max(1, scale.size) ** 0.5
+    if gradient >= GRADIENT_LIMIT:
+        return Remaining(float("inf"), gradient)
+    return Remaining(predicted_gain(loss, state.joint, scale, tol=tol), gradient)
+
+
+def runaway(setup: Setup, state: State, start: State) -> str | None:
+    """The site or parameter that has run away, or None."""
+    guide = setup.guide
+    if isinstance(guide, FactorisedNormal):
+        for site in guide.latents():
+            log_scale = state.phi[setup.phi.where([guide.scale_name(site.name)])]
+            if log_scale.size and np.abs(log_scale).max() > RUNAWAY:
+                return site.name
+    drift = np.abs(state.theta - start.theta) > DRIFT * (1 + np.abs(start.theta))
+    for name in setup.theta.names:
+        if drift[setup.theta.where([name])].any():
+            return name
+    return None

@@ -1,0 +1,126 @@
+"""Results on disk: one safetensors file with tensors and JSON, no pickled code."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..bound.tables import ElboTerms, Plan, PlanRow, TermRow
+from ..errors import ModelError
+from ..model.runtime import isolated
+from .result import VEMResult
+from .setup import FitOptions, Setup, set_up
+from .status import Status, Step
+
+FORMAT = "pyro_vem.result.1"
+
+
+def save(fit: VEMResult, path: str | Path) -> None:
+    """Write aside, flush to disk, then replace: a crash leaves the old file or the new one."""
+    path = Path(path)
+    tensors = {f"param/{name}": value for name, value in fit.params.items()}
+    tensors |= {f"guide/{name}": value for name, value in fit.guide_params.items()}
+    draws = 0
+    if fit._setup is not None:
+        tensors |= {f"init/{site.name}": site.init for site in fit.setup.prototype.latents}
+        draws = fit.setup.objective.num_draws
+    summary = {
+        "format": FORMAT,
+        "elbo": fit.elbo,
+        "elbo_se": fit.elbo_se,
+        "status": fit.status.name,
+        "n_iter": fit.n_iter,
+        "seconds": fit.seconds,
+        "seed": fit.seed,
+        "num_draws": draws,
+        "history": [asdict(row) for row in fit.history],
+        "plan": asdict(fit.plan),
+        "terms": asdict(fit.terms),
+    }
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        contiguous = {key: value.detach().clone().contiguous() for key, value in tensors.items()}
+        save_file(contiguous, name, metadata={"pyro_vem": json.dumps(summary)})
+        with open(name, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def load(path: str | Path, model: Callable[..., Any], data: Any, guide: Any) -> VEMResult:
+    """Read what `save` wrote; with data, the problem is set up again around the numbers."""
+    tensors, summary = _read(Path(path))
+    params, guide_params = _group(tensors, "param/"), _group(tensors, "guide/")
+    setup = None
+    if data is not None:
+        setup = _set_up_again(model, data, guide, summary, {**_group(tensors, "init/"), **params})
+        _check_same(path, setup, params, guide_params)
+    plan = summary["plan"]
+    rows = tuple(PlanRow(**{**row, "plates": tuple(row["plates"])}) for row in plan["rows"])
+    terms = summary["terms"]
+    return VEMResult(
+        params,
+        guide_params,
+        summary["elbo"],
+        summary["elbo_se"],
+        Status[summary["status"]],
+        summary["n_iter"],
+        tuple(Step(**row) for row in summary["history"]),
+        summary["seconds"],
+        Plan(rows, tuple(plan["notes"])),
+        ElboTerms(tuple(TermRow(**row) for row in terms["rows"]), terms["elbo"], terms["elbo_se"]),
+        summary["seed"],
+        setup,
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            summary = json.loads((file.metadata() or {})["pyro_vem"])
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} is not a saved pyro_vem result ({error})") from error
+    if summary.get("format") != FORMAT:
+        raise ModelError(f"{path} has format {summary.get('format')!r}, this version reads {FORMAT!r}")
+    return tensors, summary
+
+
+def _group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _set_up_again(
+    model: Callable[..., Any], data: Any, guide: Any, summary: dict[str, Any], init: dict[str, Tensor]
+) -> Setup:
+    options = FitOptions(num_draws=summary["num_draws"] or FitOptions.num_draws)
+    with isolated(torch.float64, summary["seed"]):
+        setup = set_up(model, data, guide, None, init, options, summary["seed"])
+        phi = setup.phi.constrained(setup.phi.initial())
+        setup.objective.prepare(phi, setup.theta_values(setup.theta.initial()))
+    return setup
+
+
+def _check_same(
+    path: str | Path, setup: Setup, params: dict[str, Tensor], guide_params: dict[str, Tensor]
+) -> None:
+    theta = {**setup.theta.constrained(setup.theta.initial()), **setup.held}
+    phi = setup.phi.constrained(setup.phi.initial())
+    for what, stored, here in (("model", params, theta), ("guide", guide_params, phi)):
+        shapes = {name: tuple(value.shape) for name, value in stored.items()}
+        expected = {name: tuple(value.shape) for name, value in here.items()}
+        if shapes != expected:
+            raise ModelError(
+                f"{path} belongs to another {what}: it has parameters {shapes}, this {what} {expected}"
+            )
