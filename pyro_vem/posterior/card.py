@@ -1,0 +1,49 @@
+"""The card that ``print(fit)`` shows."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from ..fit.result import VEMResult
+
+
+def card(fit: VEMResult) -> str:
+    """Status, bound, k-hat, parameters, which terms are exact, and what to do next.
+
+    Args:
+        fit: the result. Its diagnosis is computed once and kept.
+    """
+    rounds = f"{fit.n_iter} round{'s' if fit.n_iter != 1 else ''}"
+    lines = [("VEM fit", f"{fit.status.name} in {rounds}, {fit.seconds:.2f} s")]
+    if not fit.converged:
+        lines.append(("", fit.status.value))
+    lines.append(("ELBO", f"{fit.elbo:.3f} +- {fit.elbo_se:.3f} nats"))
+    diagnosis = fit._diagnosis if fit._setup is not None and fit.setup.problem.guide is not None else None
+    if diagnosis is not None:
+        lines.append(("k-hat", f"{diagnosis.khat:.2f} ({diagnosis.num_draws:,} draws)"))
+    if fit.params:
+        lines.append(("params", ", ".join(_value(name, value) for name, value in fit.params.items())))
+    exact = [row.site for row in fit.plan.rows if row.method == "closed form"]
+    drawn = [row.site for row in fit.plan.rows if row.method != "closed form" and row.kind != "auxiliary"]
+    lines.append(("exact", _listing(exact)))
+    lines.append(("sampled", _listing(drawn)))
+    lines += [("note", note) for note in fit.plan.notes]
+    if diagnosis is not None:
+        lines.append(("verdict", f"{diagnosis.verdict.name.replace('_', ' ')}. {diagnosis.verdict.value}"))
+        lines += [("", f"- {reason}") for reason in diagnosis.reasons]
+        if not diagnosis.reasons:
+            lines.append(("next", "fit.to_arviz() to look at it, fit.compare_nuts() to hold it against NUTS"))
+    return "\n".join(f"{label:<9}{text}".rstrip() for label, text in lines)
+
+
+def _value(name: str, value: Tensor) -> str:
+    if value.numel() <= 4:
+        numbers = ", ".join(f"{float(x):.4g}" for x in value.reshape(-1))
+        return f"{name} = [{numbers}]" if value.dim() else f"{name} = {numbers}"
+    return f"{name} {tuple(value.shape)}"
+
+
+def _listing(names: Iterable[str], most: int = 6) -> str:
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest if names else "none"
