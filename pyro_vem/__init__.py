@@ -5,6 +5,9 @@ hold it against NUTS. The pieces work alone: `AnalyticKL_ELBO` and both guides d
 ``pyro.infer.SVI``.
 """
 
+from importlib import import_module
+from typing import Any
+
 from .bound.elbo import AnalyticKL_ELBO
 from .bound.kl import register_kl
 from .bound.tables import ElboTerms, Plan
@@ -22,6 +25,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AmortizedNormal",
     "AnalyticKL_ELBO",
+    "Comparison",
+    "Diagnosis",
     "ElboTerms",
     "FitOptions",
     "MeanFieldNormal",
@@ -32,7 +37,28 @@ __all__ = [
     "UnsupportedModelError",
     "VEMError",
     "VEMResult",
+    "Verdict",
     "fit_vem",
+    "plots",
     "register_kl",
     "vem_model",
 ]
+
+# The posterior room imports ArviZ, pandas and matplotlib: it is loaded when first asked for.
+_LAZY = {
+    "Comparison": ".posterior.nuts",
+    "Diagnosis": ".posterior.diagnose",
+    "Verdict": ".posterior.diagnose",
+    "plots": ".posterior.plots",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_LAZY[name], __name__)
+    return module if name == "plots" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..guides.factorised import FactorisedNormal
-from ..model.prototype import plates_of
 from ..model.runtime import Site
+from ..model.sites import plates_of
 from .kl import canonical, lookup
 
 

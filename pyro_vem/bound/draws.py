@@ -17,7 +17,7 @@ from scipy import optimize
 from scipy.special import ndtr, ndtri
 from torch import Tensor
 
-from ..model.prototype import Plate
+from ..model.sites import Plate
 
 SETTLE = 3  # rounds of whitening and stratifying in turn
 

@@ -92,7 +92,7 @@ class AnalyticKL_ELBO(ELBO):  # type: ignore[misc]
             TermRow(row.site, row.kind, row.method, float(value), float(error))
             for row, value, error in zip(plan.rows, values.mean(0), se, strict=True)
         ]
-        return ElboTerms(tuple(rows), sum(row.value for row in rows), total_se)
+        return ElboTerms(tuple(rows), sum((row.value for row in rows), 0.0), total_se)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the ELBO, an unbiased estimate with pathwise gradients."""

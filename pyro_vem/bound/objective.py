@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ModelError, UnsupportedModelError
+from ..model.checks import run_checked
 from ..model.data import Arguments
-from ..model.prototype import plates_of, run_checked
 from ..model.runtime import Execution, Program
+from ..model.sites import plates_of
 from .draws import NoiseSpec, independent_noise, matched_noise
 from .tables import Plan
 from .terms import log_density, make_plan, site_terms
@@ -48,7 +49,13 @@ class Problem:
 
     def run_model(self, theta: Values, values: Values) -> Execution:
         """One model run at given values of its latents."""
-        return self.model.run(self.call.args, self.call.kwargs, theta, lambda site: values[site["name"]])
+        run = self.model.run(self.call.args, self.call.kwargs, theta, lambda site: values.get(site["name"]))
+        latents = {name for name, site in run.sites.items() if not site["is_observed"]}
+        if latents != set(values):
+            raise UnsupportedModelError(
+                f"sites {sorted(latents ^ set(values))} appear in some runs of the model only"
+            )
+        return run
 
     def bound_model(self, theta: Values) -> Callable[[], Any]:
         """The model with its data and parameters in place, all in float64, for NUTS."""

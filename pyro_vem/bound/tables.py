@@ -121,12 +121,12 @@ class ElboTerms:
     @property
     def reconstruction(self) -> float:
         """Expected log likelihood, in nats."""
-        return sum(row.value for row in self.rows if row.kind == "likelihood")
+        return sum((row.value for row in self.rows if row.kind == "likelihood"), 0.0)
 
     @property
     def regularisation(self) -> float:
         """The rest of the ELBO: minus the KL terms, plus log priors of MAP sites, in nats."""
-        return sum(row.value for row in self.rows if row.kind != "likelihood")
+        return sum((row.value for row in self.rows if row.kind != "likelihood"), 0.0)
 
     def __str__(self) -> str:
         total = f"ELBO {self.elbo:.6g} +- {self.elbo_se:.2g}"

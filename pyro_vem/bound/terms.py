@@ -9,8 +9,8 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from ..errors import ModelError, UnsupportedModelError
-from ..model.prototype import plates_of
 from ..model.runtime import Site
+from ..model.sites import plates_of
 from .certificate import certify
 from .kl import divergence, negative_entropy
 from .tables import Plan, PlanRow

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..bound.elbo import AnalyticKL_ELBO
 from ..errors import ModelError
-from ..model.prototype import init_strategy
 from ..model.runtime import isolated
+from ..model.sites import init_strategy
 from .result import VEMResult
 from .scales import Scales
 from .setup import FitOptions, Setup, set_up
@@ -209,7 +209,7 @@ class _Run:
         """Gain of the last M-step and the E-step after it (or of the joint step)."""
         blocks = [row for row in self.history if row.iteration >= self.iterations - 1]
         last = [row for row in blocks if row.iteration == self.iterations or row.block == "M"]
-        return sum(row.gain for row in last)
+        return sum((row.gain for row in last), 0.0)
 
     def is_diverged(self) -> bool:
         """True, with a warning that names it, if a site or parameter has run away."""

@@ -14,9 +14,10 @@ from ..bound.objective import Objective, Problem, plan_problem
 from ..errors import ModelError, unknown_names
 from ..guides.factorised import FactorisedNormal
 from ..guides.mean_field import MeanFieldNormal
+from ..model.checks import run_checked
 from ..model.data import Arguments, arguments
 from ..model.parameters import Block, Parameter
-from ..model.prototype import Prototype, discover_modules, parameters_of, prototype, run_checked
+from ..model.prototype import Prototype, discover_modules, parameters_of, prototype
 from ..model.roles import roles_of
 from ..model.runtime import Program
 

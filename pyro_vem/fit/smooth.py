@@ -105,7 +105,7 @@ def minimise(
     *,
     gtol: float,
     max_iter: int,
-    method: Method,
+    method: Literal["newton", "lbfgs", "none"],
 ) -> Minimum:
     """Minimise from `start`; never ends at a higher value, and believes only the gradient.
 
@@ -116,7 +116,7 @@ def minimise(
             function changes by a nat.
         gtol: bound on the gradient norm in scaled coordinates.
         max_iter: iterations of the method.
-        method: "newton" (trust region on Hessian-vector products) or "lbfgs".
+        method: "newton" (trust region on Hessian-vector products) or "lbfgs"; "none" stays put.
 
     References:
         Gould, Lucidi, Roma and Toint (1999), Solving the trust-region subproblem using the
@@ -139,15 +139,19 @@ def minimise(
             best[:] = [a.copy(), value]
         return value
 
-    if start.size and float(np.linalg.norm(smooth.gradient(zero))) > gtol:
-        if method == "newton":
-            options = {"gtol": gtol, "maxiter": max_iter, "initial_trust_radius": start.size**0.5}
-            optimize.minimize(
-                tracked, zero, jac=smooth.gradient, hessp=smooth.hessian_product,
-                method="trust-krylov", options=options,
-            )  # fmt: skip
-        else:
-            _lbfgs(smooth, tracked, best, gtol, max_iter)
+    if not start.size or float(np.linalg.norm(smooth.gradient(zero))) <= gtol:
+        method = "none"
+    if method == "newton":
+        options = {"gtol": gtol, "maxiter": max_iter, "initial_trust_radius": start.size**0.5}
+        optimize.minimize(
+            tracked, zero, jac=smooth.gradient, hessp=smooth.hessian_product,
+            method="trust-krylov", options=options,
+        )  # fmt: skip
+        # trust-krylov stands still where there is no curvature at all.
+        is_stuck = not best[0].any() and float(np.linalg.norm(smooth.gradient(best[0]))) > gtol
+        method = "lbfgs" if is_stuck else "none"
+    if method == "lbfgs":
+        _lbfgs(smooth, tracked, best, gtol, max_iter)
     gradient = float(np.linalg.norm(smooth.gradient(best[0])))
     point = smooth.point(best[0])
     return Minimum(point, best[1], gradient, smooth.evaluations, smooth.products)

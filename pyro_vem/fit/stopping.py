@@ -11,7 +11,8 @@ from .state import State, joint_loss
 
 GRADIENT_LIMIT = 1e-3  # of the scaled gradient per square root of dimension: posterior sds
 RUNAWAY = 25.0  # |log sd| beyond which a factor has collapsed or exploded
-DRIFT = 1e8  # movement of an unconstrained model parameter that no data set needs
+DRIFT = 1e8  # movement of a real parameter, relative to its start, that no data set needs
+FAR = 50.0  # movement of a constrained one on its unconstrained (mostly log) scale, likewise
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ def runaway(setup: Setup, state: State, start: State) -> str | None:
             log_scale = state.phi[setup.phi.where([guide.scale_name(site.name)])]
             if log_scale.size and np.abs(log_scale).max() > RUNAWAY:
                 return site.name
-    drift = np.abs(state.theta - start.theta) > DRIFT * (1 + np.abs(start.theta))
-    for name in setup.theta.names:
-        if drift[setup.theta.where([name])].any():
-            return name
+    drift = np.abs(state.theta - start.theta)
+    for parameter in setup.theta.parameters:
+        where = setup.theta.where([parameter.name])
+        limit = DRIFT * (1 + np.abs(start.theta[where])) if parameter.is_real else FAR
+        if (drift[where] > limit).any():
+            return parameter.name
     return None

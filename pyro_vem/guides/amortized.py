@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, unknown_names
-from ..model.prototype import Latent
+from ..model.sites import Latent
 from .factorised import FactorisedNormal, check_sites
 
 

@@ -10,29 +10,17 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import ComposeTransform, IndependentTransform
 from torch.distributions.transforms import Transform
 
 from ..errors import unknown_names
 from ..model.data import Arguments
-from ..model.prototype import Latent, discover_modules, prototype
+from ..model.parameters import is_identity
+from ..model.prototype import discover_modules, prototype
 from ..model.roles import roles_of
 from ..model.runtime import Program, isolated
+from ..model.sites import Latent
 
 INITIAL_SCALE = 0.1  # unconstrained sd: small, so that the first draws stay where the prior median is
-
-
-def is_identity(transform: Transform) -> bool:
-    """True for the bijector of a real support.
-
-    Example:
-        >>> from torch.distributions import biject_to, constraints
-        >>> is_identity(biject_to(constraints.real)), is_identity(biject_to(constraints.positive))
-        (True, False)
-    """
-    while isinstance(transform, IndependentTransform):
-        transform = transform.base_transform
-    return isinstance(transform, ComposeTransform) and not transform.parts
 
 
 def normal_through(transform: Transform, loc: Tensor, scale: Tensor, event_dim: int = 0) -> Any:

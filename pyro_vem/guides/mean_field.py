@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..model.prototype import Latent
+from ..model.sites import Latent
 from .factorised import FactorisedNormal
 
 

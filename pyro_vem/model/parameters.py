@@ -9,7 +9,21 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributions import transform_to
+from torch.distributions import ComposeTransform, IndependentTransform, transform_to
+from torch.distributions.transforms import Transform
+
+
+def is_identity(transform: Transform) -> bool:
+    """True for the bijector of a real support.
+
+    Example:
+        >>> from torch.distributions import biject_to, constraints
+        >>> is_identity(biject_to(constraints.real)), is_identity(biject_to(constraints.positive))
+        (True, False)
+    """
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return isinstance(transform, ComposeTransform) and not transform.parts
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,11 @@ class Parameter:
     def unconstrained(self) -> Tensor:
         """The initial value on the unconstrained scale."""
         return transform_to(self.constraint).inv(self.init).detach()
+
+    @property
+    def is_real(self) -> bool:
+        """True if the parameter is its own unconstrained value."""
+        return is_identity(transform_to(self.constraint))
 
 
 class Block:

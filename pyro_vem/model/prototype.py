@@ -7,61 +7,15 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide.initialization import init_to_median, init_to_value
-from pyro.util import check_site_shape
 from torch import Tensor
-from torch.distributions import biject_to, constraints
-from torch.distributions.transforms import (
-    AffineTransform,
-    ComposeTransform,
-    IndependentTransform,
-    Transform,
-)
+from torch.distributions import constraints
 
 from ..errors import ModelError, UnsupportedModelError, unknown_names
+from .checks import check_parameter, run_checked
 from .data import Arguments
 from .parameters import Parameter
-from .runtime import Execution, Program, Site, modules_called
-
-
-@dataclass(frozen=True)
-class Plate:
-    """A vectorised plate: its name, its dimension (negative, from the right) and its size.
-
-    Example:
-        >>> Plate("pump", -1, 10).name
-        'pump'
-    """
-
-    name: str
-    dim: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Latent:
-    """A latent site of the model.
-
-    Attributes:
-        init: initial value, shaped batch + event, on the constrained scale.
-        transform: bijector from the unconstrained scale to the site's support.
-        plates: the vectorised plates round it, outermost first.
-        event_dim: number of event dimensions of the value.
-        idle: elements (batch shape) that the model masks out and never uses; None if none.
-    """
-
-    name: str
-    init: Tensor
-    transform: Transform
-    support: Any
-    plates: tuple[Plate, ...]
-    event_dim: int
-    idle: Tensor | None = None
-
-    @property
-    def unconstrained(self) -> Tensor:
-        """The initial value on the unconstrained scale."""
-        return self.transform.inv(self.init)
+from .runtime import Execution, Program, modules_called
+from .sites import Latent, Plate, bijector, init_strategy, initial_values, latent_of, plates_of
 
 
 @dataclass(frozen=True)
@@ -87,49 +41,6 @@ class Prototype:
         return next(site for site in self.latents if site.name == name)
 
 
-def bijector(support: Any) -> Transform:
-    """The bijector from the unconstrained scale onto a support, without idle affine parts.
-
-    Example:
-        >>> bijector(constraints.nonnegative)  # torch adds AffineTransform(0, 1)
-        ExpTransform()
-    """
-    transform = biject_to(support)
-    if isinstance(transform, IndependentTransform):
-        base = bijector(support.base_constraint)
-        return IndependentTransform(base, transform.reinterpreted_batch_ndims)
-    if isinstance(transform, ComposeTransform):
-        parts = [part for part in transform.parts if not _is_idle(part)]
-        return parts[0] if len(parts) == 1 else ComposeTransform(parts)
-    return transform
-
-
-def _is_idle(transform: Transform) -> bool:
-    if not isinstance(transform, AffineTransform):
-        return False
-    return bool((torch.as_tensor(transform.loc) == 0).all() and (torch.as_tensor(transform.scale) == 1).all())
-
-
-def plates_of(site: Site) -> tuple[Plate, ...]:
-    """The vectorised plates round a site, outermost (leftmost dimension) first."""
-    frames = [f for f in site["cond_indep_stack"] if f.vectorized]
-    return tuple(Plate(f.name, f.dim, f.size) for f in sorted(frames, key=lambda f: f.dim))
-
-
-def init_strategy(init: Any) -> Callable[[Site], Tensor]:
-    """A Pyro init strategy from None (prior median), a dict of values, or a strategy itself."""
-    if init is None:
-        return init_to_median(num_samples=15)
-    if isinstance(init, Mapping):
-        values = {name: torch.as_tensor(value) for name, value in init.items()}
-        dtype = torch.get_default_dtype()
-        floats = {k: v.to(dtype) if v.dtype != torch.bool else v for k, v in values.items()}
-        return init_to_value(values=floats, fallback=init_to_median(num_samples=15))
-    if callable(init):
-        return init
-    raise ModelError(f"init={init!r}: give a dict of values, or a Pyro strategy like init_to_median")
-
-
 def discover_modules(program: Program, call: Arguments) -> Program:
     """The same program, knowing the modules that it calls.
 
@@ -149,105 +60,6 @@ def discover_modules(program: Program, call: Arguments) -> Program:
     return Program(fn, found)
 
 
-def _choose_initial(strategy: Callable[[Site], Tensor]) -> Callable[[Site], Tensor]:
-    def choose(site: Site) -> Tensor:
-        if site["fn"].support is constraints.dependent or _is_discrete(site):
-            raise UnsupportedModelError(
-                f"site {site['name']!r} is discrete ({type(site['fn']).__name__}): discrete latents "
-                "cannot be fitted yet; sum it out in the model (for a mixture, "
-                "dist.MixtureSameFamily does it)"
-            )
-        try:
-            with torch.no_grad():
-                value = strategy(site)
-        except Exception as error:
-            raise ModelError(
-                f"site {site['name']!r} has no initial value ({error}): "
-                f"give one with init={{{site['name']!r}: ...}}"
-            ) from error
-        shape = site["fn"].batch_shape + site["fn"].event_shape
-        try:
-            value = value.expand(shape)
-        except RuntimeError as error:
-            raise ModelError(
-                f"init[{site['name']!r}] has shape {tuple(value.shape)}, the site {tuple(shape)}"
-            ) from error
-        if not bool(site["fn"].support.check(value).all()):
-            raise ModelError(f"init[{site['name']!r}] lies outside the site's support {site['fn'].support}")
-        return value.detach().clone()
-
-    return choose
-
-
-def _is_discrete(site: Site) -> bool:
-    fn = site["fn"]
-    return bool(fn.support.is_discrete) or bool(getattr(fn, "has_enumerate_support", False))
-
-
-def run_checked(
-    program: Program, call: Arguments, params: Mapping[str, Tensor], choose: Any, what: str = "model"
-) -> Execution:
-    """One run with validation on; whatever goes wrong names the site."""
-    last: list[str] = []
-
-    def noting(site: Site) -> Tensor | None:
-        last.append(site["name"])
-        value: Tensor | None = choose(site)
-        return value
-
-    try:
-        with pyro.validation_enabled(True):
-            execution = program.run(call.args, call.kwargs, params, noting)
-            for name, site in execution.sites.items():
-                _check_site(name, site)
-    except (ModelError, UnsupportedModelError):
-        raise
-    except Exception as error:
-        where = f"after latent site {last[-1]!r}" if last else "before its first latent site"
-        hint = ""
-        if "dtype" in str(error) or "scalar type" in str(error):
-            hint = (
-                " (fits run in float64: pass float32 tensors that the model closes over in `data`, "
-                "or make them with torch.get_default_dtype())"
-            )
-        raise ModelError(f"the {what} raised {type(error).__name__} {where}: {error}{hint}") from error
-    return execution
-
-
-def _check_site(name: str, site: Site) -> None:
-    fn, value = site["fn"], site["value"]
-    with torch.no_grad():
-        try:
-            log_prob = fn.log_prob(value)
-        except Exception as error:
-            observed = "observed value" if site["is_observed"] else "value"
-            raise ModelError(f"site {name!r}: its {observed} does not fit {fn}: {error}") from error
-    site["log_prob"] = log_prob
-    for plate in plates_of(site):
-        rows = log_prob.shape[plate.dim] if log_prob.dim() >= -plate.dim else 1
-        if rows != plate.size:
-            raise ModelError(
-                f"site {name!r}: plate {plate.name!r} has size {plate.size}, "
-                f"but the site has {rows} along its dimension {plate.dim}"
-            )
-    try:
-        check_site_shape(site, max_plate_nesting=float("inf"))
-    except ValueError as error:
-        raise ModelError(
-            f"site {name!r}: its log density has shape {tuple(log_prob.shape)}, which its plates do "
-            f"not declare; put the site into a pyro.plate or use .to_event ({error})"
-        ) from error
-    keep = site["mask"] if isinstance(site["mask"], Tensor) else torch.tensor(site["mask"] is not False)
-    if bool((torch.isnan(log_prob) & keep).any()) or (
-        site["is_observed"] and bool((torch.isinf(log_prob) & keep).any())
-    ):
-        raise ModelError(
-            f"site {name!r}: its log density is {'nan' if log_prob.isnan().any() else 'infinite'} at the "
-            "initial values; look for NaN or infinite data there (mask missing values with obs_mask=), "
-            "or give other initial values with init="
-        )
-
-
 def prototype(program: Program, call: Arguments, init: Any = None) -> Prototype:
     """Learn a model's structure; refuse what is random or changes between runs.
 
@@ -262,7 +74,7 @@ def prototype(program: Program, call: Arguments, init: Any = None) -> Prototype:
     """
     strategy = init_strategy(init)
     program.own_weights({}, torch.get_default_dtype() if program.modules else None)
-    first = run_checked(program, call, {}, _choose_initial(strategy))
+    first = run_checked(program, call, {}, initial_values(strategy))
     if first.subsampled:
         raise UnsupportedModelError(
             f"plate {first.subsampled[0]!r} draws a subsample: minibatches are not supported yet; "
@@ -276,7 +88,7 @@ def prototype(program: Program, call: Arguments, init: Any = None) -> Prototype:
             raise ModelError(message)
         parameters = tuple(_with_init(p, init) for p in parameters)
     values = {name: first.sites[name]["value"] for name in known}
-    latents = tuple(_latent(first.sites[name]) for name in known)
+    latents = tuple(latent_of(first.sites[name]) for name in known)
     params = {p.name: p.init for p in parameters}
     latents = _check_static(program, call, latents, values, params)
     return Prototype(
@@ -310,12 +122,10 @@ def parameters_of(program: Program, run: Execution) -> tuple[Parameter, ...]:
     for name, site in run.params.items():
         given = site["args"][1] if len(site["args"]) > 1 else None
         value = site["value"].detach().clone()
-        if not value.is_floating_point():
-            raise ModelError(f"parameter {name!r} has dtype {value.dtype}: give it a floating value")
-        if not bool(torch.isfinite(value).all()):
-            raise ModelError(f"parameter {name!r} starts at a non-finite value: {value}")
-        if id(given) in program.weight_paths:
-            paths[name] = program.weight_paths[id(given)]
+        check_parameter(name, value)
+        path = program.path_of(given)
+        if path is not None:
+            paths[name] = path
         elif isinstance(given, torch.nn.Parameter):
             raise ModelError(
                 f"parameter {name!r} is the weight of a module that is registered but never called: "
@@ -338,17 +148,6 @@ def _check_owned(program: Program, owned: set[str]) -> None:
                 "register the module with pyro.module(name, module), or hold it with "
                 "module.requires_grad_(False)"
             )
-
-
-def _latent(site: Site) -> Latent:
-    fn = site["fn"]
-    try:
-        transform = bijector(fn.support)
-    except NotImplementedError as error:
-        raise UnsupportedModelError(
-            f"site {site['name']!r}: no bijector onto the support {fn.support} of {type(fn).__name__}"
-        ) from error
-    return Latent(site["name"], site["value"], transform, fn.support, plates_of(site), fn.event_dim)
 
 
 def _check_static(

@@ -70,12 +70,14 @@ class Execution(Messenger):  # type: ignore[misc]
     def __init__(self, params: Mapping[str, Tensor], choose: Choose) -> None:
         super().__init__()
         self._params, self._choose = params, choose
+        self.visited: list[str] = []
         self.sites: dict[str, Site] = {}
         self.params: dict[str, Site] = {}
         self.deterministic: dict[str, Site] = {}
         self.subsampled: list[str] = []
 
     def _pyro_param(self, msg: Site) -> None:
+        self.visited.append(msg["name"])
         if msg["name"] in self._params:
             msg["value"] = self._params[msg["name"]]
 
@@ -83,6 +85,7 @@ class Execution(Messenger):  # type: ignore[misc]
         self.params[msg["name"]] = msg
 
     def _pyro_sample(self, msg: Site) -> None:
+        self.visited.append(msg["name"])
         if msg["is_observed"] or is_subsample(msg):
             return
         value = self._choose(msg)
@@ -135,6 +138,7 @@ class Program:
         shell = _Shell(self.modules)
         self.shell = shell
         self.weight_paths: dict[int, str] = {id(p): path for path, p in shell.named_parameters()}
+        self.latest = Execution({}, lambda site: None)  # the latest run, also one that raised
         self._paths: dict[str, str] = {}
         self._constants: dict[str, Tensor] = {}
         self._dtypes = {path: p.dtype for path, p in shell.named_parameters()}
@@ -149,10 +153,17 @@ class Program:
         owned = set(names.values())
         tensors = [*self.shell.named_parameters(), *self.shell.named_buffers()]
         self._constants = {
-            path: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+            path: _copy(tensor, dtype)
             for path, tensor in tensors
             if path not in owned and dtype is not None and not path.endswith("_unconstrained")
         }
+
+    def path_of(self, tensor: object) -> str | None:
+        """Path of the weight that a param message was made from, in a run of this program."""
+        for path, constant in self._constants.items():
+            if constant is tensor:
+                return path
+        return None
 
     @property
     def owned_weights(self) -> dict[int, str]:
@@ -169,6 +180,7 @@ class Program:
     ) -> Execution:
         """Run once; the returned record holds every site in program order."""
         execution = Execution(params, choose)
+        self.latest = execution
         with execution:
             self._with_weights(params, self._constants, lambda: self.fn(*args, **kwargs))
         return execution
@@ -193,6 +205,12 @@ class Program:
         if not weights and not constants:
             return run()
         return torch.func.functional_call(self.shell, {**constants, **weights}, (run,))
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A detached copy of a weight; pyro.module passes over weights that need no gradient."""
+    value = tensor.detach()
+    return value.to(dtype).requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else value
 
 
 @contextmanager

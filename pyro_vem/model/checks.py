@@ -1,0 +1,93 @@
+"""Runs with every check on: whatever goes wrong names its site."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro.util import check_site_shape
+from torch import Tensor
+
+from ..errors import ModelError, UnsupportedModelError
+from .data import Arguments
+from .runtime import Execution, Program, Site
+from .sites import Plate, plates_of
+
+
+def run_checked(
+    program: Program, call: Arguments, params: Mapping[str, Tensor], choose: Any, what: str = "model"
+) -> Execution:
+    """One run with validation on; whatever goes wrong names the site."""
+    try:
+        with pyro.validation_enabled(True):
+            execution = program.run(call.args, call.kwargs, params, choose)
+            for name, site in execution.sites.items():
+                _check_site(name, site)
+    except (ModelError, UnsupportedModelError):
+        raise
+    except Exception as error:
+        for name, param in program.latest.params.items():
+            check_parameter(name, param["value"])
+        visited = program.latest.visited
+        where = f"at or after {visited[-1]!r}" if visited else "before its first site"
+        hint = ""
+        if "can require gradients" in str(error):
+            hint = " (give the parameter a floating value)"
+        elif "dtype" in str(error) or "scalar type" in str(error):
+            hint = (
+                " (fits run in float64: pass float32 tensors that the model closes over in `data`, "
+                "or make them with torch.get_default_dtype())"
+            )
+        raise ModelError(f"the {what} raised {type(error).__name__} {where}: {error}{hint}") from error
+    return execution
+
+
+def _check_site(name: str, site: Site) -> None:
+    fn, value = site["fn"], site["value"]
+    if value.is_floating_point() and bool(torch.isnan(value).any()):
+        raise ModelError(
+            f"site {name!r}: its value has NaN in it; mask missing values with obs_mask=, and fill their "
+            "places with a number (torch.nan_to_num)"
+        )
+    for plate in plates_of(site):
+        _check_plate(name, plate, value.shape[: value.dim() - fn.event_dim])
+    with torch.no_grad():
+        try:
+            log_prob = fn.log_prob(value)
+        except Exception as error:
+            observed = "observed value" if site["is_observed"] else "value"
+            raise ModelError(f"site {name!r}: its {observed} does not fit {fn}: {error}") from error
+    site["log_prob"] = log_prob
+    try:
+        check_site_shape(site, max_plate_nesting=float("inf"))
+    except ValueError as error:
+        raise ModelError(
+            f"site {name!r}: its log density has shape {tuple(log_prob.shape)}, which its plates do "
+            f"not declare; put the site into a pyro.plate or use .to_event ({error})"
+        ) from error
+    keep = site["mask"] if isinstance(site["mask"], Tensor) else torch.tensor(site["mask"] is not False)
+    if bool((torch.isnan(log_prob) & keep).any()) or (
+        site["is_observed"] and bool((torch.isinf(log_prob) & keep).any())
+    ):
+        raise ModelError(
+            f"site {name!r}: its log density is {'nan' if log_prob.isnan().any() else 'infinite'} at the "
+            "initial values; look for NaN or infinite data there (mask missing values with obs_mask=), "
+            "or give other initial values with init="
+        )
+
+
+def _check_plate(name: str, plate: Plate, batch: torch.Size) -> None:
+    rows = batch[plate.dim] if len(batch) >= -plate.dim else 1
+    if rows != plate.size:
+        raise ModelError(
+            f"site {name!r}: plate {plate.name!r} has size {plate.size}, "
+            f"but the site has {rows} along its dimension {plate.dim}"
+        )
+
+
+def check_parameter(name: str, value: Tensor) -> None:
+    """Raise `ModelError` for a value that is not floating or not finite."""
+    if not value.is_floating_point():
+        raise ModelError(f"parameter {name!r} has dtype {value.dtype}: give it a floating value")
+    if not bool(torch.isfinite(value).all()):
+        raise ModelError(f"parameter {name!r} starts at a non-finite value: {value.tolist()}")

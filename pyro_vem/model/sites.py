@@ -1,0 +1,146 @@
+"""Sites of a model: latents with their bijectors, plates, initial values."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_median, init_to_value
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
+
+from ..errors import ModelError, UnsupportedModelError
+from .runtime import Site
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A vectorised plate: its name, its dimension (negative, from the right) and its size.
+
+    Example:
+        >>> Plate("pump", -1, 10).name
+        'pump'
+    """
+
+    name: str
+    dim: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A latent site of the model.
+
+    Attributes:
+        init: initial value, shaped batch + event, on the constrained scale.
+        transform: bijector from the unconstrained scale to the site's support.
+        plates: the vectorised plates round it, outermost first.
+        event_dim: number of event dimensions of the value.
+        idle: elements (batch shape) that the model masks out and never uses; None if none.
+    """
+
+    name: str
+    init: Tensor
+    transform: Transform
+    support: Any
+    plates: tuple[Plate, ...]
+    event_dim: int
+    idle: Tensor | None = None
+
+    @property
+    def unconstrained(self) -> Tensor:
+        """The initial value on the unconstrained scale."""
+        return self.transform.inv(self.init)
+
+
+def bijector(support: Any) -> Transform:
+    """The bijector from the unconstrained scale onto a support, without idle affine parts.
+
+    Example:
+        >>> bijector(constraints.nonnegative)  # torch adds AffineTransform(0, 1)
+        ExpTransform()
+    """
+    transform = biject_to(support)
+    if isinstance(transform, IndependentTransform):
+        base = bijector(support.base_constraint)
+        return IndependentTransform(base, transform.reinterpreted_batch_ndims)
+    if isinstance(transform, ComposeTransform):
+        parts = [part for part in transform.parts if not _is_idle(part)]
+        return parts[0] if len(parts) == 1 else ComposeTransform(parts)
+    return transform
+
+
+def _is_idle(transform: Transform) -> bool:
+    if not isinstance(transform, AffineTransform):
+        return False
+    return bool((torch.as_tensor(transform.loc) == 0).all() and (torch.as_tensor(transform.scale) == 1).all())
+
+
+def plates_of(site: Site) -> tuple[Plate, ...]:
+    """The vectorised plates round a site, outermost (leftmost dimension) first."""
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized]
+    return tuple(Plate(f.name, f.dim, f.size) for f in sorted(frames, key=lambda f: f.dim))
+
+
+def init_strategy(init: Any) -> Callable[[Site], Tensor]:
+    """A Pyro init strategy from None (prior median), a dict of values, or a strategy itself."""
+    if init is None:
+        return init_to_median(num_samples=15)
+    if isinstance(init, Mapping):
+        values = {name: torch.as_tensor(value) for name, value in init.items()}
+        dtype = torch.get_default_dtype()
+        floats = {k: v.to(dtype) if v.dtype != torch.bool else v for k, v in values.items()}
+        return init_to_value(values=floats, fallback=init_to_median(num_samples=15))
+    if callable(init):
+        return init
+    raise ModelError(f"init={init!r}: give a dict of values, or a Pyro strategy like init_to_median")
+
+
+def initial_values(strategy: Callable[[Site], Tensor]) -> Callable[[Site], Tensor]:
+    """A strategy's values, each checked against its site and detached."""
+
+    def choose(site: Site) -> Tensor:
+        if site["fn"].support is constraints.dependent or _is_discrete(site):
+            raise UnsupportedModelError(
+                f"site {site['name']!r} is discrete ({type(site['fn']).__name__}): discrete latents "
+                "cannot be fitted yet; sum it out in the model (for a mixture, "
+                "dist.MixtureSameFamily does it)"
+            )
+        try:
+            with torch.no_grad():
+                value = strategy(site)
+        except Exception as error:
+            raise ModelError(
+                f"site {site['name']!r} has no initial value ({error}): "
+                f"give one with init={{{site['name']!r}: ...}}"
+            ) from error
+        shape = site["fn"].batch_shape + site["fn"].event_shape
+        try:
+            value = value.expand(shape)
+        except RuntimeError as error:
+            raise ModelError(
+                f"init[{site['name']!r}] has shape {tuple(value.shape)}, the site {tuple(shape)}"
+            ) from error
+        if not bool(site["fn"].support.check(value).all()):
+            raise ModelError(f"init[{site['name']!r}] lies outside the site's support {site['fn'].support}")
+        return value.detach().clone()
+
+    return choose
+
+
+def _is_discrete(site: Site) -> bool:
+    fn = site["fn"]
+    return bool(fn.support.is_discrete) or bool(getattr(fn, "has_enumerate_support", False))
+
+
+def latent_of(site: Site) -> Latent:
+    """The latent site of a record."""
+    fn = site["fn"]
+    try:
+        transform = bijector(fn.support)
+    except NotImplementedError as error:
+        raise UnsupportedModelError(
+            f"site {site['name']!r}: no bijector onto the support {fn.support} of {type(fn).__name__}"
+        ) from error
+    return Latent(site["name"], site["value"], transform, fn.support, plates_of(site), fn.event_dim)

@@ -1,0 +1,305 @@
+"""Bad input ends in an error that names the site and what to do."""
+
+import inspect
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import zoo
+from pyro.infer.autoguide import AutoNormal
+from torch import nn
+
+import pyro_vem as vem
+
+Y = torch.tensor([1.0, 2.0, 4.0])
+
+
+def rows(y):
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def raising(y):
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+    raise RuntimeError("no such file")
+
+
+def nothing(y):
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+
+
+def wrong_plate(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 5):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def no_plate(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def discrete(y):
+    with pyro.plate("rows", len(y)):
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        pyro.sample("y", dist.Normal(k, 1.0), obs=y)
+
+
+def twice(y):
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def subsampled(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y), subsample_size=2) as index:
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
+
+
+def hidden_noise(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(z + torch.randn(()), 1.0), obs=y)
+
+
+def moving_support(y):
+    z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+    pyro.sample("w", dist.Uniform(0.0, z))
+
+
+def changing(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    if z > 0.05:
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def negative_scale(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(z, -1.0), obs=y)
+
+
+def improper(y):
+    b = pyro.sample("b", dist.ImproperUniform(dist.constraints.real, (), ()))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(b, 1.0), obs=y)
+
+
+def integer_parameter(y):
+    mu = pyro.param("mu", torch.tensor(1))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def nan_parameter(y):
+    mu = pyro.param("mu", torch.tensor(float("nan")))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+CASES = {
+    "model raises": (raising, Y, vem.ModelError, ["at or after 'z'", "RuntimeError", "no such file"]),
+    "nothing to fit": (nothing, Y, vem.ModelError, ["neither latent sites nor parameters", "obs="]),
+    "wrong plate size": (wrong_plate, Y, vem.ModelError, ["'y'", "'rows'", "5", "3"]),
+    "no plate": (no_plate, Y, vem.ModelError, ["'y'", "pyro.plate", "to_event"]),
+    "discrete latent": (discrete, Y, vem.UnsupportedModelError, ["'k'", "Bernoulli", "sum it out"]),
+    "site twice": (twice, Y, vem.ModelError, ["'z'", "twice"]),
+    "subsample": (subsampled, Y, vem.UnsupportedModelError, ["'rows'", "minibatches"]),
+    "hidden noise": (hidden_noise, Y, vem.UnsupportedModelError, ["'y'", "no pyro.sample site"]),
+    "moving support": (moving_support, Y, vem.UnsupportedModelError, ["'w'", "pyro.deterministic"]),
+    "changing structure": (changing, Y, vem.UnsupportedModelError, ["'w'", "some runs"]),
+    "negative scale": (negative_scale, Y, vem.ModelError, ["at or after 'rows'", "scale"]),
+    "NaN data": (rows, Y * float("nan"), vem.ModelError, ["'y'", "NaN"]),
+    "infinite data": (rows, torch.tensor([1.0, float("inf")]), vem.ModelError, ["'y'", "infinite"]),
+    "no initial value": (improper, Y, vem.ModelError, ["'b'", "init={'b'"]),
+    "integer parameter": (integer_parameter, Y, vem.ModelError, ["'mu'", "floating value"]),
+    "NaN parameter": (nan_parameter, Y, vem.ModelError, ["'mu'", "non-finite"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_models_name_the_site(fit, global_state, case):
+    model, y, error, words = CASES[case]
+    snapshot, same = global_state
+    before = snapshot()
+    with pytest.raises(error) as caught:
+        fit(model, {"y": y})
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    same(before)
+
+
+SETTINGS = {
+    "data": ({"data": {"yy": Y}}, vem.ModelError, "did you mean 'y'"),
+    "missing": ({"data": {}}, vem.ModelError, "missing a required argument"),
+    "one array": ({"data": Y}, vem.ModelError, "mapping"),
+    "strings": ({"data": {"y": np.array(["a", "b"])}}, vem.ModelError, "factorize"),
+    "loader": (
+        {"data": torch.utils.data.DataLoader(torch.utils.data.TensorDataset(Y))},
+        vem.UnsupportedModelError,
+        "minibatches",
+    ),
+    "init name": ({"init": {"zz": torch.zeros(3)}}, vem.ModelError, "did you mean 'z'"),
+    "init shape": ({"init": {"z": torch.zeros(2)}}, vem.ModelError, "shape"),
+    "init kind": ({"init": 3}, vem.ModelError, "init_to_median"),
+    "guide class": ({"guide": AutoNormal}, vem.ModelError, "AutoNormal(model)"),
+    "guide kind": ({"guide": 3}, vem.ModelError, "MeanFieldNormal"),
+    "guide without z": ({"guide": lambda y: None}, vem.ModelError, "'z' is latent in the model"),
+    "schedule": ({"schedule": "both"}, ValueError, "'alternate'"),
+    "e_step": ({"e_step": "adam"}, ValueError, "'newton'"),
+    "tol": ({"tol": 0.0}, ValueError, "positive"),
+    "max_iter": ({"max_iter": 0}, ValueError, "at least one"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_bad_settings_say_what_to_type(case):
+    settings, error, words = SETTINGS[case]
+    unchecked = inspect.unwrap(vem.fit_vem)  # without the type checker of the tests
+    with pytest.raises(error) as caught:
+        unchecked(rows, **{"data": {"y": Y}, **settings})
+    assert words in str(caught.value), str(caught.value)
+
+
+def test_bad_options_are_refused():
+    with pytest.raises(ValueError, match="even number"):
+        vem.FitOptions(num_draws=33)
+    with pytest.raises(ValueError, match="step_iterations"):
+        vem.FitOptions(step_iterations=0)
+
+
+def test_trace_elbo_is_refused():
+    with pytest.raises(ValueError, match="takes an AnalyticKL_ELBO"):
+        inspect.unwrap(vem.fit_vem)(rows, {"y": Y}, elbo=pyro.infer.Trace_ELBO())
+
+
+def test_init_outside_the_support_names_the_site(fit):
+    with pytest.raises(vem.ModelError, match=r"'rate'.*support"):
+        fit(zoo.pumps, zoo.PUMPS, init={"rate": -torch.ones(10)})
+    with pytest.raises(vem.ModelError, match=r"'tau'.*constraint"):
+        fit(zoo.pumps, zoo.PUMPS, init={"tau": torch.tensor(-1.0)})
+
+
+@pytest.mark.parametrize("argument", ["map_sites", "fixed"])
+def test_unknown_roles_have_close_matches(fit, argument):
+    model = vem.vem_model(**{argument: ("rates",)})(lambda hours, failures: zoo.pumps(hours, failures))
+    with pytest.raises(vem.ModelError, match=rf"{argument}.*'rates'"):
+        fit(model, zoo.PUMPS)
+    close = {"map_sites": "rte", "fixed": "taw"}[argument]
+    model = vem.vem_model(**{argument: (close,)})(lambda hours, failures: zoo.pumps(hours, failures))
+    with pytest.raises(vem.ModelError, match=r"did you mean '(rate|tau)'"):
+        fit(model, zoo.PUMPS)
+
+
+def test_a_parameter_shared_with_the_guide_is_refused(fit):
+    def model(y):
+        mu = pyro.param("mu", torch.tensor(0.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        mu = pyro.param("mu", torch.tensor(0.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(mu, 1.0))
+
+    with pytest.raises(vem.ModelError, match="'mu' is used by both model and guide"):
+        fit(model, {"y": Y}, guide=guide)
+
+
+def test_a_module_shared_with_the_guide_is_refused(fit):
+    net = nn.Linear(1, 1)
+
+    def model(y):
+        pyro.module("decoder", net)
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(net(z.unsqueeze(-1)).squeeze(-1), 1.0), obs=y)
+
+    def guide(y):
+        pyro.module("encoder", net)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(net(y.unsqueeze(-1)).squeeze(-1), 1.0))
+
+    with pytest.raises(vem.ModelError, match=r"'decoder\$\$\$.*both model and guide"):
+        fit(model, {"y": Y}, guide=guide)
+
+
+def test_an_unregistered_module_is_refused(fit):
+    net = nn.Linear(1, 1)
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(net(z.unsqueeze(-1)).squeeze(-1), 1.0), obs=y)
+
+    with pytest.raises(vem.ModelError, match=r"'weight'.*pyro.module"):
+        fit(model, {"y": Y})
+    net.requires_grad_(False)
+    assert fit(model, {"y": Y}).converged
+
+
+def test_a_closed_over_float32_tensor_gets_a_hint(fit):
+    x = torch.ones(3, 2)
+
+    def model(y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    with pytest.raises(vem.ModelError, match="pass float32 tensors"):
+        fit(model, {"y": Y})
+
+
+def test_no_observed_site_fits_the_prior_and_says_so(fit):
+    def model(y=None):
+        with pyro.plate("rows", 3):
+            z = pyro.sample("z", dist.Normal(2.0, 0.5))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    with pytest.warns(UserWarning, match=r"no observed site.*obs="):
+        result = fit(model)
+    assert torch.allclose(result.guide_params["guide.loc.z"], torch.full((3,), 2.0).double(), atol=1e-3)
+
+
+def test_a_runaway_fit_says_which_site(fit):
+    def model(y):
+        sd = pyro.param("sd", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(0.0, sd), obs=y)
+
+    with pytest.warns(UserWarning, match="'sd' has run away"):
+        result = fit(model, {"y": torch.zeros(3)})
+    assert result.status is vem.Status.diverged
+    assert not result.converged
+
+
+def test_guide_sites_are_checked(fit):
+    def extra(y):
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(pyro.param("m", torch.zeros(3)), 1.0))
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(vem.ModelError, match=r"'other' of the guide does not exist.*is_auxiliary"):
+        fit(rows, {"y": Y}, guide=extra)
+
+    def sampled(y):
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(pyro.param("m", torch.zeros(3)), 1.0))
+            pyro.sample("y", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(vem.ModelError, match="'y' of the guide is observed"):
+        fit(rows, {"y": Y}, guide=sampled)
+
+    def rejecting(y):
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.VonMises(pyro.param("m", torch.zeros(3)), 1.0))
+
+    with pytest.raises(vem.UnsupportedModelError, match="'z'"):
+        fit(rows, {"y": Y}, guide=rejecting)

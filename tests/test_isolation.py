@@ -1,0 +1,173 @@
+"""A fit leaves no trace: blocks, global state, seeds, other fits."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import pyro_vem as vem
+from pyro_vem.fit.state import State
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_each_step_leaves_the_other_block_bitwise_unchanged(fit, monkeypatch):
+    from pyro_vem.fit import driver
+
+    original, seen = driver.step, []
+
+    def watched(setup, state, block, scale, **kwargs):
+        phi, theta = state.phi.copy(), state.theta.copy()
+        new, row = original(setup, state, block, scale, **kwargs)
+        assert np.array_equal(state.phi, phi)  # a state is never changed in place
+        assert np.array_equal(state.theta, theta)
+        same_phi, same_theta = np.array_equal(new.phi, phi), np.array_equal(new.theta, theta)
+        seen.append((block, same_phi, same_theta))
+        assert isinstance(new, State)
+        return new, row
+
+    monkeypatch.setattr(driver, "step", watched)
+    fit(zoo.pumps, zoo.PUMPS)
+    assert ("E", False, True) in seen  # phi moved, theta did not
+    assert ("M", True, False) in seen
+    assert all(same_theta for block, _, same_theta in seen if block == "E")
+    assert all(same_phi for block, same_phi, _ in seen if block == "M")
+
+
+def test_global_state_is_untouched_by_a_fit(fit, global_state):
+    snapshot, same = global_state
+    pyro.param("mine", torch.tensor(3.0))
+    pyro.enable_validation(False)
+    torch.set_default_dtype(torch.float32)
+    before = snapshot()
+    result = fit(zoo.pumps, zoo.PUMPS)
+    result.diagnose(num_draws=500)
+    result.sample(10)
+    result.to_arviz(num_draws=50)
+    same(before)
+    pyro.enable_validation(True)
+
+
+def test_python_and_numpy_generators_are_untouched():
+    # in a process of its own: the type checker of the tests itself draws from `random`
+    code = """
+        import random, sys, warnings
+        import numpy as np
+        sys.path.insert(0, "tests")
+        import zoo, pyro_vem
+        random.seed(5)
+        np.random.seed(5)
+        before = np.random.get_state()[1].copy(), random.getstate()
+        fit = pyro_vem.fit_vem(zoo.pumps, zoo.PUMPS, progress=False, max_iter=2)
+        fit.sample(10)
+        assert np.array_equal(np.random.get_state()[1], before[0])
+        assert random.getstate() == before[1]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("when", ["at once", "at the third run", "in a callback"])
+def test_global_state_is_untouched_by_an_exception(fit, global_state, when):
+    snapshot, same = global_state
+    pyro.param("mine", torch.tensor(3.0))
+    runs = []
+
+    def model():
+        runs.append(1)
+        if when == "at once" or (when == "at the third run" and len(runs) == 3):
+            raise RuntimeError("boom")
+        zoo.pumps(zoo.PUMP_HOURS, zoo.PUMP_FAILURES)
+
+    def callback(step, params):
+        if when == "in a callback":
+            raise RuntimeError("boom")
+
+    before = snapshot()
+    with pytest.raises((vem.ModelError, RuntimeError), match="boom"):
+        fit(model, callbacks=[callback])
+    same(before)
+
+
+def test_handlers_of_the_caller_see_nothing(fit):
+    with pyro.poutine.trace() as outer:
+        fit(zoo.eight_schools, zoo.SCHOOLS, max_iter=1)
+    assert list(outer.trace.nodes) in ([], ["_INPUT"], ["_INPUT", "_RETURN"])
+
+
+def test_modules_of_the_caller_are_untouched(fit):
+    net = nn.Linear(1, 1)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x, y = torch.linspace(-1, 1, 20).unsqueeze(-1), torch.linspace(-1, 3, 20)
+
+    def model(x, y):
+        pyro.module("net", net)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(net(x).squeeze(-1), 0.1), obs=y)
+
+    result = fit(model, {"x": x, "y": y})
+    assert result.converged
+    assert float(result.params["net$$$weight"]) == pytest.approx(2.0, abs=1e-3)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert value.dtype is torch.float32
+
+
+def steps(result):
+    return [(row.block, row.before, row.after, row.gradient, row.evaluations, row.products)
+            for row in result.history]  # fmt: skip
+
+
+def test_same_seed_same_history_bit_for_bit(fit):
+    first = fit(zoo.pumps, zoo.PUMPS, seed=4)
+    torch.rand(7)  # the caller's generator does not matter
+    second = fit(zoo.pumps, zoo.PUMPS, seed=4)
+    other = fit(zoo.pumps, zoo.PUMPS, seed=5)
+    assert steps(first) == steps(second)
+    assert steps(first) != steps(other)
+    assert torch.equal(first.params["tau"], second.params["tau"])
+    assert first.elbo == second.elbo
+
+
+def test_two_fits_do_not_see_each_other(fit):
+    alone = fit(zoo.pumps, zoo.PUMPS)
+    fit(zoo.pumps, {"hours": zoo.PUMP_HOURS, "failures": zoo.PUMP_FAILURES * 100})
+    again = fit(zoo.pumps, zoo.PUMPS)
+    assert steps(alone) == steps(again)
+
+
+def test_the_bound_never_falls(fit):
+    for result in (fit(zoo.pumps, zoo.PUMPS), fit(zoo.eight_schools, zoo.SCHOOLS)):
+        for row in result.history:
+            assert row.after >= row.before - 1e-9 * (1 + abs(row.before))
+
+
+def test_import_has_no_side_effect_and_stays_light():
+    code = """
+        import sys, torch, pyro
+        before = (torch.get_default_dtype(), torch.distributions.Distribution._validate_args,
+                  pyro.settings.get(), torch.get_num_threads(), torch.initial_seed())
+        import pyro_vem
+        after = (torch.get_default_dtype(), torch.distributions.Distribution._validate_args,
+                 pyro.settings.get(), torch.get_num_threads(), torch.initial_seed())
+        assert before == after
+        loaded = {"arviz", "matplotlib", "pandas"} & set(sys.modules)
+        assert not loaded, loaded
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+def test_optional_parts_are_reached_by_name():
+    assert vem.plots.elbo
+    assert vem.Diagnosis.__name__ == "Diagnosis"
+    assert vem.Comparison.__name__ == "Comparison"
+    assert {"plots", "Diagnosis", "Comparison"} <= set(dir(vem))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = vem.nothing
