@@ -106,6 +106,8 @@ def site_terms(plan: Plan, guide_sites: Sites, model_sites: Sites) -> dict[str, 
     """One draw's contribution of every row of the plan to the ELBO, in nats."""
     terms = {}
     for row in plan.rows:
+        if row.kind != "auxiliary" and row.site not in model_sites:
+            raise UnsupportedModelError(f"site {row.site!r} appears in some runs of the model only")
         if row.kind == "auxiliary":
             terms[row.site] = -log_density(guide_sites[row.site]).sum()
         elif row.kind == "KL":

@@ -14,14 +14,14 @@ from ..model.runtime import Site
 
 
 class _GammaQuantile(torch.autograd.Function):
-    """Quantile of Gamma(a, 1) at a standard normal score; gradient by implicit differentiation.
+    """Quantile x of Gamma(a, 1) at a standard normal score, with dx/da by implicit differentiation.
 
     Torch's own Gamma sampler rejects, so its draw jumps when the shape moves; this one does not.
     """
 
     @staticmethod
     def forward(shape: Tensor, noise: Tensor) -> Tensor:
-        a, score = np.broadcast_arrays(shape.detach().numpy(), noise.detach().numpy())
+        a, score = shape.detach().numpy(), noise.detach().numpy()
         lower = special.gammaincinv(a, special.ndtr(score))
         upper = special.gammainccinv(a, special.ndtr(-score))  # keeps digits in the right tail
         return torch.as_tensor(np.maximum(np.where(score < 0, lower, upper), np.finfo(float).tiny))
@@ -31,23 +31,45 @@ class _GammaQuantile(torch.autograd.Function):
         ctx.save_for_backward(inputs[0], output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         shape, value = ctx.saved_tensors
-        a, x = np.broadcast_arrays(shape.detach().numpy(), value.detach().numpy())
-        step = 1e-5 * np.maximum(a, 1e-3)
-        slope = (special.gammainc(a + step, x) - special.gammainc(a - step, x)) / (2 * step)
-        log_density = special.xlogy(a - 1, x) - x - special.gammaln(a)
-        return (-grad * torch.from_numpy(slope * np.exp(-log_density))).sum_to_size(shape.shape), None
+        return grad * _GammaSlope.apply(shape, value), None  # type: ignore[no-untyped-call]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, int | None], shape: Tensor, noise: Tensor) -> Any:
-        rank = max(t.dim() - (d is not None) for t, d in zip((shape, noise), in_dims, strict=True))
-        moved = []
-        for tensor, dim in zip((shape, noise), in_dims, strict=True):
-            lead = tensor.movedim(dim, 0) if dim is not None else tensor.unsqueeze(0)
-            moved.append(lead.reshape(lead.shape[0], *(1,) * (rank - lead.dim() + 1), *lead.shape[1:]))
+        moved = [
+            tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
+            for tensor, dim in zip((shape, noise), in_dims, strict=True)
+        ]
         return _gamma(moved[0], moved[1]), 0
+
+
+class _GammaSlope(torch.autograd.Function):
+    """dx/da of the Gamma quantile, -(dP(a, x)/da) / p(x | a); differentiable once more."""
+
+    @staticmethod
+    def forward(shape: Tensor, value: Tensor) -> Tensor:
+        return torch.as_tensor(_slope(shape.detach().numpy(), value.detach().numpy()))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        shape, value, slope = (tensor.detach() for tensor in ctx.saved_tensors)
+        a, x = shape.numpy(), value.numpy()
+        step = 1e-3 * np.maximum(a, 1e-3)
+        by_shape = torch.as_tensor((_slope(a + step, x) - _slope(a - step, x)) / (2 * step))
+        by_value = torch.digamma(shape) - value.log() - slope * ((shape - 1) / value - 1)
+        return grad * by_shape, grad * by_value
+
+
+def _slope(a: Any, x: Any) -> Any:
+    step = 1e-5 * np.maximum(a, 1e-3)
+    change = (special.gammainc(a + step, x) - special.gammainc(a - step, x)) / (2 * step)
+    log_density = special.xlogy(a - 1, x) - x - special.gammaln(a)
+    return -change * np.exp(-log_density)
 
 
 def _unwrapped(fn: Any) -> Any:
@@ -130,5 +152,6 @@ def transport(fn: Any, noise: Tensor) -> Tensor:
 
 
 def _gamma(shape: Tensor, noise: Tensor) -> Tensor:
+    shape, noise = torch.broadcast_tensors(shape, noise)
     value: Tensor = _GammaQuantile.apply(shape, noise)  # type: ignore[no-untyped-call]
     return value

@@ -21,7 +21,7 @@ from .setup import FitOptions, Setup, set_up
 from .smooth import Method
 from .state import State
 from .status import Status, Step
-from .steps import is_twice_differentiable, start_variances, step
+from .steps import note_derivatives, start_variances, step
 from .stopping import remaining, runaway
 
 Schedule = Literal["auto", "alternate", "joint"]
@@ -164,7 +164,7 @@ class _Run:
         self.state = State(phi, theta, _finite_elbo(setup, phi, theta))
         self.first = self.state
         self.final_gtol = 0.1 * self.tol**0.5
-        self.is_twice = is_twice_differentiable(setup, self.state)
+        note_derivatives(setup, self.state)
         self.iterations = 0
         self.scales = Scales(setup)
         self.bar = _bar(self.progress)
@@ -236,7 +236,7 @@ class _Run:
             return chosen
         sizes = {"E": self.setup.phi.size, "M": self.setup.theta.size}
         size = sizes.get(block, sum(sizes.values()))
-        return "newton" if size <= NEWTON_LIMIT and self.is_twice else "lbfgs"
+        return "newton" if size <= NEWTON_LIMIT else "lbfgs"
 
     def _record(self, row: Step | None) -> None:
         if row is None:

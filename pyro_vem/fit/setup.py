@@ -1,6 +1,5 @@
 """From a user's model, data and guide to a problem with its blocks of parameters."""
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ..model.data import Arguments, arguments
 from ..model.parameters import Block, Parameter
 from ..model.prototype import Prototype, discover_modules, parameters_of, prototype
 from ..model.roles import roles_of
-from ..model.runtime import Program
+from ..model.runtime import Program, copied
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def _bound_guide(guide: Any, model: Callable[..., Any], latents: tuple[Any, ...]
     if isinstance(guide, FactorisedNormal):
         return guide.bind(latents) if latents else None
     # A lazy guide builds itself at its first call; the user's own object stays as it is.
-    return copy.deepcopy(guide) if isinstance(guide, nn.Module) else guide
+    return copied(guide) if isinstance(guide, nn.Module) else guide
 
 
 def _model_block(

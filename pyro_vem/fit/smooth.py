@@ -14,6 +14,9 @@ Vector: TypeAlias = NDArray[np.float64]
 Method: TypeAlias = Literal["newton", "lbfgs"]
 
 
+DIFFERENCE = 1e-4  # step of differences of a gradient, in scaled coordinates
+
+
 class Smooth:
     """Value, gradient and Hessian-vector products of a scalar function of a flat vector.
 
@@ -59,10 +62,21 @@ class Smooth:
         if not gradient.requires_grad:
             return np.zeros_like(v)
         direction = torch.from_numpy(self.scale * v)
-        (product,) = torch.autograd.grad(
-            (gradient * direction).sum(), self._leaf, retain_graph=True, materialize_grads=True
-        )
+        try:
+            (product,) = torch.autograd.grad(
+                (gradient * direction).sum(), self._leaf, retain_graph=True, materialize_grads=True
+            )
+        except (RuntimeError, NotImplementedError):  # some operation has a first derivative only
+            return self._difference(a, v)
         return self.scale * product.numpy()
+
+    def _difference(self, a: Vector, v: Vector) -> Vector:
+        """The product by central differences of the gradient."""
+        step = DIFFERENCE / max(float(np.linalg.norm(v)), 1e-300)
+        twin = Smooth(self.function, self.origin, self.scale)
+        product = (twin.gradient(a + step * v) - twin.gradient(a - step * v)) / (2 * step)
+        self.evaluations += twin.evaluations
+        return product
 
     def _move(self, a: Vector) -> None:
         if self._at is not None and np.array_equal(a, self._at):

@@ -10,7 +10,7 @@ from ..errors import NonMonotoneError
 from ..guides.factorised import FactorisedNormal
 from .scales import free_sites
 from .setup import Setup
-from .smooth import Method, Smooth, Vector, minimise
+from .smooth import Method, Vector, minimise
 from .state import State, joint_loss, loss_of, moved
 from .status import Step
 
@@ -53,17 +53,17 @@ def step(
     return new, row
 
 
-def is_twice_differentiable(setup: Setup, state: State) -> bool:
-    """True if Hessian-vector products can be had; if not, the plan says why."""
-    smooth = Smooth(joint_loss(setup), state.joint, np.ones(state.joint.size))
-    zero = np.zeros(state.joint.size)
+def note_derivatives(setup: Setup, state: State) -> None:
+    """Record in the plan if Hessian-vector products come from differences of the gradient."""
+    leaf = torch.from_numpy(state.joint).requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        joint_loss(setup)(leaf), leaf, create_graph=True, materialize_grads=True
+    )
     try:
-        smooth.hessian_product(zero, zero)
+        torch.autograd.grad(gradient.sum(), leaf, allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0][:120]
-        setup.objective.add_note(f"L-BFGS steps: no second derivatives ({reason})")
-        return False
-    return True
+        setup.objective.add_note(f"Hessian products by differences of the gradient: {reason}")
 
 
 def _check_rise(before: float, after: float, block: str, iteration: int) -> None:

@@ -82,17 +82,20 @@ class FactorisedNormal(ABC):
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site; an ordinary Pyro guide with the model's signature."""
-        return {site.name: self._sample(site, args, kwargs) for site in self.latents(*args, **kwargs)}
-
-    def _sample(self, site: Latent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        loc, scale = self.moments(site, args, kwargs)
-        with ExitStack() as stack:
-            for plate in site.plates:
-                stack.enter_context(pyro.plate(plate.name, plate.size, dim=plate.dim))
-            if site.idle is not None:  # elements that the model never uses have no factor
-                stack.enter_context(pyro.poutine.mask(mask=~site.idle))
-            value: Tensor = pyro.sample(site.name, normal_through(site.transform, loc, scale, site.event_dim))
-        return value
+        sites = self.latents(*args, **kwargs)
+        needed = dict.fromkeys(plate for site in sites for plate in site.plates)
+        plates = {plate: pyro.plate(plate.name, plate.size, dim=plate.dim) for plate in needed}
+        values = {}
+        for site in sites:
+            loc, scale = self.moments(site, args, kwargs)
+            factor = normal_through(site.transform, loc, scale, site.event_dim)
+            with ExitStack() as stack:
+                for plate in site.plates:
+                    stack.enter_context(plates[plate])
+                if site.idle is not None:  # elements that the model never uses have no factor
+                    stack.enter_context(pyro.poutine.mask(mask=~site.idle))
+                values[site.name] = pyro.sample(site.name, factor)
+        return values
 
     @abstractmethod
     def moments(self, site: Latent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:

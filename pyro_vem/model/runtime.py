@@ -4,6 +4,7 @@ Everything that touches Pyro's or torch's global state, or an internal of theirs
 module: `isolated` puts the state back, `Program` swaps parameters and weights for one run.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,10 @@ Site: TypeAlias = dict[str, Any]
 
 Choose: TypeAlias = Callable[[Site], Tensor | None]
 """Gives a latent site its value; None leaves the draw to the site's own distribution."""
+
+
+# Weights are swapped for plain tensors during a run, which pyro.module remarks on.
+SWAPPED = ".*not registered in the param store"
 
 
 @contextmanager
@@ -47,8 +52,7 @@ def isolated(dtype: torch.dtype | None = None, seed: int = 0) -> Iterator[None]:
             pyro.validation_enabled(False),
             warnings.catch_warnings(),
         ):
-            # Weights are swapped for plain tensors during a run, which pyro.module remarks on.
-            warnings.filterwarnings("ignore", message=".*not registered in the param store")
+            warnings.filterwarnings("ignore", message=SWAPPED)
             pyro.set_rng_seed(seed)
             if dtype is not None:
                 torch.set_default_dtype(dtype)
@@ -195,8 +199,11 @@ class Program:
         if native:
             dtypes = {name: self._dtypes[path] for name, path in self._paths.items()}
             params = {name: value.to(dtypes.get(name, value.dtype)) for name, value in params.items()}
-        run = pyro.poutine.substitute(self.fn, data=params)
-        return self._with_weights(params, constants, lambda: run(*args, **kwargs))
+        stored = {name: value for name, value in params.items() if name not in self._paths}
+        run = pyro.poutine.substitute(self.fn, data=stored)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=SWAPPED)
+            return self._with_weights(params, constants, lambda: run(*args, **kwargs))
 
     def _with_weights(
         self, params: Mapping[str, Tensor], constants: Mapping[str, Tensor], run: Callable[[], Any]
@@ -208,9 +215,30 @@ class Program:
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A detached copy of a weight; pyro.module passes over weights that need no gradient."""
+    """A weight or buffer in another dtype; Pyro registers only what looks like a weight."""
     value = tensor.detach()
-    return value.to(dtype).requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else value
+    if tensor.is_floating_point():
+        value = value.to(dtype)
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy of a guide module.
+
+    Pyro's autoguides drop their model when they are copied, the original too: both get it back.
+    """
+    kept: list[dict[str, Any]] = [
+        {key: m.__dict__[key] for key in ("_model", "_original_model", "master") if key in m.__dict__}
+        for m in module.modules()
+    ]
+    try:
+        twin = copy.deepcopy(module)
+    finally:
+        for m, values in zip(module.modules(), kept, strict=True):
+            m.__dict__.update(values)
+    for m, values in zip(twin.modules(), kept, strict=True):
+        m.__dict__.update({key: value for key, value in values.items() if key != "master"})
+    return twin
 
 
 @contextmanager
