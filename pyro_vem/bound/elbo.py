@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..model.roles import roles_of
-from ..model.runtime import Site, is_subsample
+from ..model.runtime import Site, is_deterministic, is_subsample
 from .tables import ElboTerms, Plan, TermRow
 from .terms import make_plan, site_terms
 
@@ -116,10 +116,13 @@ class AnalyticKL_ELBO(ELBO):  # type: ignore[misc]
     def _particles(
         self, model: Program, guide: Program, args: Any, kwargs: Any
     ) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
+        """One pair a particle; a single pair of means if they are vectorised."""
         plan = None
+        share = self.num_particles if self.vectorize_particles else 1
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             plan = plan or self._plan(guide, model_trace, guide_trace)
-            yield plan, site_terms(plan, _sites(guide_trace), _sites(model_trace))
+            terms = site_terms(plan, _sites(guide_trace), _sites(model_trace))
+            yield plan, {name: value / share for name, value in terms.items()}
 
     def _plan(self, guide: Program, model_trace: Trace, guide_trace: Trace) -> Plan:
         return make_plan(guide, _sites(guide_trace), _sites(model_trace), analytic=self.analytic)
@@ -141,7 +144,5 @@ def _sites(trace: Trace) -> dict[str, Site]:
     return {
         name: site
         for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and not is_subsample(site)
-        and not (site["infer"] or {}).get("_deterministic")
+        if site["type"] == "sample" and not is_subsample(site) and not is_deterministic(site)
     }

@@ -133,6 +133,7 @@ class Objective:
         notes = plan.notes + ((note,) if note else ())
         self.plan = Plan(plan.rows, notes)
         self._vectorised = True
+        self.is_twice = True  # second derivatives by autograd are right
 
     @property
     def is_random(self) -> bool:

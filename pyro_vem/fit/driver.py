@@ -21,7 +21,7 @@ from .setup import FitOptions, Setup, set_up
 from .smooth import Method
 from .state import State
 from .status import Status, Step
-from .steps import note_derivatives, start_variances, step
+from .steps import check_second_derivatives, start_variances, step
 from .stopping import remaining, runaway
 
 Schedule = Literal["auto", "alternate", "joint"]
@@ -164,9 +164,9 @@ class _Run:
         self.state = State(phi, theta, _finite_elbo(setup, phi, theta))
         self.first = self.state
         self.final_gtol = 0.1 * self.tol**0.5
-        note_derivatives(setup, self.state)
         self.iterations = 0
         self.scales = Scales(setup)
+        check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
         self.bar = _bar(self.progress)
         if warm is None:
             self.state, row = start_variances(setup, self.state)

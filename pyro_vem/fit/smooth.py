@@ -17,6 +17,24 @@ Method: TypeAlias = Literal["newton", "lbfgs"]
 DIFFERENCE = 1e-4  # step of differences of a gradient, in scaled coordinates
 
 
+@dataclass(frozen=True)
+class Loss:
+    """A smooth scalar function of a flat float64 vector.
+
+    Attributes:
+        function: the function, differentiable by autograd.
+        is_twice: whether autograd's second derivatives can be believed; if not, Hessian products
+            are differences of the gradient.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    is_twice: bool = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The value at `x`."""
+        return self.function(x)
+
+
 class Smooth:
     """Value, gradient and Hessian-vector products of a scalar function of a flat vector.
 
@@ -25,15 +43,15 @@ class Smooth:
     the function is not finite count as +inf.
 
     Example:
-        >>> f = Smooth(lambda x: (x**2).sum(), np.zeros(2), np.ones(2))
+        >>> f = Smooth(Loss(lambda x: (x**2).sum()), np.zeros(2), np.ones(2))
         >>> f.value(np.array([1.0, 2.0])), f.gradient(np.array([1.0, 2.0]))
         (5.0, array([2., 4.]))
         >>> f.hessian_product(np.array([1.0, 2.0]), np.array([1.0, 0.0]))
         array([2., 0.])
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], origin: Vector, scale: Vector) -> None:
-        self.function, self.origin, self.scale = function, origin, scale
+    def __init__(self, loss: Loss, origin: Vector, scale: Vector) -> None:
+        self.loss, self.origin, self.scale = loss, origin, scale
         self.evaluations = 0
         self.products = 0
         self._at: Vector | None = None
@@ -57,23 +75,22 @@ class Smooth:
 
     def hessian_product(self, a: Vector, v: Vector) -> Vector:
         """Hessian with respect to `a`, times `v`."""
-        gradient = self._gradient_tensor(a)
         self.products += 1
+        if not self.loss.is_twice:
+            return self.difference_product(a, v)
+        gradient = self._gradient_tensor(a)
         if not gradient.requires_grad:
             return np.zeros_like(v)
         direction = torch.from_numpy(self.scale * v)
-        try:
-            (product,) = torch.autograd.grad(
-                (gradient * direction).sum(), self._leaf, retain_graph=True, materialize_grads=True
-            )
-        except (RuntimeError, NotImplementedError):  # some operation has a first derivative only
-            return self._difference(a, v)
+        (product,) = torch.autograd.grad(
+            (gradient * direction).sum(), self._leaf, retain_graph=True, materialize_grads=True
+        )
         return self.scale * product.numpy()
 
-    def _difference(self, a: Vector, v: Vector) -> Vector:
-        """The product by central differences of the gradient."""
+    def difference_product(self, a: Vector, v: Vector) -> Vector:
+        """The Hessian product by central differences of the gradient."""
         step = DIFFERENCE / max(float(np.linalg.norm(v)), 1e-300)
-        twin = Smooth(self.function, self.origin, self.scale)
+        twin = Smooth(self.loss, self.origin, self.scale)
         product = (twin.gradient(a + step * v) - twin.gradient(a - step * v)) / (2 * step)
         self.evaluations += twin.evaluations
         return product
@@ -83,7 +100,7 @@ class Smooth:
             return
         self.evaluations += 1
         self._leaf = torch.from_numpy(self.point(a)).requires_grad_()
-        self._value, self._gradient = self.function(self._leaf), None
+        self._value, self._gradient = self.loss(self._leaf), None
         self._at = np.array(a)
 
     def _gradient_tensor(self, a: Vector) -> Tensor:
@@ -113,7 +130,7 @@ class Minimum:
 
 
 def minimise(
-    function: Callable[[Tensor], Tensor],
+    loss: Loss,
     start: Vector,
     scale: Vector,
     *,
@@ -124,7 +141,7 @@ def minimise(
     """Minimise from `start`; never ends at a higher value, and believes only the gradient.
 
     Args:
-        function: smooth scalar function of a flat float64 vector.
+        loss: the function.
         start: first point; the function must be finite there.
         scale: one positive length for each coordinate: about the distance over which the
             function changes by a nat.
@@ -138,12 +155,12 @@ def minimise(
 
     Example:
         >>> result = minimise(
-        ...     lambda x: ((x - 3.0) ** 4).sum() + (x**2).sum(), np.zeros(1), np.ones(1),
+        ...     Loss(lambda x: ((x - 3.0) ** 4).sum() + (x**2).sum()), np.zeros(1), np.ones(1),
         ...     gtol=1e-8, max_iter=50, method="newton")
         >>> round(float(result.x[0]), 4)
         2.0
     """
-    smooth = Smooth(function, start.copy(), scale)
+    smooth = Smooth(loss, start.copy(), scale)
     zero = np.zeros_like(start)
     best: list[Any] = [zero, smooth.value(zero)]
 
@@ -195,7 +212,7 @@ def _lbfgs(
             return
 
 
-def curvature_scale(function: Callable[[Tensor], Tensor], x: Vector, probes: int = 8) -> Vector:
+def curvature_scale(loss: Loss, x: Vector, probes: int = 8) -> Vector:
     """Lengths 1 / sqrt|H_ii| of a block without a natural scale, H_ii by Hutchinson's estimator.
 
     Coordinates with no curvature get the largest length found, or 1.
@@ -205,12 +222,12 @@ def curvature_scale(function: Callable[[Tensor], Tensor], x: Vector, probes: int
         Numer. Math. 57.
 
     Example:
-        >>> curvature_scale(lambda x: 50 * x[0] ** 2 + 0.5 * x[1] ** 2, np.ones(2))
+        >>> curvature_scale(Loss(lambda x: 50 * x[0] ** 2 + 0.5 * x[1] ** 2), np.ones(2))
         array([0.1, 1. ])
     """
     if not x.size:
         return np.zeros(0)
-    smooth = Smooth(function, x, np.ones_like(x))
+    smooth = Smooth(loss, x, np.ones_like(x))
     zero = np.zeros_like(x)
     if x.size <= probes:
         diagonal = np.array([smooth.hessian_product(zero, e) @ e for e in np.eye(x.size)])
@@ -223,13 +240,11 @@ def curvature_scale(function: Callable[[Tensor], Tensor], x: Vector, probes: int
     return np.asarray(1.0 / np.sqrt(np.maximum(magnitude, 1e-8 * magnitude.max())))
 
 
-def predicted_gain(
-    function: Callable[[Tensor], Tensor], x: Vector, scale: Vector, *, tol: float, max_products: int = 400
-) -> float:
+def predicted_gain(loss: Loss, x: Vector, scale: Vector, *, tol: float, max_products: int = 400) -> float:
     """What a Newton step from `x` would gain, 1/2 g' H^-1 g, by conjugate gradients.
 
     Args:
-        function: smooth scalar function of a flat float64 vector.
+        loss: the function.
         x: the point.
         scale: lengths of the coordinates.
         max_products: most Hessian-vector products.
@@ -240,12 +255,12 @@ def predicted_gain(
         direction (no maximum of the bound here) or the products run out.
 
     Example:
-        >>> predicted_gain(lambda x: 2 * (x**2).sum(), np.ones(2), np.ones(2), tol=1e-8)
+        >>> predicted_gain(Loss(lambda x: 2 * (x**2).sum()), np.ones(2), np.ones(2), tol=1e-8)
         4.0
     """
     if not x.size:
         return 0.0
-    smooth = Smooth(function, x, scale)
+    smooth = Smooth(loss, x, scale)
     zero = np.zeros_like(x)
     residual = -smooth.gradient(zero)
     direction = residual.copy()

@@ -1,14 +1,12 @@
 """Where a fit is, and the bound as a function of one block of parameters."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .setup import Setup
-from .smooth import Vector
+from .smooth import Loss, Vector
 
 
 @dataclass(frozen=True)
@@ -25,20 +23,20 @@ class State:
         return np.concatenate([self.phi, self.theta])
 
 
-def joint_loss(setup: Setup) -> Callable[[Tensor], Tensor]:
+def joint_loss(setup: Setup) -> Loss:
     """Minus the bound as a function of the joint vector."""
     size = setup.phi.size
-    return lambda x: -setup.elbo(x[:size], x[size:])
+    return Loss(lambda x: -setup.elbo(x[:size], x[size:]), setup.objective.is_twice)
 
 
-def loss_of(setup: Setup, state: State, block: str) -> tuple[Callable[[Tensor], Tensor], Vector]:
+def loss_of(setup: Setup, state: State, block: str) -> tuple[Loss, Vector]:
     """Minus the bound as a function of one block, and where that block is now."""
     if block == "E":
         theta = torch.from_numpy(state.theta)
-        return (lambda x: -setup.elbo(x, theta)), state.phi
+        return Loss(lambda x: -setup.elbo(x, theta), setup.objective.is_twice), state.phi
     if block == "M":
         phi = torch.from_numpy(state.phi)
-        return (lambda x: -setup.elbo(phi, x)), state.theta
+        return Loss(lambda x: -setup.elbo(phi, x), setup.objective.is_twice), state.theta
     return joint_loss(setup), state.joint
 
 

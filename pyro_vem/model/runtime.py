@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 import pyro
 import torch
+from pyro.distributions import Delta
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor, nn
@@ -101,7 +103,7 @@ class Execution(Messenger):  # type: ignore[misc]
         if is_subsample(msg):
             if msg["fn"].subsample_size not in (None, msg["fn"].size):
                 self.subsampled.append(name)
-        elif msg["infer"] and msg["infer"].get("_deterministic"):
+        elif is_deterministic(msg):
             self.deterministic[name] = msg
         elif name in self.sites:
             raise ValueError(f"site {name!r} appears twice in one run: give each site its own name")
@@ -112,6 +114,12 @@ class Execution(Messenger):  # type: ignore[misc]
 def is_subsample(msg: Site) -> bool:
     """True for the bookkeeping site that a subsampling plate makes."""
     return type(msg["fn"]).__name__ == "_Subsample"
+
+
+def is_deterministic(msg: Site) -> bool:
+    """True for pyro.deterministic sites, and for sites that a reparameterisation has computed."""
+    fn = msg["fn"]
+    return msg["is_observed"] and isinstance(fn, MaskedDistribution) and isinstance(fn.base_dist, Delta)
 
 
 class _Shell(nn.Module):
