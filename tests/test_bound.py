@@ -205,7 +205,7 @@ def test_elbo_refuses_what_it_cannot_do():
     def guide():
         pyro.sample("k", dist.Bernoulli(pyro.param("p", torch.tensor(0.4))))
 
-    with pytest.raises(vem.UnsupportedModelError, match="'k'.*not reparameterised"):
+    with pytest.raises(vem.UnsupportedModelError, match=r"'k'.*not reparameterised"):
         vem.AnalyticKL_ELBO().loss(model, guide)
     with pytest.raises(ValueError, match="at least one particle"):
         vem.AnalyticKL_ELBO(num_particles=0)
@@ -265,7 +265,9 @@ TRANSPORTS = {
     "LogNormal": (dist.LogNormal(torch.tensor(0.2).double(), 0.5), ()),
     "Dirichlet": (dist.Dirichlet(torch.tensor([2.0, 3.0, 1.5]).double()), (3,)),
     "MultivariateNormal": (
-        dist.MultivariateNormal(torch.tensor([1.0, 2.0]).double(), torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double()),
+        dist.MultivariateNormal(
+            torch.tensor([1.0, 2.0]).double(), torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double()
+        ),
         (2,),
     ),
     "LowRank": (

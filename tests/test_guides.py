@@ -156,7 +156,7 @@ def test_amortized_guide_leaves_other_sites_mean_field(fit):
     assert result.elbo == pytest.approx(free.elbo, abs=1e-3)
     assert guide.encoders["z"].slope.item() == pytest.approx(0.1), "the user's encoder is not trained"
     drawn = Predictive(local, guide=result.guide, num_samples=4)(y)
-    assert drawn["m"].shape == (4,)
+    assert drawn["m"].shape == (4, 1)  # as Predictive shapes sites outside of plates
 
 
 @pytest.mark.parametrize(

@@ -172,8 +172,25 @@ def minimise(
 
     if not start.size or float(np.linalg.norm(smooth.gradient(zero))) <= gtol:
         method = "none"
+    with np.errstate(over="ignore", invalid="ignore"):  # trial points may lie anywhere
+        _search(smooth, tracked, best, gtol, max_iter, method)
+    gradient = float(np.linalg.norm(smooth.gradient(best[0])))
+    point = smooth.point(best[0])
+    return Minimum(point, best[1], gradient, smooth.evaluations, smooth.products)
+
+
+def _search(
+    smooth: Smooth,
+    tracked: Callable[[Vector], float],
+    best: list[Any],
+    gtol: float,
+    max_iter: int,
+    method: Literal["newton", "lbfgs", "none"],
+) -> None:
+    """Run the optimiser; `tracked` keeps the best point that it meets."""
     if method == "newton":
-        options = {"gtol": gtol, "maxiter": max_iter, "initial_trust_radius": start.size**0.5}
+        zero = np.zeros_like(best[0])
+        options = {"gtol": gtol, "maxiter": max_iter, "initial_trust_radius": zero.size**0.5}
         optimize.minimize(
             tracked, zero, jac=smooth.gradient, hessp=smooth.hessian_product,
             method="trust-krylov", options=options,
@@ -183,9 +200,6 @@ def minimise(
         method = "lbfgs" if is_stuck else "none"
     if method == "lbfgs":
         _lbfgs(smooth, tracked, best, gtol, max_iter)
-    gradient = float(np.linalg.norm(smooth.gradient(best[0])))
-    point = smooth.point(best[0])
-    return Minimum(point, best[1], gradient, smooth.evaluations, smooth.products)
 
 
 def _lbfgs(

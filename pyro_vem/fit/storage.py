@@ -64,7 +64,10 @@ def load(path: str | Path, model: Callable[..., Any], data: Any, guide: Any) -> 
     params, guide_params = _group(tensors, "param/"), _group(tensors, "guide/")
     setup = None
     if data is not None:
-        setup = _set_up_again(model, data, guide, summary, {**_group(tensors, "init/"), **params})
+        try:
+            setup = _set_up_again(model, data, guide, summary, {**_group(tensors, "init/"), **params})
+        except ModelError as error:
+            raise ModelError(f"{path} does not fit this model and data: {error}") from error
         _check_same(path, setup, params, guide_params)
     plan = summary["plan"]
     rows = tuple(PlanRow(**{**row, "plates": tuple(row["plates"])}) for row in plan["rows"])

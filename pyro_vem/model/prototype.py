@@ -14,7 +14,7 @@ from ..errors import ModelError, UnsupportedModelError, unknown_names
 from .checks import check_parameter, run_checked
 from .data import Arguments
 from .parameters import Parameter
-from .runtime import Execution, Program, modules_called
+from .runtime import Execution, Program, Site, modules_called
 from .sites import Latent, Plate, bijector, init_strategy, initial_values, latent_of, plates_of
 
 
@@ -95,9 +95,18 @@ def prototype(program: Program, call: Arguments, init: Any = None) -> Prototype:
         latents,
         {name: plates_of(s) for name, s in first.sites.items() if s["is_observed"]},
         {name: plates_of(s) for name, s in first.deterministic.items()},
-        {name: s["fn"].event_dim for name, s in {**first.sites, **first.deterministic}.items()},
+        {name: s["fn"].event_dim for name, s in first.sites.items()}
+        | {name: _event_dim(s) for name, s in first.deterministic.items()},
         parameters,
     )
+
+
+def _event_dim(site: Site) -> int:
+    """Event dimensions of a deterministic site; Pyro's default declares all of them, plates too."""
+    declared: int = site["fn"].event_dim
+    shape, plates = site["value"].shape, plates_of(site)
+    in_plates = all(len(shape) >= -plate.dim and shape[plate.dim] == plate.size for plate in plates)
+    return 0 if plates and in_plates and declared == len(shape) else declared
 
 
 def _with_init(parameter: Parameter, init: Mapping[str, Any]) -> Parameter:

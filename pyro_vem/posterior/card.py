@@ -1,10 +1,13 @@
 """The card that ``print(fit)`` shows."""
 
+import textwrap
 from collections.abc import Iterable
 
 from torch import Tensor
 
 from ..fit.result import VEMResult
+
+LABEL, WIDTH = 9, 100  # columns
 
 
 def card(fit: VEMResult) -> str:
@@ -33,7 +36,14 @@ def card(fit: VEMResult) -> str:
         lines += [("", f"- {reason}") for reason in diagnosis.reasons]
         if not diagnosis.reasons:
             lines.append(("next", "fit.to_arviz() to look at it, fit.compare_nuts() to hold it against NUTS"))
-    return "\n".join(f"{label:<9}{text}".rstrip() for label, text in lines)
+    return "\n".join(_wrapped(label, text) for label, text in lines)
+
+
+def _wrapped(label: str, text: str) -> str:
+    indent = " " * LABEL
+    if text.startswith("- "):
+        indent += "  "
+    return textwrap.fill(f"{label:<{LABEL}}{text}", WIDTH, subsequent_indent=indent).rstrip()
 
 
 def _value(name: str, value: Tensor) -> str:
