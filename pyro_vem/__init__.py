@@ -15,7 +15,7 @@ from .errors import ModelError, NonMonotoneError, UnsupportedModelError, VEMErro
 from .fit.driver import fit_vem
 from .fit.result import VEMResult
 from .fit.setup import FitOptions
-from .fit.status import Status
+from .fit.status import Status, Step
 from .guides.amortized import AmortizedNormal
 from .guides.mean_field import MeanFieldNormal
 from .model.roles import vem_model
@@ -34,6 +34,7 @@ __all__ = [
     "NonMonotoneError",
     "Plan",
     "Status",
+    "Step",
     "UnsupportedModelError",
     "VEMError",
     "VEMResult",

@@ -125,7 +125,7 @@ class ElboTerms:
 
     @property
     def regularisation(self) -> float:
-        """The rest of the ELBO: minus the KL terms, plus log priors of MAP sites, in nats."""
+        """The rest of the ELBO, which is minus the KL terms, plus log priors of MAP sites, in nats."""
         return sum((row.value for row in self.rows if row.kind != "likelihood"), 0.0)
 
     def __str__(self) -> str:

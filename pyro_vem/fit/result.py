@@ -107,7 +107,7 @@ class VEMResult:
 
     @property
     def model(self) -> Callable[..., Any]:
-        """The model with the fitted parameters in place: an ordinary Pyro callable.
+        """The model with the fitted parameters in place, an ordinary Pyro callable.
 
         Works in Predictive and NUTS with an empty parameter store. Weights of modules are
         swapped in while it runs, and the user's modules are never changed.
@@ -124,7 +124,7 @@ class VEMResult:
 
     @property
     def guide(self) -> Callable[..., Any]:
-        """The guide with the fitted parameters in place: an ordinary Pyro callable.
+        """The guide with the fitted parameters in place, an ordinary Pyro callable.
 
         Raises:
             ModelError: if no latent was left for a guide.
@@ -149,7 +149,7 @@ class VEMResult:
         """Draws from the fitted posterior.
 
         Returns:
-            Tensors shaped (n, *site) for each latent site on its constrained scale, MAP sites
+            Tensors shaped ``(n, *site)`` for each latent site on its constrained scale, MAP sites
             (constant) and deterministic sites included.
         """
         return self.draw(n, seed, "values")["values"]

@@ -136,7 +136,7 @@ def minimise(
     *,
     gtol: float,
     max_iter: int,
-    method: Literal["newton", "lbfgs", "none"],
+    method: Method,
 ) -> Minimum:
     """Minimise from `start`; never ends at a higher value, and believes only the gradient.
 
@@ -147,7 +147,7 @@ def minimise(
             function changes by a nat.
         gtol: bound on the gradient norm in scaled coordinates.
         max_iter: iterations of the method.
-        method: "newton" (trust region on Hessian-vector products) or "lbfgs"; "none" stays put.
+        method: "newton" (trust region on Hessian-vector products) or "lbfgs".
 
     References:
         Gould, Lucidi, Roma and Toint (1999), Solving the trust-region subproblem using the
@@ -170,10 +170,9 @@ def minimise(
             best[:] = [a.copy(), value]
         return value
 
-    if not start.size or float(np.linalg.norm(smooth.gradient(zero))) <= gtol:
-        method = "none"
-    with np.errstate(over="ignore", invalid="ignore"):  # trial points may lie anywhere
-        _search(smooth, tracked, best, gtol, max_iter, method)
+    if start.size and float(np.linalg.norm(smooth.gradient(zero))) > gtol:
+        with np.errstate(over="ignore", invalid="ignore"):  # trial points may lie anywhere
+            _search(smooth, tracked, best, gtol, max_iter, method)
     gradient = float(np.linalg.norm(smooth.gradient(best[0])))
     point = smooth.point(best[0])
     return Minimum(point, best[1], gradient, smooth.evaluations, smooth.products)
@@ -185,7 +184,7 @@ def _search(
     best: list[Any],
     gtol: float,
     max_iter: int,
-    method: Literal["newton", "lbfgs", "none"],
+    method: Method,
 ) -> None:
     """Run the optimiser; `tracked` keeps the best point that it meets."""
     if method == "newton":
@@ -195,11 +194,10 @@ def _search(
             tracked, zero, jac=smooth.gradient, hessp=smooth.hessian_product,
             method="trust-krylov", options=options,
         )  # fmt: skip
-        # trust-krylov stands still where there is no curvature at all.
-        is_stuck = not best[0].any() and float(np.linalg.norm(smooth.gradient(best[0]))) > gtol
-        method = "lbfgs" if is_stuck else "none"
-    if method == "lbfgs":
-        _lbfgs(smooth, tracked, best, gtol, max_iter)
+        if best[0].any() or float(np.linalg.norm(smooth.gradient(best[0]))) <= gtol:
+            return
+    # Asked for; or trust-krylov stood still, as it does where there is no curvature at all.
+    _lbfgs(smooth, tracked, best, gtol, max_iter)
 
 
 def _lbfgs(

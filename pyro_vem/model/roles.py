@@ -50,7 +50,7 @@ def vem_model(
         fixed: parameters held at their initial value; a module's name holds all its weights.
 
     Returns:
-        `fn` itself, or a decorator when called without it.
+        ``fn`` itself, or a decorator when called without it.
 
     Raises:
         TypeError: for a bare string instead of a tuple of names, or an object that cannot

@@ -35,7 +35,7 @@ def to_arviz(
         seed: of the draws.
 
     Raises:
-        ValueError: if `dims` does not fit a site.
+        ValueError: if ``dims`` does not fit a site.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist

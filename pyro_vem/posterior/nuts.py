@@ -80,7 +80,7 @@ def compare_nuts(
         A `Comparison`.
 
     Raises:
-        ModelError: if there is no latent to sample, or `posterior` has no scalar in common.
+        ModelError: if there is no latent to sample, or ``posterior`` has no scalar in common.
 
     References:
         Hoffman and Gelman (2014), The No-U-Turn sampler, JMLR 15.
