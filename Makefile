@@ -18,6 +18,7 @@ test: lint types unit docs  ## everything that CI runs
 
 test-all: lint types $(STAMP)  ## with tests marked slow and the tutorials at full length
 	$(BIN)/pytest -m ""
+	rm -rf docs/gallery docs/_build
 	PYRO_VEM_SMOKE= $(MAKE) docs
 	$(MAKE) demo
 

@@ -99,5 +99,5 @@ print(f"NUTS {comparison.table.loc['tau', 'nuts_mean']:.2f}")
 # %%
 # Both posteriors are kept as files that ArviZ reads.
 
-comparison.idata_vem.to_netcdf(OUT / "eight_schools_vem.nc")
-comparison.idata_nuts.to_netcdf(OUT / "eight_schools_nuts.nc")
+saved = comparison.idata_vem.to_netcdf(OUT / "eight_schools_vem.nc")
+saved = comparison.idata_nuts.to_netcdf(OUT / "eight_schools_nuts.nc")

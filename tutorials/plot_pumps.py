@@ -115,7 +115,7 @@ comparison = fit.compare_nuts(num_chains=4, coords={"pump": pumps}, progress=not
 print(comparison)
 
 # %%
-# Points are means, bars 90 % intervals.
+# Points are medians, bars hold 50 % and 90 % of the draws.
 
 ax = comparison.plot()
 ax.figure.savefig(OUT / "pumps_forest.png", dpi=150)
@@ -123,8 +123,8 @@ ax.figure.savefig(OUT / "pumps_forest.png", dpi=150)
 # %%
 # Both posteriors are kept as files that ArviZ reads.
 
-comparison.idata_vem.to_netcdf(OUT / "pumps_vem.nc")
-comparison.idata_nuts.to_netcdf(OUT / "pumps_nuts.nc")
+saved = comparison.idata_vem.to_netcdf(OUT / "pumps_vem.nc")
+saved = comparison.idata_nuts.to_netcdf(OUT / "pumps_nuts.nc")
 
 # %%
 # The way up

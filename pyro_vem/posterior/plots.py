@@ -50,14 +50,21 @@ def elbo(fit: VEMResult, ax: Any = None) -> Any:
 def forest(comparison: Any, ax: Any = None, **kwargs: Any) -> Any:
     """Intervals of the fit and of NUTS side by side, by ``arviz.plot_forest``.
 
+    Points are medians; thick bars hold 50 %, thin ones 90 % of the draws (highest density).
+
     Args:
         comparison: what ``fit.compare_nuts()`` returned.
         ax: matplotlib axes; new ones by default.
         kwargs: passed on, for example ``var_names``.
     """
     import arviz as az
+    import matplotlib.pyplot as plt
 
-    defaults = {"combined": True, "hdi_prob": 0.9, "colors": ["C0", "C1"]}
+    if ax is None:
+        names = kwargs.get("var_names", list(comparison.idata_vem.posterior.data_vars))
+        rows = sum(comparison.idata_vem.posterior[name][0, 0].size for name in names)
+        _, ax = plt.subplots(figsize=(7, 1.2 + 0.32 * rows), layout="constrained")
+    defaults = {"combined": True, "hdi_prob": 0.9, "colors": ["C0", "C1"], "textsize": 10}
     axes = az.plot_forest(
         [comparison.idata_vem, comparison.idata_nuts],
         model_names=["VEM", "NUTS"],
@@ -65,5 +72,5 @@ def forest(comparison: Any, ax: Any = None, **kwargs: Any) -> Any:
         **{**defaults, **kwargs},
     )
     ax = axes.ravel()[0]
-    ax.set_title("90 % intervals")
+    ax.set_title("Median, 50 % and 90 % intervals", fontsize=11)
     return ax
