@@ -129,8 +129,9 @@ def _entropy(scale: Tensor) -> Tensor:
     return scale.log() + 0.5 * math.log(2 * math.pi * math.e)
 
 
+@register_kl(td.LogNormal, td.LogNormal)
 @register_kl(td.Normal, td.Normal)
-def _normal_normal(q: td.Normal, p: td.Normal) -> Tensor:
+def _gaussians(q: td.Normal | td.LogNormal, p: td.Normal | td.LogNormal) -> Tensor:
     ratio = (q.scale / p.scale) ** 2
     return 0.5 * (ratio + ((q.loc - p.loc) / p.scale) ** 2 - 1 - ratio.log())
 
@@ -146,12 +147,6 @@ def _normal_mvn(q: td.Normal, p: td.MultivariateNormal) -> Tensor:
     size = p.event_shape[0]
     quadratic = whitened.square().sum((-2, -1)) + shift.square().sum((-2, -1))
     return 0.5 * (quadratic - size + log_det) - scale.log().sum(-1)
-
-
-@register_kl(td.LogNormal, td.LogNormal)
-def _lognormal_lognormal(q: td.LogNormal, p: td.LogNormal) -> Tensor:
-    ratio = (q.scale / p.scale) ** 2
-    return 0.5 * (ratio + ((q.loc - p.loc) / p.scale) ** 2 - 1 - ratio.log())
 
 
 @register_kl(td.LogNormal, td.Gamma)

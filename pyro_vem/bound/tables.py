@@ -66,10 +66,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def __getitem__(self, site: str) -> PlanRow:
-        for row in self.rows:
-            if row.site == site:
-                return row
-        raise KeyError(site)
+        return {row.site: row for row in self.rows}[site]
 
     @property
     def exact(self) -> tuple[str, ...]:
@@ -113,10 +110,7 @@ class ElboTerms:
     elbo_se: float
 
     def __getitem__(self, site: str) -> TermRow:
-        for row in self.rows:
-            if row.site == site:
-                return row
-        raise KeyError(site)
+        return {row.site: row for row in self.rows}[site]
 
     @property
     def reconstruction(self) -> float:
