@@ -71,6 +71,31 @@ def moving_support(y):
     pyro.sample("w", dist.Uniform(0.0, z))
 
 
+def support_moves_with_parameter(y):
+    top = pyro.param("top", torch.tensor(10.0), constraint=dist.constraints.positive)
+    z = pyro.sample("z", dist.Uniform(0.0, top))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def given_subsample(y):
+    with pyro.plate("rows", 10, subsample=torch.arange(3)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def zero_scale(y):
+    sd = pyro.param("sd", torch.tensor(0.0), constraint=dist.constraints.positive)
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(0.0, 1.0 + sd), obs=y)
+
+
+def certain_probability(y):
+    p = pyro.param("p", torch.tensor(1.0), constraint=dist.constraints.unit_interval)
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(p, 1.0), obs=y)
+
+
 def changing(y):
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
     if z > 0.05:
@@ -111,6 +136,15 @@ CASES = {
     "discrete latent": (discrete, Y, vem.UnsupportedModelError, ["'k'", "Bernoulli", "sum it out"]),
     "site twice": (twice, Y, vem.ModelError, ["'z'", "twice"]),
     "subsample": (subsampled, Y, vem.UnsupportedModelError, ["'rows'", "minibatches"]),
+    "given subsample": (given_subsample, Y, vem.UnsupportedModelError, ["'rows'", "minibatches"]),
+    "support by parameter": (
+        support_moves_with_parameter,
+        Y,
+        vem.UnsupportedModelError,
+        ["'z'", "pyro.deterministic"],
+    ),
+    "parameter on the edge": (zero_scale, Y, vem.ModelError, ["'sd'", "edge", "inside"]),
+    "parameter on a closed edge": (certain_probability, Y, vem.ModelError, ["'p'", "edge"]),
     "hidden noise": (hidden_noise, Y, vem.UnsupportedModelError, ["'y'", "no pyro.sample site"]),
     "moving support": (moving_support, Y, vem.UnsupportedModelError, ["'w'", "pyro.deterministic"]),
     "changing structure": (changing, Y, vem.UnsupportedModelError, ["'w'", "some runs"]),
@@ -229,6 +263,57 @@ def test_a_module_shared_with_the_guide_is_refused(fit):
 
     with pytest.raises(vem.ModelError, match=r"'decoder\$\$\$.*both model and guide"):
         fit(model, {"y": Y}, guide=guide)
+
+
+def test_a_module_shared_with_a_guide_module_is_refused_before_it_is_copied(fit):
+    net = nn.Linear(1, 1)
+
+    def model(y):
+        pyro.module("decoder", net)
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(net(z.unsqueeze(-1)).squeeze(-1), 1.0), obs=y)
+
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, y):
+            pyro.module("encoder", self.net)
+            with pyro.plate("rows", len(y)):
+                pyro.sample("z", dist.Normal(self.net(y.unsqueeze(-1)).squeeze(-1), 1.0))
+
+    with pytest.raises(vem.ModelError, match=r"'decoder\$\$\$.*both model and guide"):
+        fit(model, {"y": Y}, guide=Guide())
+
+
+def test_a_parameter_without_effect_is_held_and_noted(fit):
+    def model(y):
+        scale = pyro.param("unused", torch.tensor(2.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.deterministic("scaled", scale * z)
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    result = fit(model, {"y": Y})
+    assert result.converged
+    assert float(result.params["unused"]) == 2.0
+    assert any("unused" in note for note in result.plan.notes)
+
+
+def test_a_likelihood_spike_ends_in_a_status(fit):
+    def model(y):
+        loc = pyro.param("loc", torch.tensor([1.0, 10.0]))
+        sd = pyro.param("sd", torch.ones(2), constraint=dist.constraints.positive)
+        with pyro.plate("rows", len(y)):
+            pyro.sample(
+                "y", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(loc, sd)), obs=y
+            )
+
+    with pytest.warns(UserWarning, match="'sd' has run away"):
+        result = fit(model, {"y": torch.tensor([0.0, 1.0, 2.0, 3.0, 10.0])})
+    assert result.status is vem.Status.diverged
 
 
 def test_an_unregistered_module_is_refused(fit):

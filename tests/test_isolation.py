@@ -120,6 +120,22 @@ def test_modules_of_the_caller_are_untouched(fit):
         assert value.dtype is torch.float32
 
 
+def test_buffers_of_the_caller_are_untouched(fit):
+    net = nn.Sequential(nn.Linear(1, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x, y = torch.linspace(-1, 1, 20).unsqueeze(-1), torch.linspace(-1, 3, 20)
+
+    def model(x, y):
+        pyro.module("net", net)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(net(x).squeeze(-1), 0.1), obs=y)
+
+    result = fit(model, {"x": x, "y": y}, max_iter=2)
+    result.model(x, y)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def steps(result):
     return [(row.block, row.before, row.after, row.gradient, row.evaluations, row.products)
             for row in result.history]  # fmt: skip

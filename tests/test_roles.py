@@ -1,5 +1,6 @@
 """`vem_model`: roles by default, MAP sites, held parameters, modules, and what stays plain Pyro."""
 
+import functools
 import math
 
 import pyro
@@ -176,7 +177,7 @@ def test_weights_are_swapped_in_for_plain_calls_only_while_they_run(fit):
     before = net.weight.detach().clone()
     result = fit(model, {"x": X, "y": LINE})
     drawn = Predictive(result.model, num_samples=3)(X)["y"]
-    assert torch.allclose(drawn.mean(0), LINE, atol=0.1)
+    assert torch.allclose(drawn.mean(0), LINE.double(), atol=0.1)
     assert torch.equal(net.weight, before)
     assert not list(pyro.get_param_store())
 
@@ -187,6 +188,42 @@ def test_weights_are_swapped_in_for_plain_calls_only_while_they_run(fit):
     with pytest.raises(RuntimeError):
         failing(X)
     assert torch.equal(net.weight, before)
+
+
+def test_two_modules_and_data_of_either_dtype(fit):
+    mean, spread = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    def model(x, y=None):
+        pyro.module("mean", mean)
+        pyro.module("spread", spread)
+        sd = nn.functional.softplus(spread(x)).squeeze(-1)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            return pyro.sample("y", dist.Normal(mean(x).squeeze(-1) + z, sd), obs=y)
+
+    result = fit(model, {"x": X, "y": LINE}, max_iter=2)
+    assert {name.split("$$$")[0] for name in result.params} == {"mean", "spread"}
+    posterior = result.sample(4)
+    for x in (X.float(), X.double(), X.numpy()):
+        assert Predictive(result.model, guide=result.guide, num_samples=4)(x)["y"].shape == (4, len(X))
+        assert Predictive(result.model, posterior_samples=posterior)(x)["y"].shape == (4, len(X))
+
+
+@pytest.mark.parametrize("wrap", ["partial", "condition", "scale"])
+def test_roles_are_seen_through_handlers_and_partials(fit, wrap):
+    @vem.vem_model(map_sites=("s",))
+    def model(y, sd=1.0):
+        s = pyro.sample("s", dist.Gamma(2.0, 1.0))
+        z = pyro.sample("z", dist.Normal(0.0, s))
+        pyro.sample("y", dist.Normal(z, sd), obs=y)
+
+    wrapped = {
+        "partial": functools.partial(model, sd=2.0),
+        "condition": pyro.condition(model, data={"y": torch.tensor(1.0)}),
+        "scale": pyro.poutine.scale(model, 2.0),
+    }[wrap]
+    result = fit(wrapped, {"y": torch.tensor(1.0)}, max_iter=2)
+    assert list(result.params) == ["s"]
 
 
 def test_data_as_arrays_frames_and_tuples(fit):

@@ -62,7 +62,7 @@ class Problem:
 
         def model() -> Any:
             with pyro.condition(data=points):
-                return self.model.call(params, *self.call.args, native=False, **self.call.kwargs)
+                return self.model.call(params, self.call.args, self.call.kwargs)
 
         return model
 

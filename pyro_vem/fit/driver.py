@@ -21,7 +21,7 @@ from .setup import FitOptions, Setup, set_up
 from .smooth import Method
 from .state import State
 from .status import Status, Step
-from .steps import check_second_derivatives, start_variances, step
+from .steps import check_second_derivatives, note_idle, start_variances, step
 from .stopping import remaining, runaway
 
 Schedule = Literal["auto", "alternate", "joint"]
@@ -167,6 +167,8 @@ class _Run:
         self.iterations = 0
         self.scales = Scales(setup)
         check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
+        if warm is None:
+            note_idle(setup, self.state)
         self.bar = _bar(self.progress)
         if warm is None:
             self.state, row = start_variances(setup, self.state)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..bound.tables import ElboTerms, Plan, TermRow, text_table
 from ..errors import ModelError
+from ..model.data import Arguments
 from ..model.runtime import isolated
 from .setup import FitOptions, Setup
 from .state import State
@@ -109,16 +110,18 @@ class VEMResult:
     def model(self) -> Callable[..., Any]:
         """The model with the fitted parameters in place, an ordinary Pyro callable.
 
-        Works in Predictive and NUTS with an empty parameter store. Weights of modules are
-        swapped in while it runs, and the user's modules are never changed.
+        Works in Predictive and NUTS with an empty parameter store. It computes in float64, as
+        the fit did, and takes data of any floating dtype. Weights of modules are swapped in
+        while it runs, and the user's modules are never changed.
         """
         program = self.setup.problem.model
         points = {name: self.params[name] for name in self.setup.problem.map_sites}
         params = {name: value for name, value in self.params.items() if name not in points}
 
         def model(*args: Any, **kwargs: Any) -> Any:
+            call = Arguments.of(args, kwargs).cast(torch.float64)
             with pyro.condition(data=points):
-                return program.call(params, *args, **kwargs)
+                return program.call(params, call.args, call.kwargs)
 
         return model
 
@@ -134,7 +137,8 @@ class VEMResult:
             raise ModelError("this fit has no guide: every latent is in map_sites, or there is none")
 
         def guide(*args: Any, **kwargs: Any) -> Any:
-            return program.call(self.guide_params, *args, **kwargs)
+            call = Arguments.of(args, kwargs).cast(torch.float64)
+            return program.call(self.guide_params, call.args, call.kwargs)
 
         return guide
 

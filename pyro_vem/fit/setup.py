@@ -59,6 +59,7 @@ class Setup:
         held: parameters that no step moves, constrained.
         prototype: structure of the model.
         guide: the guide as a Pyro callable; None when no latent is left for it.
+        analytic: what the caller's ELBO says of closed forms.
     """
 
     problem: Problem
@@ -68,6 +69,7 @@ class Setup:
     held: Mapping[str, Tensor]
     prototype: Prototype
     guide: Callable[..., Any] | None
+    analytic: str
 
     def theta_values(self, flat: Tensor) -> dict[str, Tensor]:
         """Constrained model parameters by name, held ones included."""
@@ -109,6 +111,7 @@ def set_up(
             stacklevel=3,
         )
     latents = tuple(site for site in proto.latents if site.name not in map_sites)
+    _check_modules_apart(guide, program)
     guide = _bound_guide(guide, model, latents)
     guide_program = discover_modules(Program(guide), raw) if guide is not None else None
     problem = Problem(program, guide_program, call, map_sites)
@@ -118,7 +121,7 @@ def set_up(
     analytic = elbo.analytic if elbo is not None else "auto"
     plan, specs = plan_problem(problem, {p.name: p.init for p in phi.parameters}, values, analytic)
     objective = Objective(problem, plan, specs, options.num_draws, seed)
-    return Setup(problem, objective, phi, theta, held, proto, guide)
+    return Setup(problem, objective, phi, theta, held, proto, guide, analytic)
 
 
 def _check_guide(guide: Any) -> Any:
@@ -170,13 +173,25 @@ def _guide_parameters(program: Program | None, call: Arguments) -> tuple[Paramet
     return parameters_of(program, run)
 
 
+def _check_modules_apart(guide: Any, program: Program) -> None:
+    """Before the guide is copied: one module in both would silently become two."""
+    owned = program.owned_weights
+    for weight in guide.parameters() if isinstance(guide, nn.Module) else ():
+        if id(weight) in owned:
+            raise _shared(owned[id(weight)])
+
+
+def _shared(name: str) -> ModelError:
+    return ModelError(
+        f"parameter {name!r} is used by both model and guide, so that no step owns it: "
+        "give the guide parameters (and modules) of its own"
+    )
+
+
 def _check_shared(problem: Problem, phi: Block, proto: Prototype) -> None:
     shared = set(phi.names) & {p.name for p in proto.parameters}
     if problem.guide is not None and not shared:
         weights = set(problem.guide.owned_weights) & set(problem.model.owned_weights)
         shared = {name for i in weights for name in (problem.model.owned_weights[i],)}
     if shared:
-        raise ModelError(
-            f"parameter {sorted(shared)[0]!r} is used by both model and guide, so that no step owns it: "
-            "give the guide parameters (and modules) of its own"
-        )
+        raise _shared(sorted(shared)[0])

@@ -105,6 +105,8 @@ class Smooth:
 
     def _gradient_tensor(self, a: Vector) -> Tensor:
         self._move(a)
+        if self._gradient is None and not self._value.requires_grad:
+            self._gradient = torch.zeros_like(self._leaf)  # nothing here enters the function
         if self._gradient is None:
             (self._gradient,) = torch.autograd.grad(
                 self._value, self._leaf, create_graph=True, materialize_grads=True
@@ -167,6 +169,8 @@ def minimise(
     def tracked(a: Vector) -> float:
         value = smooth.value(a)
         if value < best[1]:
+            if not np.isfinite(smooth.gradient(a)).all():  # a spike: no step can start from there
+                return np.inf
             best[:] = [a.copy(), value]
         return value
 

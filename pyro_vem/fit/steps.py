@@ -74,6 +74,18 @@ def check_second_derivatives(setup: Setup, state: State, scale: Vector) -> None:
         )
 
 
+def note_idle(setup: Setup, state: State) -> None:
+    """Record in the plan each parameter that does not move the bound where it starts."""
+    loss, theta = loss_of(setup, state, "M")
+    gradient = Smooth(loss, theta, np.ones_like(theta)).gradient(np.zeros_like(theta))
+    for name in setup.theta.names:
+        if (np.abs(gradient[setup.theta.where([name])]) <= 1e-14 * (1 + abs(state.elbo))).all():
+            setup.objective.add_note(
+                f"{name}: the bound does not change with it where it starts; if that is not its optimum, "
+                "give it another start with init="
+            )
+
+
 def _check_rise(before: float, after: float, block: str, iteration: int) -> None:
     if not after >= before - 1e-9 * (1 + abs(before)):
         raise NonMonotoneError(

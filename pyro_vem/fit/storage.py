@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..bound.elbo import AnalyticKL_ELBO
 from ..bound.tables import ElboTerms, Plan, PlanRow, TermRow
 from ..errors import ModelError
 from ..model.runtime import isolated
@@ -41,6 +42,7 @@ def save(fit: VEMResult, path: str | Path) -> None:
         "seconds": fit.seconds,
         "seed": fit.seed,
         "num_draws": draws,
+        "analytic": fit.setup.analytic if fit._setup is not None else "auto",
         "history": [asdict(row) for row in fit.history],
         "plan": asdict(fit.plan),
         "terms": asdict(fit.terms),
@@ -69,6 +71,7 @@ def load(path: str | Path, model: Callable[..., Any], data: Any, guide: Any) -> 
         except ModelError as error:
             raise ModelError(f"{path} does not fit this model and data: {error}") from error
         _check_same(path, setup, params, guide_params)
+        _check_bound(path, setup, params, guide_params, summary["history"])
     plan = summary["plan"]
     rows = tuple(PlanRow(**{**row, "plates": tuple(row["plates"])}) for row in plan["rows"])
     terms = summary["terms"]
@@ -109,7 +112,8 @@ def _set_up_again(
 ) -> Setup:
     options = FitOptions(num_draws=summary["num_draws"] or FitOptions.num_draws)
     with isolated(torch.float64, summary["seed"]):
-        setup = set_up(model, data, guide, None, init, options, summary["seed"])
+        elbo = AnalyticKL_ELBO(analytic=summary["analytic"])
+        setup = set_up(model, data, guide, elbo, init, options, summary["seed"])
         phi = setup.phi.constrained(setup.phi.initial())
         setup.objective.prepare(phi, setup.theta_values(setup.theta.initial()))
     return setup
@@ -127,3 +131,19 @@ def _check_same(
             raise ModelError(
                 f"{path} belongs to another {what}: it has parameters {shapes}, this {what} {expected}"
             )
+
+
+def _check_bound(
+    path: str | Path, setup: Setup, params: dict[str, Tensor], guide_params: dict[str, Tensor], history: Any
+) -> None:
+    """Other data of the same shape give another bound on the same draws."""
+    if not history:
+        return
+    with isolated(torch.float64), torch.no_grad():
+        here = float(setup.objective.value(guide_params, params))
+    stored = history[-1]["after"]
+    if abs(here - stored) > 1e-6 * (1 + abs(stored)):
+        raise ModelError(
+            f"{path} was fitted to other data: its bound is {stored:.8g} nats on the fixed draws, and here "
+            f"{here:.8g}; load it with the data of the fit, then ask fit.model for predictions of others"
+        )

@@ -29,6 +29,12 @@ class Arguments:
         """Names of the keyword arguments, in order."""
         return tuple(self.kwargs)
 
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Arguments":
+        """A call with arrays and pandas objects as tensors."""
+        named = {name: _as_tensor(name, value) for name, value in kwargs.items()}
+        return cls(tuple(_as_tensor(str(i), value) for i, value in enumerate(args)), named)
+
     def cast(self, dtype: torch.dtype) -> "Arguments":
         """The same call with every floating tensor in `dtype`."""
         return Arguments(
@@ -80,9 +86,9 @@ def arguments(model: Callable[..., Any], data: Any) -> Arguments:
     if data is None:
         data = {}
     if isinstance(data, Mapping):
-        call = Arguments((), {str(k): _as_tensor(str(k), v) for k, v in data.items()})
+        call = Arguments.of((), {str(k): v for k, v in data.items()})
     elif isinstance(data, tuple | list):
-        call = Arguments(tuple(_as_tensor(str(i), v) for i, v in enumerate(data)), {})
+        call = Arguments.of(tuple(data), {})
     elif isinstance(data, Tensor | np.ndarray) or hasattr(data, "to_numpy"):
         raise ModelError(
             "data is one array: give a mapping of the model's argument names to arrays, for example {'y': y}"

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributions import ComposeTransform, IndependentTransform, transform_to
 from torch.distributions.transforms import Transform
 
+from ..errors import ModelError
+
 
 def is_identity(transform: Transform) -> bool:
     """True for the bijector of a real support.
@@ -24,6 +26,26 @@ def is_identity(transform: Transform) -> bool:
     while isinstance(transform, IndependentTransform):
         transform = transform.base_transform
     return isinstance(transform, ComposeTransform) and not transform.parts
+
+
+def off_boundary(name: str, transform: Transform, value: Tensor) -> None:
+    """Raise `ModelError` for a value at the edge of its constraint, where no step can move it.
+
+    Example:
+        >>> off_boundary("sd", transform_to(torch.distributions.constraints.positive), torch.tensor(1e-8))
+    """
+    inverse, inner = transform.inv(value), transform
+    while isinstance(inner, IndependentTransform):
+        inner = inner.base_transform
+    stuck = ~torch.isfinite(inverse)
+    if inner.domain.event_dim == 0:
+        moved = (transform(inverse + 0.1) - value).abs()
+        stuck = stuck | (moved <= 1e-9 * value.abs())  # torch clamps: 1 in (0, 1) has a finite logit
+    if bool(stuck.any()):
+        raise ModelError(
+            f"{name!r} starts at {value.tolist()}, the edge of its constraint, from where no step can "
+            "move it: start it inside"
+        )
 
 
 @dataclass(frozen=True)

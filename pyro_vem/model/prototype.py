@@ -2,18 +2,18 @@
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
-from torch.distributions import constraints
+from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
 
 from ..errors import ModelError, UnsupportedModelError, unknown_names
 from .checks import check_parameter, run_checked
 from .data import Arguments
-from .parameters import Parameter
+from .parameters import Parameter, off_boundary
 from .runtime import Execution, Program, Site, modules_called
 from .sites import Latent, Plate, bijector, init_strategy, initial_values, latent_of, plates_of
 
@@ -44,20 +44,33 @@ class Prototype:
 def discover_modules(program: Program, call: Arguments) -> Program:
     """The same program, knowing the modules that it calls.
 
-    The run is in the caller's own dtype, so that modules of any dtype work; an error here is
-    left for the prototype run to report.
+    Modules may hold float32 or float64 weights. The run in float64 comes first, so that a lazy
+    guide builds itself in it; an error here is left for the prototype run to report.
     """
-    fn = program.fn
-    ready = call.cast(torch.get_default_dtype())
-    for _ in range(2):  # the first call of a lazy guide also runs the model, the second does not
-        with (
-            modules_called() as found,
-            pyro.get_param_store().scope(),
-            pyro.poutine.block(),
-            contextlib.suppress(Exception),
-        ):
-            fn(*ready.args, **ready.kwargs)
-    return Program(fn, found)
+    first, failed = _modules_of_run(program.fn, call, torch.float64)
+    second = _modules_of_run(program.fn, call, torch.float32)[0] if failed else []
+    return Program(program.fn, max(first, second, key=len))
+
+
+def _modules_of_run(
+    fn: Callable[..., Any], call: Arguments, dtype: torch.dtype
+) -> tuple[list[nn.Module], bool]:
+    """The modules called, and whether the run ended in an error."""
+    default, ready, failed = torch.get_default_dtype(), call.cast(dtype), True
+    torch.set_default_dtype(dtype)
+    try:
+        for _ in range(2):  # the first call of a lazy guide also runs the model, the second does not
+            with (
+                modules_called() as found,
+                pyro.get_param_store().scope(),
+                pyro.poutine.block(),
+                contextlib.suppress(Exception),
+            ):
+                fn(*ready.args, **ready.kwargs)
+                failed = False
+    finally:
+        torch.set_default_dtype(default)
+    return found, failed
 
 
 def prototype(program: Program, call: Arguments, init: Any = None) -> Prototype:
@@ -87,10 +100,11 @@ def prototype(program: Program, call: Arguments, init: Any = None) -> Prototype:
         if message:
             raise ModelError(message)
         parameters = tuple(_with_init(p, init) for p in parameters)
+    for parameter in parameters:
+        off_boundary(parameter.name, transform_to(parameter.constraint), parameter.init)
     values = {name: first.sites[name]["value"] for name in known}
     latents = tuple(latent_of(first.sites[name]) for name in known)
-    params = {p.name: p.init for p in parameters}
-    latents = _check_static(program, call, latents, values, params)
+    latents = _check_static(program, call, latents, values, parameters)
     return Prototype(
         latents,
         {name: plates_of(s) for name, s in first.sites.items() if s["is_observed"]},
@@ -120,7 +134,7 @@ def _with_init(parameter: Parameter, init: Mapping[str, Any]) -> Parameter:
         )
     if not bool(parameter.constraint.check(value).all()):
         raise ModelError(f"init[{parameter.name!r}] violates its constraint {parameter.constraint}")
-    return Parameter(parameter.name, parameter.constraint, value)
+    return replace(parameter, init=value)
 
 
 def parameters_of(program: Program, run: Execution) -> tuple[Parameter, ...]:
@@ -164,7 +178,7 @@ def _check_static(
     call: Arguments,
     latents: tuple[Latent, ...],
     values: Mapping[str, Tensor],
-    params: Mapping[str, Tensor],
+    parameters: tuple[Parameter, ...],
 ) -> tuple[Latent, ...]:
     """Run again at the same values, then at others: what must not change, must not change."""
 
@@ -173,6 +187,8 @@ def _check_static(
             s.name: s.transform(s.unconstrained + shift * (1 if only is None else only.get(s.name, 0)))
             for s in latents
         }
+        by = 0.0 if only is not None else shift
+        params = {p.name: transform_to(p.constraint)(p.unconstrained + by) for p in parameters}
         with torch.no_grad():
             return program.run(call.args, call.kwargs, params, lambda site: moved[site["name"]])
 

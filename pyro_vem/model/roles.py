@@ -81,12 +81,17 @@ def vem_model(
     return attach if fn is None else attach(fn)
 
 
-def roles_of(model: Callable[..., Any]) -> Roles:
-    """The roles attached by `vem_model`; the default ones for an undecorated model.
+def roles_of(model: Callable[..., Any] | None) -> Roles:
+    """The roles attached by `vem_model`, also under handlers and partials; else the default ones.
 
     Example:
         >>> roles_of(print)
         Roles(map_sites=(), fixed=())
     """
-    roles = getattr(model, _ATTRIBUTE, None)
-    return roles if isinstance(roles, Roles) else Roles()
+    while model is not None:
+        roles = getattr(model, _ATTRIBUTE, None)
+        if isinstance(roles, Roles):
+            return roles
+        # Pyro's handlers (condition, scale) set __wrapped__, functools.partial has func.
+        model = getattr(model, "__wrapped__", None) or getattr(model, "func", None)
+    return Roles()

@@ -101,9 +101,9 @@ class Execution(Messenger):  # type: ignore[misc]
     def _pyro_post_sample(self, msg: Site) -> None:
         name = msg["name"]
         if is_subsample(msg):
-            if msg["fn"].subsample_size not in (None, msg["fn"].size):
-                self.subsampled.append(name)
-        elif is_deterministic(msg):
+            return
+        self.subsampled += [f.name for f in msg["cond_indep_stack"] if f.full_size not in (None, f.size)]
+        if is_deterministic(msg):
             self.deterministic[name] = msg
         elif name in self.sites:
             raise ValueError(f"site {name!r} appears twice in one run: give each site its own name")
@@ -153,7 +153,6 @@ class Program:
         self.latest = Execution({}, lambda site: None)  # the latest run, also one that raised
         self._paths: dict[str, str] = {}
         self._constants: dict[str, Tensor] = {}
-        self._dtypes = {path: p.dtype for path, p in shell.named_parameters()}
 
     def own_weights(self, names: Mapping[str, str], dtype: torch.dtype | None) -> None:
         """Say which parameter name stands for which weight; the rest are constants in `dtype`.
@@ -197,21 +196,18 @@ class Program:
             self._with_weights(params, self._constants, lambda: self.fn(*args, **kwargs))
         return execution
 
-    def call(self, params: Mapping[str, Tensor], *args: Any, native: bool = True, **kwargs: Any) -> Any:
-        """Call the program as Pyro would, with `params` in place of its parameters.
-
-        With `native`, weights come in the dtype of the user's module, so that data of that
-        dtype fit; without, everything stays in the dtype of the fit.
-        """
-        constants = {} if native else self._constants
-        if native:
-            dtypes = {name: self._dtypes[path] for name, path in self._paths.items()}
-            params = {name: value.to(dtypes.get(name, value.dtype)) for name, value in params.items()}
+    def call(self, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call the program as Pyro would, with `params` in place of its parameters, in their dtype."""
         stored = {name: value for name, value in params.items() if name not in self._paths}
         run = pyro.poutine.substitute(self.fn, data=stored)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=SWAPPED)
-            return self._with_weights(params, constants, lambda: run(*args, **kwargs))
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=SWAPPED)
+                return self._with_weights(params, self._constants, lambda: run(*args, **kwargs))
+        finally:
+            torch.set_default_dtype(default)
 
     def _with_weights(
         self, params: Mapping[str, Tensor], constants: Mapping[str, Tensor], run: Callable[[], Any]
@@ -219,7 +215,9 @@ class Program:
         weights = {path: params[name] for name, path in self._paths.items() if name in params}
         if not weights and not constants:
             return run()
-        return torch.func.functional_call(self.shell, {**constants, **weights}, (run,))
+        # A module in training mode writes into its buffers (BatchNorm): each run has its own.
+        own = {k: v if isinstance(v, nn.Parameter) else v.clone() for k, v in constants.items()}
+        return torch.func.functional_call(self.shell, {**own, **weights}, (run,))
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -251,7 +249,7 @@ def copied(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def modules_called() -> Iterator[list[nn.Module]]:
-    """Collect the outermost modules whose forward runs inside the block.
+    """Collect the outermost modules whose forward runs inside the block; their buffers are put back.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(1, 1))
@@ -261,13 +259,18 @@ def modules_called() -> Iterator[list[nn.Module]]:
         True
     """
     found: list[nn.Module] = []
+    before: list[tuple[Tensor, Tensor]] = []
 
     def note(module: nn.Module, _: Any) -> None:
         if not any(module is m for known in found for m in known.modules()):
             found.append(module)
+            before.extend((buffer, buffer.clone()) for buffer in module.buffers())
 
     handle = nn.modules.module.register_module_forward_pre_hook(note)
     try:
         yield found
     finally:
         handle.remove()
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)

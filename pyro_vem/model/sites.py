@@ -11,6 +11,7 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
 from ..errors import ModelError, UnsupportedModelError
+from .parameters import off_boundary
 from .runtime import Site
 
 
@@ -124,6 +125,7 @@ def initial_values(strategy: Callable[[Site], Tensor]) -> Callable[[Site], Tenso
             ) from error
         if not bool(site["fn"].support.check(value).all()):
             raise ModelError(f"init[{site['name']!r}] lies outside the site's support {site['fn'].support}")
+        off_boundary(site["name"], biject_to(site["fn"].support), value)
         return value.detach().clone()
 
     return choose
