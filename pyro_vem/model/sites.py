@@ -1,6 +1,6 @@
 """Sites of a model: latents with their bijectors, plates, initial values."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,27 @@ def bijector(support: Any) -> Transform:
 def _is_idle(transform: Transform) -> bool:
     if not isinstance(transform, AffineTransform):
         return False
-    return bool((torch.as_tensor(transform.loc) == 0).all() and (torch.as_tensor(transform.scale) == 1).all())
+    if isinstance(transform.loc, Tensor) or isinstance(transform.scale, Tensor):
+        return False  # its value is not looked at: it may be part of a graph or a batch
+    return bool(transform.loc == 0 and transform.scale == 1)
+
+
+def plain_parts(transforms: Iterable[Transform]) -> list[Transform]:
+    """The transforms one after another, without compositions, reinterpreted dimensions and idle parts.
+
+    Example:
+        >>> plain_parts([biject_to(constraints.independent(constraints.nonnegative, 1))])
+        [ExpTransform()]
+    """
+    parts: list[Transform] = []
+    for part in transforms:
+        if isinstance(part, IndependentTransform):
+            parts += plain_parts([part.base_transform])
+        elif isinstance(part, ComposeTransform):
+            parts += plain_parts(part.parts)
+        elif not _is_idle(part):
+            parts.append(part)
+    return parts
 
 
 def plates_of(site: Site) -> tuple[Plate, ...]:
