@@ -30,47 +30,6 @@ def log_normal(m, s):
     return td.TransformedDistribution(td.Normal(m, s), [td.ExpTransform()])
 
 
-PAIRS = {
-    "Normal, Normal": (td.Normal, lambda a, b: td.Normal(a, b)),
-    "LogNormal, LogNormal": (log_normal, lambda a, b: td.LogNormal(a, b)),
-    "LogNormal, Gamma": (log_normal, lambda a, b: td.Gamma(a, b)),
-    "LogNormal, Exponential": (log_normal, lambda a, b: td.Exponential(a * b)),
-    "LogNormal, InverseGamma": (log_normal, lambda a, b: dist.InverseGamma(a, b)),
-    "LogNormal, HalfNormal": (log_normal, lambda a, b: td.HalfNormal(a * b)),
-}
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-def test_kl_pairs_agree_with_quadrature_and_their_gradients(pair):
-    make_q, make_p = PAIRS[pair]
-    m, s, a, b = number(0.3), number(0.6), number(1.7), number(0.8)
-    q, p = make_q(m, s), make_p(a, b)
-    exact = divergence(q, p)
-    u = m + s * NODES
-    z = u if make_q is td.Normal else u.exp()
-    numeric = (WEIGHTS * (q.log_prob(z) - p.log_prob(z))).sum()
-    assert float(exact.detach()) == pytest.approx(float(numeric.detach()), abs=1e-9)
-    for ours, theirs in zip(
-        torch.autograd.grad(exact, (m, s, a, b), retain_graph=True),
-        torch.autograd.grad(numeric, (m, s, a, b)),
-        strict=True,
-    ):
-        assert float(ours) == pytest.approx(float(theirs), abs=1e-7)
-
-
-def test_kl_against_a_multivariate_normal():
-    loc, scale = torch.randn(4, 3, dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64) + 0.3
-    factor = torch.randn(3, 3, dtype=torch.float64)
-    p = td.MultivariateNormal(torch.randn(3, dtype=torch.float64), factor @ factor.T + torch.eye(3))
-    q = (
-        td.Normal(loc, scale).to_event(1)
-        if hasattr(td.Normal, "to_event")
-        else td.Independent(td.Normal(loc, scale), 1)
-    )
-    dense = td.MultivariateNormal(loc, torch.diag_embed(scale**2))
-    assert torch.allclose(divergence(q, p), td.kl_divergence(dense, p))
-
-
 def test_entropy_is_the_mean_log_density():
     q = td.Independent(log_normal(number(0.3), number(0.6)).expand((2,)), 1)
     value = negative_entropy(q)
@@ -135,7 +94,7 @@ def test_no_noise_when_everything_is_exact():
     assert np.std(losses) <= 2e-16
 
 
-def test_a_foreign_guide_is_sampled_and_right():
+def test_a_reversed_arrow_is_sampled_and_right():
     """The guide reverses the model's arrow: TraceMeanField_ELBO gives 2.52553."""
 
     def model(x):
@@ -150,9 +109,10 @@ def test_a_foreign_guide_is_sampled_and_right():
     elbo = vem.AnalyticKL_ELBO(num_particles=20_000, vectorize_particles=True, max_plate_nesting=0)
     assert elbo.loss(model, guide, torch.tensor(1.0)) == pytest.approx(1.94953, abs=0.05)
     plan = elbo.plan(model, guide, torch.tensor(1.0))
-    assert {plan["z1"].method, plan["z2"].method} == {"draws"}
-    assert "not proved" in plan["z1"].reason
-    with pytest.raises(vem.ModelError, match=r"'z1' cannot be exact.*require"):
+    assert plan["z1"].method == "closed form"  # z1 has no parent in the model
+    assert plan["z2"].method == "draws"
+    assert "its model parent 'z1' depends on it in the guide" in plan["z2"].proof
+    with pytest.raises(vem.ModelError, match=r"'z2' cannot be exact.*require"):
         vem.AnalyticKL_ELBO(analytic="require").loss(model, guide, torch.tensor(1.0))
 
 
@@ -192,8 +152,7 @@ def test_terms_split_the_bound():
     assert "closed form" in str(terms)
     assert "ELBO" in str(terms)
     plan = elbo.plan(zoo.eight_schools, guide, *args)
-    assert plan.exact == ("mu", "t")
-    assert "HalfCauchy" in plan["tau"].reason
+    assert plan.exact == ("mu", "tau", "t")
     with pytest.raises(KeyError):
         _ = plan["theta"]
 
@@ -203,9 +162,9 @@ def test_elbo_refuses_what_it_cannot_do():
         pyro.sample("k", dist.Bernoulli(0.5))
 
     def guide():
-        pyro.sample("k", dist.Bernoulli(pyro.param("p", torch.tensor(0.4))))
+        pyro.sample("k", dist.Bernoulli(0.4), infer={"enumerate": "sequential"})
 
-    with pytest.raises(vem.UnsupportedModelError, match=r"'k'.*not reparameterised"):
+    with pytest.raises(vem.UnsupportedModelError, match=r"'k'.*sequential.*parallel"):
         vem.AnalyticKL_ELBO().loss(model, guide)
     with pytest.raises(ValueError, match="at least one particle"):
         vem.AnalyticKL_ELBO(num_particles=0)

@@ -1,42 +1,74 @@
-"""`AnalyticKL_ELBO`: exact KL terms where they are valid, samples elsewhere, for any `SVI`."""
+"""`AnalyticKL_ELBO`: exact KL terms where they are proved valid, samples elsewhere, for any `SVI`."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import pyro
 import torch
+from pyro import poutine
 from pyro.infer import ELBO
-from pyro.infer.enum import get_importance_trace
-from pyro.infer.util import torch_item
+from pyro.infer.util import is_validation_enabled, torch_item
 from pyro.poutine import Trace
-from pyro.util import warn_if_nan
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 
 from ..errors import ModelError
 from ..model.roles import roles_of
-from ..model.runtime import Site, is_deterministic, is_subsample
+from ..model.runtime import Execution, Site, is_deterministic, is_subsample, modules_called, repeatable
+from .dependence import Pair
+from .enumerated import enumerated_elbo, enumerated_terms, is_enumerated, traces_of
+from .plans import make_plan
+from .score import score_surrogate
 from .tables import ElboTerms, Plan, TermRow
-from .terms import make_plan, site_terms
+from .terms import Part, term_parts
 
 Program = Callable[..., Any]
 
 
-class AnalyticKL_ELBO(ELBO):  # type: ignore[misc]
-    """Evidence lower bound with the exact KL at every site where it is proven valid.
+class Particle(NamedTuple):
+    """One draw's part of the average over draws.
 
-    A drop-in for ``pyro.infer.Trace_ELBO`` with reparameterised guides. Each latent site
-    contributes ``E_q[log q - log p]``; where pyro_vem can show that this is the KL of two
-    distributions in its table it uses the closed form, elsewhere one sample a particle. Scale
-    and mask of both sites count, and no Jacobian is dropped.
+    Attributes:
+        terms: each row's part (one part for all, where sites are summed out).
+        surrogate: counts with its gradient only.
+    """
+
+    plan: Plan
+    terms: dict[str, Tensor]
+    surrogate: Tensor | float
+
+
+class AnalyticKL_ELBO(ELBO):  # type: ignore[misc]
+    """Evidence lower bound with the exact KL at every site where it is proved valid.
+
+    A drop-in for ``pyro.infer.Trace_ELBO`` and ``TraceEnum_ELBO``, with any guide. A latent site
+    contributes ``E_q[log q - log p]``. That is the KL of its two distributions if no model parent
+    of the site depends on it in the guide; at the first step this is proved for each site, by the
+    order of the sites, by following values through both programs, by watching for values that
+    leave torch, and by redrawing sites. Where it is not proved, or no formula is known, the site
+    is sampled, and the plan says why. Scale and mask of both sites count element by element, no
+    Jacobian is dropped, Pyro's AutoNormal is seen as the transformed Normal that it is.
+
+    Sites without reparameterisation get a score-function gradient for what is downstream of them
+    and keep their exact KL; sites marked ``infer={"enumerate": "parallel"}``, in guide or model,
+    are summed out.
 
     Args:
         num_particles: draws a step.
         analytic: "auto" uses the closed form where it is valid; "require" makes a site that is
             not exact an error; "never" samples every site.
+        bounds: whether an upper bound of a KL (of a mixture prior) may stand for it; the loss is
+            then an upper bound of minus the ELBO, and the plan says so.
         kwargs: every other keyword of ``pyro.infer.ELBO``, ``vectorize_particles`` among them.
 
     Raises:
-        ModelError: at the first step, if guide and model do not match.
-        UnsupportedModelError: at the first step, for guide sites that are not reparameterised.
+        ModelError: at the first step, if guide and model do not match, or a factor of the guide
+            leaves the support of its prior.
+
+    References:
+        Kingma and Welling (2014), Auto-encoding variational Bayes, for the exact KL within the
+        bound; Schulman and others (2015), Gradient estimation using stochastic computation graphs.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -47,7 +79,7 @@ class AnalyticKL_ELBO(ELBO):  # type: ignore[misc]
         >>> round(AnalyticKL_ELBO().loss(model, guide), 4)  # exact: no draw matters
         1.8076
         >>> print(AnalyticKL_ELBO().plan(model, guide))
-        site  plates  kind  method       reason
+        site  plates  kind  method       proof
         s             KL    closed form  independent factors by construction
         >>> pyro.clear_param_store()
     """
@@ -57,6 +89,7 @@ class AnalyticKL_ELBO(ELBO):  # type: ignore[misc]
         num_particles: int = 1,
         *,
         analytic: Literal["auto", "require", "never"] = "auto",
+        bounds: bool = False,
         **kwargs: Any,
     ) -> None:
         if analytic not in ("auto", "require", "never"):
@@ -65,39 +98,41 @@ class AnalyticKL_ELBO(ELBO):  # type: ignore[misc]
             raise ValueError(f"num_particles={num_particles}: at least one particle is needed")
         super().__init__(num_particles=num_particles, **kwargs)
         self.analytic = analytic
+        self.bounds = bounds
+        self._proved: dict[tuple[Any, ...], tuple[Plan, Program, Program]] = {}
+        self._enumerates: dict[tuple[int, int], tuple[bool, Program, Program]] = {}
 
     def plan(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Plan:
-        """The method of each site for this model and guide, with proof or reason."""
-        model_trace, guide_trace = self._get_trace(model, guide, args, kwargs)
-        return self._plan(guide, model_trace, guide_trace)
+        """The method of each site for this model and guide, with its proof."""
+        with torch.no_grad():
+            return next(self._particles(model, guide, args, kwargs)).plan
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> ElboTerms:
         """The bound as a table: mean over the particles of each site's term, in nats.
 
-        Standard errors need at least two particles that are not vectorised; they are nan otherwise.
+        Standard errors and shares of the gradient's variance need at least two particles that
+        are not vectorised; the errors are nan and the shares missing otherwise.
         """
-        with torch.no_grad():
-            plan, draws = None, []
-            for plan, terms in self._particles(model, guide, args, kwargs):
-                draws.append(torch.stack([terms[row.site] for row in plan.rows]))
+        plan: Plan | None = None
+        draws, gradients = [], []
+        share = 1 if self.vectorize_particles else self.num_particles
+        for particle in self._particles(model, guide, args, kwargs, by_row=True):
+            plan, terms = particle.plan, particle.terms
+            draws.append({name: share * value.detach() for name, value in terms.items()})
+            if not self.vectorize_particles and self.num_particles > 1:
+                gradients.append(_gradients(terms))
         assert plan is not None
-        values = torch.stack(draws)
-        if self.vectorize_particles or len(draws) < 2:
-            se = torch.full_like(values[0], torch.nan)
-            total_se = float("nan")
-        else:
-            se = values.std(0) / len(draws) ** 0.5
-            total_se = float(values.sum(1).std() / len(draws) ** 0.5)
-        rows = [
-            TermRow(row.site, row.kind, row.method, float(value), float(error))
-            for row, value, error in zip(plan.rows, values.mean(0), se, strict=True)
-        ]
-        return ElboTerms(tuple(rows), sum((row.value for row in rows), 0.0), total_se)
+        return _table(plan, draws, _shares(gradients), is_mean=self.vectorize_particles)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Minus the ELBO, an unbiased estimate with pathwise gradients."""
-        losses = [-sum(terms.values()) for _, terms in self._particles(model, guide, args, kwargs)]
-        loss: Tensor = torch.stack([torch.as_tensor(value) for value in losses]).mean()
+        """Minus the ELBO, an unbiased estimate with unbiased gradients."""
+        elbo: Tensor | float = 0.0
+        for _, terms, surrogate in self._particles(model, guide, args, kwargs):
+            for value in terms.values():
+                elbo = elbo + value
+            if isinstance(surrogate, Tensor):
+                elbo = elbo + (surrogate - surrogate.detach())
+        loss = -torch.as_tensor(elbo)
         warn_if_nan(loss, "loss")
         return loss
 
@@ -114,29 +149,173 @@ class AnalyticKL_ELBO(ELBO):  # type: ignore[misc]
         return float(torch_item(loss))
 
     def _particles(
-        self, model: Program, guide: Program, args: Any, kwargs: Any
-    ) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
-        """One pair a particle; a single pair of means if they are vectorised."""
-        plan = None
-        share = self.num_particles if self.vectorize_particles else 1
-        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            plan = plan or self._plan(guide, model_trace, guide_trace)
-            terms = site_terms(plan, _sites(guide_trace), _sites(model_trace))
-            yield plan, {name: value / share for name, value in terms.items()}
-
-    def _plan(self, guide: Program, model_trace: Trace, guide_trace: Trace) -> Plan:
-        return make_plan(guide, _sites(guide_trace), _sites(model_trace), analytic=self.analytic)
-
-    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        self, model: Program, guide: Program, args: Any, kwargs: Any, by_row: bool = False
+    ) -> Iterator[Particle]:
+        """The draws one after another, or all at once if they are vectorised; their sum is the ELBO."""
         if roles_of(model).map_sites:
             raise ModelError(
                 f"map_sites={roles_of(model).map_sites} are point-estimated by fit_vem; "
                 "under SVI use a Delta guide for them, on an undecorated model"
             )
-        traces: tuple[Trace, Trace] = get_importance_trace(
-            "flat", self.max_plate_nesting, model, guide, args, kwargs, detach=False
+        if self._is_enumerated(model, guide, args, kwargs):
+            yield from self._enumerated(model, guide, args, kwargs, by_row)
+            return
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            guide_sites, model_sites = _sites(guide_trace), _sites(model_trace)
+            plan = self._plan(model, guide, args, kwargs, guide_sites, model_sites)
+            if is_validation_enabled():
+                self._validate(model_trace, guide_trace)
+            parts = term_parts(plan, guide_sites, model_sites)
+            surrogate = score_surrogate(plan, guide_sites, parts) if plan.downstream else 0.0
+            yield Particle(plan, _sums(parts, self.num_particles), surrogate / self.num_particles)
+
+    def _enumerated(
+        self, model: Program, guide: Program, args: Any, kwargs: Any, by_row: bool
+    ) -> Iterator[Particle]:
+        for model_trace, guide_trace in traces_of(self, model, guide, args, kwargs):
+            plan = self._plan(model, guide, args, kwargs, _sites(guide_trace), _sites(model_trace))
+            terms = (
+                enumerated_terms(plan, guide_trace, model_trace)
+                if by_row
+                else {"": enumerated_elbo(plan, guide_trace, model_trace)}
+            )
+            yield Particle(plan, {name: value / self.num_particles for name, value in terms.items()}, 0.0)
+
+    def _plan(
+        self, model: Program, guide: Program, args: Any, kwargs: Any, guide_sites: Any, model_sites: Any
+    ) -> Plan:
+        """The plan for the structure at hand: proved once, looked up afterwards."""
+        key = (id(model), id(guide), _structure(guide_sites), _structure(model_sites))
+        if key not in self._proved:
+            with repeatable(), modules_called():
+                plan = make_plan(
+                    guide, guide_sites, model_sites, _pair(model, guide, args, kwargs),
+                    analytic=self.analytic, bounds=self.bounds,
+                )  # fmt: skip
+            self._proved[key] = (plan, model, guide)  # kept alive, so that no other gets their id
+        return self._proved[key][0]
+
+    def _is_enumerated(self, model: Program, guide: Program, args: Any, kwargs: Any) -> bool:
+        key = (id(model), id(guide))
+        if key not in self._enumerates:
+            with repeatable(), modules_called():
+                found = is_enumerated(_pair(model, guide, args, kwargs))
+            self._enumerates[key] = (found, model, guide)
+        return self._enumerates[key][0]
+
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        """Guide and model against it; densities are computed only where a term needs them."""
+        guide_trace = poutine.trace(guide, graph_type="flat").get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed, graph_type="flat").get_trace(*args, **kwargs)
+        return model_trace, guide_trace
+
+    def _validate(self, model_trace: Trace, guide_trace: Trace) -> None:
+        """Pyro's own checks, after ours, which name the remedy."""
+        check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+        for trace in (prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)):
+            trace.compute_log_prob()
+            for site in trace.nodes.values():
+                if site["type"] == "sample":
+                    check_site_shape(site, self.max_plate_nesting)
+
+
+def _pair(model: Program, guide: Program, args: Any, kwargs: Any) -> Pair:
+    """Repeatable runs: the same generator state at the start of each."""
+
+    def runs(program: Program) -> Callable[[Execution], Execution]:
+        def run(execution: Execution) -> Execution:
+            pyro.set_rng_seed(0)
+            with execution:
+                program(*args, **kwargs)
+            return execution
+
+        return run
+
+    return Pair(runs(guide), runs(model))
+
+
+def _structure(sites: dict[str, Site]) -> tuple[Any, ...]:
+    """What a proof rests on: the sites in order, and the kinds of their distributions."""
+    return tuple((name, *_kinds(site["fn"])) for name, site in sites.items())
+
+
+def _kinds(fn: Any) -> list[type]:
+    found = [type(fn)]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+        found.append(type(fn))
+    return found
+
+
+def _sums(parts: list[Part], share: int) -> dict[str, Tensor]:
+    terms: dict[str, Tensor] = {}
+    for row, value, _ in parts:
+        total = value.sum()
+        terms[row.site] = terms[row.site] + total if row.site in terms else total
+    return terms if share == 1 else {name: value / share for name, value in terms.items()}
+
+
+def _gradients(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Pathwise gradient of each term in all leaves of its graph, as one vector."""
+    leaves = {id(leaf): leaf for value in terms.values() for leaf in _leaves(value)}
+    rows = {}
+    for name, value in terms.items():
+        parts = (
+            torch.autograd.grad(
+                value, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            if value.requires_grad
+            else [torch.zeros_like(leaf) for leaf in leaves.values()]
         )
-        return traces
+        rows[name] = torch.cat([part.reshape(-1) for part in parts]) if parts else torch.zeros(1)
+    return rows
+
+
+def _leaves(value: Tensor) -> list[Tensor]:
+    """The leaf tensors that a value was computed from."""
+    found, seen, queue = [], set(), [value.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        queue += [parent for parent, _ in node.next_functions]
+    return found
+
+
+def _shares(draws: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Each term's part of the summed variances of the terms' gradients."""
+    if not draws:
+        return {}
+    variances = {name: float(torch.stack([d[name] for d in draws]).var(0).sum()) for name in draws[0]}
+    total = sum(variances.values())
+    return {name: value / total if total > 0 else 0.0 for name, value in variances.items()}
+
+
+def _table(plan: Plan, draws: list[dict[str, Tensor]], shares: dict[str, float], is_mean: bool) -> ElboTerms:
+    values = torch.stack([torch.stack([draw[row.site] for row in plan.rows]) for draw in draws])
+    if is_mean or len(draws) < 2:
+        se, total_se = torch.full_like(values[0], torch.nan), float("nan")
+    else:
+        se = values.std(0) / len(draws) ** 0.5
+        total_se = float(values.sum(1).std() / len(draws) ** 0.5)
+    rows = [
+        TermRow(
+            row.site,
+            row.plates,
+            row.kind,
+            row.method,
+            row.proof,
+            float(value),
+            float(error),
+            shares.get(row.site),
+        )
+        for row, value, error in zip(plan.rows, values.mean(0), se, strict=True)
+    ]
+    return ElboTerms(tuple(rows), sum((row.value for row in rows), 0.0), total_se)
 
 
 def _sites(trace: Trace) -> dict[str, Site]:

@@ -1,7 +1,7 @@
 """The plan assembled into one differentiable function of (phi, theta)."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -12,11 +12,13 @@ from torch import Tensor
 from ..errors import ModelError, UnsupportedModelError
 from ..model.checks import run_checked
 from ..model.data import Arguments
-from ..model.runtime import Execution, Program
+from ..model.runtime import Execution, Program, modules_called, repeatable
 from ..model.sites import plates_of
+from .dependence import Pair
 from .draws import NoiseSpec, independent_noise, matched_noise
+from .plans import make_plan
 from .tables import Plan
-from .terms import log_density, make_plan, site_terms
+from .terms import log_density, site_terms
 from .transport import noise_event, transport
 
 Values = Mapping[str, Tensor]
@@ -76,7 +78,7 @@ class Problem:
 
 
 def plan_problem(
-    problem: Problem, phi: Values, theta: Values, analytic: str = "auto"
+    problem: Problem, phi: Values, theta: Values, analytic: str = "auto", bounds: bool = False
 ) -> tuple[Plan, tuple[NoiseSpec, ...]]:
     """The plan of a problem and the noise that its guide takes, from one checked run."""
     specs: list[NoiseSpec] = []
@@ -109,7 +111,27 @@ def plan_problem(
 
     model_sites = run_checked(problem.model, problem.call, theta, replay).sites
     guide = problem.guide.fn if problem.guide else None
-    return make_plan(guide, sites, model_sites, problem.map_sites, analytic), tuple(specs)
+    with repeatable(), modules_called():
+        plan = make_plan(
+            guide, sites, model_sites, _pair(problem, phi, theta),
+            map_sites=problem.map_sites, analytic=analytic, bounds=bounds,
+        )  # fmt: skip
+    return plan, tuple(specs)
+
+
+def _pair(problem: Problem, phi: Values, theta: Values) -> Pair:
+    """Guide and model at fixed parameters, for the proof."""
+    points = {name: theta[name] for name in problem.map_sites}
+    call = problem.call
+
+    def guide(execution: Execution) -> Execution:
+        return problem.guide.under(execution, call.args, call.kwargs, phi) if problem.guide else execution
+
+    def model(execution: Execution) -> Execution:
+        with pyro.condition(data=points):
+            return problem.model.under(execution, call.args, call.kwargs, theta)
+
+    return Pair(guide, model)
 
 
 class Objective:
@@ -131,7 +153,7 @@ class Objective:
         self.num_draws = num_draws
         self.noise, note = matched_noise(specs, self.num_draws, generator) if specs else ({}, None)
         notes = plan.notes + ((note,) if note else ())
-        self.plan = Plan(plan.rows, notes)
+        self.plan = replace(plan, notes=notes)
         self._vectorised = True
         self.is_twice = True  # second derivatives by autograd are right
 
@@ -157,7 +179,7 @@ class Objective:
 
     def add_note(self, note: str) -> None:
         """Record in the plan what is not as usual."""
-        self.plan = Plan(self.plan.rows, (*self.plan.notes, note))
+        self.plan = self.plan.with_notes(note)
 
     def terms(self, phi: Values, theta: Values) -> dict[str, Float[Tensor, ""]]:
         """Every term of the plan, averaged over the draws, in nats."""

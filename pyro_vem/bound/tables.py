@@ -1,7 +1,7 @@
 """Frozen tables that print themselves: the plan of a bound, and its terms."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 
@@ -38,25 +38,32 @@ class PlanRow:
 
     Attributes:
         kind: "likelihood", "KL", "auxiliary" or "prior of a MAP site".
-        method: "closed form" or "draws".
-        reason: the proof of a closed form, or why the site is sampled.
+        method: "closed form", "upper bound" (of a KL), "draws", "score function" (draws of a site
+            that is not reparameterised) or "enumeration".
+        proof: the proof of a closed form, or why the site is sampled.
     """
 
     site: str
     plates: tuple[str, ...]
     kind: str
     method: str
-    reason: str
+    proof: str
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The method of every term of the bound, with its proof or reason.
+    """The method of every term of the bound, with its proof.
+
+    Attributes:
+        rows: one row a term.
+        notes: what else is not as usual.
+        views: guide sites that are seen as another distribution, by name.
+        downstream: terms that depend on a site without reparameterisation, by its name.
 
     Example:
         >>> row = PlanRow("z", (), "KL", "closed form", "independent factors by construction")
         >>> print(Plan((row,)))
-        site  plates  kind  method       reason
+        site  plates  kind  method       proof
         z             KL    closed form  independent factors by construction
         >>> Plan((row,))["z"].method
         'closed form'
@@ -64,13 +71,31 @@ class Plan:
 
     rows: tuple[PlanRow, ...]
     notes: tuple[str, ...] = ()
+    views: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    downstream: Mapping[str, frozenset[str]] = field(default_factory=dict, repr=False, compare=False)
+
+    def with_notes(self, *notes: str) -> "Plan":
+        """The plan with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
+    def demoted(self, proof: str) -> "Plan":
+        """The plan with every closed form sampled instead."""
+        exact = ("closed form", "upper bound")
+        rows = [
+            replace(row, method="draws", proof=proof) if row.method in exact else row for row in self.rows
+        ]
+        rows += [
+            PlanRow(view.auxiliary, self[name].plates, "auxiliary", "draws", "auxiliary site of the guide")
+            for name, view in self.views.items()
+        ]
+        return Plan(tuple(rows), self.notes)
 
     def __getitem__(self, site: str) -> PlanRow:
         return {row.site: row for row in self.rows}[site]
 
     @property
     def exact(self) -> tuple[str, ...]:
-        """Sites whose term is in closed form."""
+        """Sites whose term is exact: no draw enters it but through the site's parents."""
         return tuple(row.site for row in self.rows if row.method == "closed form")
 
     def __str__(self) -> str:
@@ -79,13 +104,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class TermRow:
-    """The value of one term of the bound, in nats, and its Monte Carlo standard error."""
+    """The value of one term of the bound, in nats.
+
+    Attributes:
+        se: Monte Carlo standard error of the value.
+        share: part of the variance of a one-draw gradient that is the term's own (the terms'
+            gradients are correlated, so the parts are of their sum); None if not measured.
+    """
 
     site: str
+    plates: tuple[str, ...]
     kind: str
     method: str
+    proof: str
     value: float
     se: float
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,10 +133,11 @@ class ElboTerms:
         elbo_se: its Monte Carlo standard error.
 
     Example:
-        >>> print(ElboTerms((TermRow("z", "KL", "closed form", -0.5, 0.0),), elbo=-0.5, elbo_se=0.0))
-        site  kind  method       value  se
-        z     KL    closed form  -0.5   0
-        ELBO -0.5 +- 0
+        >>> row = TermRow("z", (), "KL", "closed form", "independent factors", -0.5, 0.0)
+        >>> print(ElboTerms((row,), elbo=-0.5, elbo_se=0.0))
+        site  plates  kind  method       proof                value  se
+        z             KL    closed form  independent factors  -0.5   0
+        reconstruction 0, regularisation -0.5, ELBO -0.5 +- 0
     """
 
     rows: tuple[TermRow, ...]
@@ -123,10 +158,13 @@ class ElboTerms:
         return sum((row.value for row in self.rows if row.kind != "likelihood"), 0.0)
 
     def __str__(self) -> str:
-        total = f"ELBO {self.elbo:.6g} +- {self.elbo_se:.2g}"
+        parts = f"reconstruction {self.reconstruction:.6g}, regularisation {self.regularisation:.6g}"
+        total = f"{parts}, ELBO {self.elbo:.6g} +- {self.elbo_se:.2g}"
         return "\n".join([_table(TermRow, self.rows), total])
 
 
 def _table(row_class: type, rows: Iterable[Any]) -> str:
-    names = [field.name for field in fields(row_class)]
+    rows = list(rows)
+    names = [f.name for f in fields(row_class)]
+    names = [n for n in names if n != "share" or any(row.share is not None for row in rows)]
     return text_table(names, [[getattr(row, name) for name in names] for row in rows])

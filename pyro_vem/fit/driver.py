@@ -15,7 +15,7 @@ from ..bound.elbo import AnalyticKL_ELBO
 from ..errors import ModelError
 from ..model.runtime import isolated
 from ..model.sites import init_strategy
-from .result import VEMResult
+from .result import VEMResult, disagreement
 from .scales import Scales
 from .setup import FitOptions, Setup, set_up
 from .smooth import Method
@@ -27,6 +27,7 @@ from .stopping import remaining, runaway
 Schedule = Literal["auto", "alternate", "joint"]
 StepMethod = Literal["auto", "newton", "lbfgs"]
 Callback = Callable[[Step, Mapping[str, Tensor]], None]
+SELF_CHECK = 256  # draws that closed forms are held against at the start
 NEWTON_LIMIT = 20_000  # parameters in a block beyond which its Krylov space outgrows the gain
 
 
@@ -161,6 +162,7 @@ class _Run:
         setup.objective.prepare(
             setup.phi.constrained(torch.from_numpy(phi)), setup.theta_values(torch.from_numpy(theta))
         )
+        self._check_closed_forms(phi, theta)
         self.state = State(phi, theta, _finite_elbo(setup, phi, theta))
         self.first = self.state
         self.final_gtol = 0.1 * self.tol**0.5
@@ -173,6 +175,16 @@ class _Run:
         if warm is None:
             self.state, row = start_variances(setup, self.state)
             self._record(row)
+
+    def _check_closed_forms(self, phi: NDArray[np.float64], theta: NDArray[np.float64]) -> None:
+        """Sample what does not agree with draws, and say so in the plan."""
+        setup = self.setup
+        if not setup.objective.is_random or not setup.objective.plan.exact:
+            return
+        values = setup.phi.constrained(torch.from_numpy(phi)), setup.theta_values(torch.from_numpy(theta))
+        gap = disagreement([setup.objective.sample(*values, SELF_CHECK, 1, ("densities", "terms"))])
+        if gap is not None:
+            setup.objective.plan = setup.objective.plan.demoted(gap)
 
     def step(self, block: str, iteration: int) -> None:
         """One step; a block without parameters is skipped."""

@@ -1,7 +1,8 @@
 """`VEMResult`: what a fit found, frozen, with everything one does next as a method."""
 
 import functools
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class VEMResult:
         ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
         >>> fit = vem.fit_vem(model, {"y": torch.tensor(2.0)}, progress=False)
         >>> print(fit.terms)
-        site  kind        method       value     se
+        site  plates  kind        method       proof ... value ... se
         ...
         >>> fit.sample(5)["z"].shape
         torch.Size([5])
@@ -230,12 +231,39 @@ def measure(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]
         se = float(ratio.std() / len(ratio) ** 0.5) if len(ratio) > 1 else 0.0
         if se < 0.01 or len(ratio) + size > most or not setup.objective.is_random:
             break
+    gap = disagreement(parts)
+    if gap is not None:
+        setup.objective.add_note(gap)
+        warnings.warn(gap, stacklevel=4)
     rows = []
     for row in setup.objective.plan.rows:
         values = torch.cat([part["terms"][row.site] for part in parts])
         error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
-        rows.append(TermRow(row.site, row.kind, row.method, float(values.mean()), error))
+        rows.append(
+            TermRow(row.site, row.plates, row.kind, row.method, row.proof, float(values.mean()), error)
+        )
     return ElboTerms(tuple(rows), float(ratio.mean()), se)
+
+
+def disagreement(parts: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> str | None:
+    """What to say if the closed forms do not average to what the draws themselves give.
+
+    The draws' log p - log q comes from the ordinary trace, so this checks formulas and proofs
+    together, at 5 standard errors. Where one draw makes most of the variance there is no verdict.
+    """
+    ratio = torch.cat([p["densities"]["log_p"] - p["densities"]["log_q"] for p in parts])
+    exact = torch.cat([torch.stack(list(p["terms"].values())).sum(0) for p in parts])
+    gap = ratio - exact
+    square = (gap - gap.mean()).square()
+    if len(gap) < 2 or float(square.max()) > 0.2 * float(square.sum()):
+        return None
+    off, se = abs(float(gap.mean())), float(gap.std()) / len(gap) ** 0.5
+    if off <= 5 * se + 1e-6 * (1 + abs(float(ratio.mean()))):
+        return None
+    return (
+        f"closed-form KL terms and draws of the same guide differ by {off:.3g} nats ({off / se:.1f} standard "
+        'errors): sample them with elbo=AnalyticKL_ELBO(analytic="never"), and please report the model'
+    )
 
 
 def history_table(history: tuple[Step, ...]) -> str:

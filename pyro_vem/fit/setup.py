@@ -60,6 +60,7 @@ class Setup:
         prototype: structure of the model.
         guide: the guide as a Pyro callable; None when no latent is left for it.
         analytic: what the caller's ELBO says of closed forms.
+        bounds: what it says of upper bounds of a KL.
     """
 
     problem: Problem
@@ -70,6 +71,7 @@ class Setup:
     prototype: Prototype
     guide: Callable[..., Any] | None
     analytic: str
+    bounds: bool
 
     def theta_values(self, flat: Tensor) -> dict[str, Tensor]:
         """Constrained model parameters by name, held ones included."""
@@ -118,10 +120,10 @@ def set_up(
     phi = Block(_guide_parameters(guide_program, call))
     _check_shared(problem, phi, proto)
     values = {p.name: p.init for p in theta.parameters} | held
-    analytic = elbo.analytic if elbo is not None else "auto"
-    plan, specs = plan_problem(problem, {p.name: p.init for p in phi.parameters}, values, analytic)
+    analytic, bounds = (elbo.analytic, elbo.bounds) if elbo is not None else ("auto", False)
+    plan, specs = plan_problem(problem, {p.name: p.init for p in phi.parameters}, values, analytic, bounds)
     objective = Objective(problem, plan, specs, options.num_draws, seed)
-    return Setup(problem, objective, phi, theta, held, proto, guide, analytic)
+    return Setup(problem, objective, phi, theta, held, proto, guide, analytic, bounds)
 
 
 def _check_guide(guide: Any) -> Any:

@@ -43,8 +43,9 @@ def save(fit: VEMResult, path: str | Path) -> None:
         "seed": fit.seed,
         "num_draws": draws,
         "analytic": fit.setup.analytic if fit._setup is not None else "auto",
+        "bounds": fit.setup.bounds if fit._setup is not None else False,
         "history": [asdict(row) for row in fit.history],
-        "plan": asdict(fit.plan),
+        "plan": {"rows": [asdict(row) for row in fit.plan.rows], "notes": fit.plan.notes},
         "terms": asdict(fit.terms),
     }
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -73,7 +74,7 @@ def load(path: str | Path, model: Callable[..., Any], data: Any, guide: Any) -> 
         _check_same(path, setup, params, guide_params)
         _check_bound(path, setup, params, guide_params, summary["history"])
     plan = summary["plan"]
-    rows = tuple(PlanRow(**{**row, "plates": tuple(row["plates"])}) for row in plan["rows"])
+    rows = tuple(_row(PlanRow, row) for row in plan["rows"])
     terms = summary["terms"]
     return VEMResult(
         params,
@@ -85,10 +86,14 @@ def load(path: str | Path, model: Callable[..., Any], data: Any, guide: Any) -> 
         tuple(Step(**row) for row in summary["history"]),
         summary["seconds"],
         Plan(rows, tuple(plan["notes"])),
-        ElboTerms(tuple(TermRow(**row) for row in terms["rows"]), terms["elbo"], terms["elbo_se"]),
+        ElboTerms(tuple(_row(TermRow, row) for row in terms["rows"]), terms["elbo"], terms["elbo_se"]),
         summary["seed"],
         setup,
     )
+
+
+def _row(kind: Any, values: dict[str, Any]) -> Any:
+    return kind(**{**values, "plates": tuple(values["plates"])})
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -112,7 +117,7 @@ def _set_up_again(
 ) -> Setup:
     options = FitOptions(num_draws=summary["num_draws"] or FitOptions.num_draws)
     with isolated(torch.float64, summary["seed"]):
-        elbo = AnalyticKL_ELBO(analytic=summary["analytic"])
+        elbo = AnalyticKL_ELBO(analytic=summary["analytic"], bounds=summary["bounds"])
         setup = set_up(model, data, guide, elbo, init, options, summary["seed"])
         phi = setup.phi.constrained(setup.phi.initial())
         setup.objective.prepare(phi, setup.theta_values(setup.theta.initial()))

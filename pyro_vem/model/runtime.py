@@ -65,6 +65,23 @@ def isolated(dtype: torch.dtype | None = None, seed: int = 0) -> Iterator[None]:
         set_rng_state(rng)
 
 
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Run extra probes of a user's program: validation off, generators put back afterwards.
+
+    Example:
+        >>> with repeatable():
+        ...     torch.manual_seed(3)
+        <torch._C.Generator object at ...>
+    """
+    rng = get_rng_state()
+    try:
+        with pyro.validation_enabled(False):
+            yield
+    finally:
+        set_rng_state(rng)
+
+
 class Execution(Messenger):  # type: ignore[misc]
     """One run of a program: substitutes parameters and values, records every site.
 
@@ -75,7 +92,7 @@ class Execution(Messenger):  # type: ignore[misc]
 
     def __init__(self, params: Mapping[str, Tensor], choose: Choose) -> None:
         super().__init__()
-        self._params, self._choose = params, choose
+        self.given, self._choose = params, choose
         self.visited: list[str] = []
         self.sites: dict[str, Site] = {}
         self.params: dict[str, Site] = {}
@@ -84,8 +101,8 @@ class Execution(Messenger):  # type: ignore[misc]
 
     def _pyro_param(self, msg: Site) -> None:
         self.visited.append(msg["name"])
-        if msg["name"] in self._params:
-            msg["value"] = self._params[msg["name"]]
+        if msg["name"] in self.given:
+            msg["value"] = self.given[msg["name"]]
 
     def _pyro_post_param(self, msg: Site) -> None:
         self.params[msg["name"]] = msg
@@ -192,6 +209,17 @@ class Program:
         """Run once; the returned record holds every site in program order."""
         execution = Execution(params, choose)
         self.latest = execution
+        return self.under(execution, args, kwargs, params)
+
+    def under(
+        self,
+        execution: Execution,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        params: Mapping[str, Tensor],
+    ) -> Execution:
+        """Run once under a recorder of the caller's, parameters swapped in; returns the recorder."""
+        execution.given = params
         with execution:
             self._with_weights(params, self._constants, lambda: self.fn(*args, **kwargs))
         return execution

@@ -59,7 +59,7 @@ def _of_leaf(q: Any) -> Tensor | None:
         return -(a + q.rate.log() + torch.lgamma(a) - (1 + a) * torch.digamma(a))
     for kind in TRUSTED:
         if isinstance(q, kind) and is_same_density(type(q), kind):
-            entropy: Tensor = -q.entropy()
+            entropy: Tensor = -q.entropy()  # type: ignore[no-untyped-call]
             return entropy
     return None
 

@@ -1,0 +1,115 @@
+"""Sites that are summed out in parallel: Pyro's own contraction, with exact KL terms as costs.
+
+Pyro's `TraceEnum_ELBO` runs and packs the traces and contracts them; a site with an exact KL gets
+it in place of log p, and nothing in place of log q. The KL carries the enumeration dimensions of
+its parents, so it is weighted like any other cost. This is the only module that touches them.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pyro.infer import ELBO, TraceEnum_ELBO
+from pyro.infer.traceenum_elbo import _compute_dice_elbo
+from pyro.ops import packed
+from pyro.poutine import Trace
+from torch import Tensor
+
+from ..errors import UnsupportedModelError
+from .dependence import Pair
+from .tables import Plan, PlanRow
+from .terms import site_divergence
+
+Program = Callable[..., Any]
+
+
+def is_enumerated(pair: Pair) -> bool:
+    """True if some site of guide or model asks to be summed out.
+
+    Raises:
+        UnsupportedModelError: for sequential enumeration.
+    """
+    guide, model = pair.run({})
+    found = False
+    for site in (*guide.sites.values(), *model.sites.values()):
+        how = (site["infer"] or {}).get("enumerate")
+        if how == "sequential" and not site["is_observed"]:
+            raise UnsupportedModelError(
+                f"site {site['name']!r}: sequential enumeration is not supported; "
+                'use infer={"enumerate": "parallel"}'
+            )
+        found = found or (how == "parallel" and not site["is_observed"])
+    return found
+
+
+def traces_of(
+    elbo: ELBO, model: Program, guide: Program, args: Any, kwargs: Any
+) -> Iterator[tuple[Trace, Trace]]:
+    """Enumerated traces of model and guide, tensors packed, a pair a particle."""
+    tracer = TraceEnum_ELBO(
+        num_particles=elbo.num_particles,
+        max_plate_nesting=elbo.max_plate_nesting,
+        max_iarange_nesting=None,
+        vectorize_particles=elbo.vectorize_particles,
+        strict_enumeration_warning=False,
+    )
+    yield from tracer._get_traces(model, guide, args, kwargs)
+    elbo.max_plate_nesting = tracer.max_plate_nesting
+
+
+def enumerated_elbo(plan: Plan, guide_trace: Trace, model_trace: Trace) -> Tensor:
+    """One particle's ELBO, differentiable without bias."""
+    for row in plan.rows:
+        if row.kind == "KL" and row.method in ("closed form", "upper bound"):
+            _use_divergence(plan, row, guide_trace, model_trace)
+    value: Tensor = _compute_dice_elbo(model_trace, guide_trace)
+    return value
+
+
+def enumerated_terms(plan: Plan, guide_trace: Trace, model_trace: Trace) -> dict[str, Tensor]:
+    """One particle's ELBO by row; what is summed out together is one term, at the summed-out site."""
+    total = enumerated_elbo(plan, guide_trace, model_trace)
+    summed = {
+        site["infer"]["_enumerate_symbol"]: name
+        for name, site in model_trace.nodes.items()
+        if name not in guide_trace.nodes and site["type"] == "sample" and "_enumerate_symbol" in site["infer"]
+    }
+    terms = {row.site: 0.0 * total for row in plan.rows}
+    for row in plan.rows:
+        nodes = [trace.nodes[row.site] for trace in (model_trace, guide_trace) if row.site in trace.nodes]
+        if not summed.keys() & {dim for node in nodes for dim in node["packed"]["log_prob"]._pyro_dims}:
+            # The ELBO is linear in the costs outside the contraction.
+            terms[row.site] = total - _without(nodes, guide_trace, model_trace)
+    block = total - sum(terms.values())
+    for name in list(summed.values())[:1]:
+        terms[name] = block
+    return terms
+
+
+def _without(nodes: list[dict[str, Any]], guide_trace: Trace, model_trace: Trace) -> Tensor:
+    """The ELBO with the costs of some nodes left out."""
+    kept = [node["packed"]["log_prob"] for node in nodes]
+    for node in nodes:
+        node["packed"]["log_prob"] = _nothing(node["packed"]["log_prob"])
+    value: Tensor = _compute_dice_elbo(model_trace, guide_trace)
+    for node, log_prob in zip(nodes, kept, strict=True):
+        node["packed"]["log_prob"] = log_prob
+    return value
+
+
+def _use_divergence(plan: Plan, row: PlanRow, guide_trace: Trace, model_trace: Trace) -> None:
+    name = row.site
+    guide_sites, p = guide_trace.nodes, model_trace.nodes[name]
+    q = plan.views[name].site(guide_sites, name) if name in plan.views else guide_sites[name]
+    symbols = {**guide_sites[name]["infer"]["_dim_to_symbol"], **p["infer"]["_dim_to_symbol"]}
+    p["packed"]["log_prob"] = packed.pack(-site_divergence(q, p), symbols)
+    hidden = [name, plan.views[name].auxiliary] if name in plan.views else [name]
+    for each in hidden:
+        node = guide_sites[each]
+        node["packed"]["log_prob"] = _nothing(node["packed"]["log_prob"])
+
+
+def _nothing(cost: Any) -> Any:
+    """A packed zero with the dimensions of another cost."""
+    zero = 0.0 * cost.detach()
+    zero._pyro_dims = cost._pyro_dims
+    return zero

@@ -1,0 +1,118 @@
+"""Whether a guide's distribution stays inside the support of its prior."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from ..errors import ModelError
+from ..model.sites import plain_parts
+from .dependence import is_point
+from .kl import canonical
+from .kl.forms import CorrCholeskyNormal, LogitNormal, StickBreakingNormal
+
+Interval = tuple[Tensor, Tensor]
+
+
+def check_support(name: str, q: Any, p: Any) -> None:
+    """Raise `ModelError` if q puts mass where p has none: the KL is then infinite.
+
+    Example:
+        >>> from torch import distributions as td
+        >>> check_support("s", td.Gamma(2.0, 1.0), td.Exponential(1.0))
+        >>> check_support("s", td.Normal(2.0, 1.0), td.Exponential(1.0))
+        Traceback (most recent call last):
+            ...
+        pyro_vem.errors.ModelError: site 's': the guide's Normal leaves the support ...
+    """
+    if is_point(q) or not _leaves(q, p):
+        return
+    prior = type(canonical(p)).__name__
+    raise ModelError(
+        f"site {name!r}: the guide's {_label(q)} leaves the support {p.support} of the prior {prior}, where "
+        "its KL is infinite; use MeanFieldNormal, or push a Normal into the support with "
+        "dist.TransformedDistribution(dist.Normal(loc, scale), biject_to(prior.support))"
+    )
+
+
+def _label(q: Any) -> str:
+    return type(canonical(q)).__name__
+
+
+def _leaves(q: Any, p: Any) -> bool:
+    inner_q, inner_p = _inner(_support(q)), _inner(_support(p))
+    if inner_p is None or inner_q is None:
+        return False
+    if inner_q.is_discrete != inner_p.is_discrete:
+        return True
+    ours, theirs = _image(q, inner_q), _interval(inner_p)
+    if ours is not None and theirs is not None:
+        slack = 1e-6 * (1 + torch.nan_to_num(theirs[1] - theirs[0], posinf=0.0, neginf=0.0))
+        return bool(((ours[0] < theirs[0] - slack) | (ours[1] > theirs[1] + slack)).any())
+    if theirs is not None:  # a curved set inside an interval, element by element
+        unbounded = torch.isinf(theirs[0]) & torch.isinf(theirs[1])
+        return not bool(unbounded.all()) and _drawn_outside(q, p)
+    if ours is not None:
+        return True  # a full interval in every direction is no simplex, sphere or correlation matrix
+    return type(inner_q) is not type(inner_p) and _drawn_outside(q, p)
+
+
+def _support(fn: Any) -> Any:
+    form = canonical(fn)
+    if isinstance(form, StickBreakingNormal):
+        return constraints.simplex
+    if isinstance(form, CorrCholeskyNormal):
+        return constraints.corr_cholesky
+    if isinstance(form, LogitNormal):
+        return constraints.interval(form.low, form.low + form.width)
+    try:
+        return fn.support
+    except NotImplementedError:
+        return None
+
+
+def _inner(support: Any) -> Any:
+    """The constraint of one element; None if it is not known."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return None if support is None or support is constraints.dependent else support
+
+
+def _image(q: Any, support: Any) -> Interval | None:
+    """The interval that q fills; affine parts move it, which torch's `support` does not show."""
+    form = canonical(q)
+    if type(form).__name__ == "TransformedDistribution":
+        base = _interval(_inner(form.base_dist.support))
+        parts = plain_parts(form.transforms)
+        if base is None or any(part.domain.event_dim for part in parts):
+            return _interval(support) if not parts or parts[-1].codomain.event_dim == 0 else None
+        ends = [torch.as_tensor(end) for end in base]
+        for part in parts:
+            ends = [part(end) for end in ends]
+        return torch.minimum(*ends), torch.maximum(*ends)
+    return _interval(support)
+
+
+def _interval(support: Any) -> Interval | None:
+    """Ends of an elementwise constraint, or None for a curved set."""
+    infinity = torch.tensor(torch.inf)
+    if support is constraints.boolean:
+        return torch.tensor(0.0), torch.tensor(1.0)
+    if isinstance(support, type(constraints.real)):
+        return -infinity, infinity
+    low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+    if low is None and high is None:
+        return None
+    return (
+        torch.as_tensor(low).double() if low is not None else -infinity.double(),
+        torch.as_tensor(high).double() if high is not None else infinity.double(),
+    )
+
+
+def _drawn_outside(q: Any, p: Any) -> bool:
+    with torch.no_grad():
+        try:
+            return not bool(p.support.check(q.sample((64,))).all())
+        except (NotImplementedError, RuntimeError, ValueError):
+            return False
