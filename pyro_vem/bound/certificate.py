@@ -16,7 +16,7 @@ from ..guides.factorised import FactorisedNormal, normal_through
 from ..model.runtime import Site
 from ..model.sites import bijector, plates_of
 from .dependence import Dependence, Graph, is_point, point_of
-from .kl import canonical, divergence, leaf_of, lookup
+from .kl import canonical, divergence, kind_of, leaf_of, lookup
 
 CHECK_DRAWS = 256
 CHECK_LIMIT = 5.0  # standard errors
@@ -131,11 +131,6 @@ def certify(
     if gap is not None:
         return Certificate(False, f"the formula is {gap:.1f} standard errors off the average of draws")
     return Certificate(True, independence.text, entry.is_bound)
-
-
-def kind_of(fn: Any) -> str:
-    """Name of a distribution without its wrappers."""
-    return type(canonical(fn)).__name__
 
 
 def _same_plates(q: Site, p: Site) -> bool:

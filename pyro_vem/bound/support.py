@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 from torch.distributions import constraints
 
 from ..errors import ModelError
 from ..model.sites import plain_parts
 from .dependence import is_point
-from .kl import canonical
+from .kl import canonical, kind_of
 from .kl.forms import CorrCholeskyNormal, LogitNormal, StickBreakingNormal
 
 Interval = tuple[Tensor, Tensor]
@@ -28,16 +29,11 @@ def check_support(name: str, q: Any, p: Any) -> None:
     """
     if is_point(q) or not _leaves(q, p):
         return
-    prior = type(canonical(p)).__name__
     raise ModelError(
-        f"site {name!r}: the guide's {_label(q)} leaves the support {p.support} of the prior {prior}, where "
-        "its KL is infinite; use MeanFieldNormal, or push a Normal into the support with "
+        f"site {name!r}: the guide's {kind_of(q)} leaves the support {p.support} of the prior {kind_of(p)}, "
+        "where its KL is infinite; use MeanFieldNormal, or push a Normal into the support with "
         "dist.TransformedDistribution(dist.Normal(loc, scale), biject_to(prior.support))"
     )
-
-
-def _label(q: Any) -> str:
-    return type(canonical(q)).__name__
 
 
 def _leaves(q: Any, p: Any) -> bool:
@@ -60,6 +56,8 @@ def _leaves(q: Any, p: Any) -> bool:
 
 def _support(fn: Any) -> Any:
     form = canonical(fn)
+    if isinstance(form, td.LogNormal):
+        return constraints.nonnegative
     if isinstance(form, StickBreakingNormal):
         return constraints.simplex
     if isinstance(form, CorrCholeskyNormal):

@@ -45,7 +45,7 @@ class VEMResult:
         ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
         >>> fit = vem.fit_vem(model, {"y": torch.tensor(2.0)}, progress=False)
         >>> print(fit.terms)
-        site  plates  kind        method       proof ... value ... se
+        site  plates  kind        method       ...
         ...
         >>> fit.sample(5)["z"].shape
         torch.Size([5])

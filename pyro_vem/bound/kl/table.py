@@ -129,6 +129,16 @@ def canonical(distribution: Any) -> Any:
     return leaf_of(distribution).dist
 
 
+def kind_of(distribution: Any) -> str:
+    """Name of a distribution without its wrappers.
+
+    Example:
+        >>> kind_of(td.Independent(td.Gamma(torch.ones(2), 1.0), 1))
+        'Gamma'
+    """
+    return type(canonical(distribution)).__name__.removesuffix("Form")
+
+
 def _named(fn: Any) -> Any:
     """A plain transformed Normal as its form; anything else as it is."""
     if type(fn).__name__ != "TransformedDistribution":
