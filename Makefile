@@ -42,6 +42,7 @@ linkcheck: $(STAMP)  ## needs the network; not part of CI
 
 bench: $(STAMP)  ## paired benchmarks; prints ratios
 	$(BIN)/python tests/benchmarks/eight_schools.py
+	$(BIN)/python tests/benchmarks/analytic_kl.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -352,6 +352,18 @@ def test_a_changed_density_is_not_mistaken_for_its_parent():
     assert lookup(narrow, dist.Beta(2.0, 2.0)) is None
 
 
+def test_what_torch_gets_wrong_is_not_in_the_table():
+    """Folds that are not injective, infinities that are none, gradients that are missing."""
+    folds = [dist.FoldedDistribution(dist.Normal(loc, 1.0)) for loc in (1.0, -1.0)]
+    assert float(td.kl_divergence(*folds)) == 2.0  # the truth is 0
+    assert lookup(*folds) is None
+    unit = td.Uniform(0.0, 1.0)
+    bernoulli = td.ContinuousBernoulli(torch.tensor(0.3))
+    assert float(td.kl_divergence(bernoulli, unit)) == math.inf  # the truth is 0.029
+    assert lookup(bernoulli, unit) is None
+    assert lookup(unit, bernoulli) is None
+
+
 def test_a_user_can_add_a_pair():
     class Flat(dist.Normal):
         def log_prob(self, value):

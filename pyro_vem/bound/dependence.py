@@ -20,7 +20,7 @@ from ..model.runtime import Choose, Execution, Site
 Run = Callable[[Execution], Execution]
 """Runs a program under a given recorder and returns it."""
 
-MOST_GROUPS = 12  # of sites that are redrawn together
+MOST_GROUPS = 8  # of sites that are redrawn together
 
 # Methods whose plain result tells of a tensor's shape and kind, not of its values.
 _METADATA = frozenset(

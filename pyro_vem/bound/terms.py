@@ -68,13 +68,12 @@ def site_divergence(q: Site, p: Site) -> Float[Tensor, "..."]:
     w is scale times mask, of each side and each element. With kappa the KL and h = E[log q] this
     is w_p kappa + (w_q - w_p) h.
     """
-    kappa, inner = elements(q["fn"], p["fn"])
-    is_plain = not leaf_of(q["fn"]).masks and not leaf_of(p["fn"]).masks
-    if is_plain and _is_one(q["scale"], p["scale"]) and q["mask"] is p["mask"]:
+    kappa, inner, is_masked = elements(q["fn"], p["fn"])
+    if not is_masked and _is_one(q["scale"], p["scale"]) and q["mask"] is p["mask"]:
         return weighted(_summed(kappa, inner), p)
     weight = element_weight(p, inner)
     result = weight * kappa
-    entropy = _element_entropy(q, p, inner)
+    entropy = _element_entropy(q, inner)
     if entropy is not None:
         result = result + (element_weight(q, inner) - weight) * entropy
     elif not same_weights(q, p):
@@ -94,7 +93,7 @@ def _summed(value: Tensor, inner: int) -> Tensor:
     return value.sum(list(range(-inner, 0))) if inner else value
 
 
-def _element_entropy(q: Site, p: Site, inner: int) -> Tensor | None:
+def _element_entropy(q: Site, inner: int) -> Tensor | None:
     """E[log q] of each element of the divergence; None if it is not closed."""
     leaf = leaf_of(q["fn"])
     value = negative_entropy(leaf.dist)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyro.distributions as dist
@@ -256,12 +256,20 @@ def divergence(q: Any, p: Any) -> Float[Tensor, "..."]:
         >>> round(float(divergence(q, td.Normal(0.0, 1.0))), 6)
         0.363147
     """
-    value, inner = elements(q, p)
+    value, inner, _ = elements(q, p)
     return value.sum(list(range(-inner, 0))) if inner else value
 
 
-def elements(q: Any, p: Any) -> tuple[Tensor, int]:
-    """KL of each element, and the number of trailing event dimensions that are still to be summed."""
+class Elements(NamedTuple):
+    """KL of each element; `inner` trailing event dimensions are still to be summed."""
+
+    value: Tensor
+    inner: int
+    is_masked: bool
+
+
+def elements(q: Any, p: Any) -> Elements:
+    """The divergence before it is summed over an event that the pair's function does not see."""
     left, right = leaf_of(q), leaf_of(p)
     entry = _entry(left.dist, right.dist)
     if entry is None:
@@ -273,4 +281,5 @@ def elements(q: Any, p: Any) -> tuple[Tensor, int]:
         : len(p.event_shape) - max(len(left.dist.event_shape), len(right.dist.event_shape))
     ]
     shape = np.broadcast_shapes(q.batch_shape, p.batch_shape) + event[:inner]  # torch's own loads sympy
-    return entry.function(left.dist, right.dist).expand(shape), inner
+    value = entry.function(left.dist, right.dist).expand(shape)
+    return Elements(value, inner, bool(left.masks or right.masks))
