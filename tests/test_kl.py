@@ -270,7 +270,9 @@ def test_every_registered_pair_is_tested():
     library = {
         pair
         for pair in ours
-        if all(hasattr(sys.modules[c.__module__], c.__name__) for c in pair)  # not of a test or doctest
+        # not of a test or a doctest
+        if all(hasattr(sys.modules[c.__module__], c.__name__) for c in pair)
+        and registered()[pair].function.__module__.startswith(("pyro_vem", "torch"))
     }
     assert not library - tested
 

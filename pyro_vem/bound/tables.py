@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def exact(self) -> tuple[str, ...]:
-        """Sites whose term is exact: no draw enters it but through the site's parents."""
+        """Sites whose term is in closed form; draws enter it through the site's parents only."""
         return tuple(row.site for row in self.rows if row.method == "closed form")
 
     def __str__(self) -> str:

@@ -48,7 +48,7 @@ def register_kl(
 
     Args:
         q: class of the guide's distribution. A Normal pushed through exp is a ``LogNormal``;
-            through the sigmoid, stick breaking and tanh see `pyro_vem.bound.kl.forms`.
+            through the sigmoid, stick breaking and tanh see ``pyro_vem.bound.kl.forms``.
         p: class of the prior.
         is_bound: the function is an upper bound of the KL, to be used only on request.
         condition: a test of the two distributions; where it fails the pair counts as missing.
