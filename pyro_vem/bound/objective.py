@@ -15,6 +15,7 @@ from ..model.data import Arguments
 from ..model.runtime import Execution, Program, modules_called, repeatable
 from ..model.sites import plates_of
 from .dependence import Pair
+from .deterministic import Deterministic
 from .draws import NoiseSpec, independent_noise, matched_noise
 from .plans import make_plan
 from .tables import Plan
@@ -149,49 +150,105 @@ class Objective:
         self, problem: Problem, plan: Plan, specs: tuple[NoiseSpec, ...], num_draws: int, seed: int
     ) -> None:
         self.problem, self.specs, self.seed = problem, specs, seed
-        generator = torch.Generator().manual_seed(seed)
         self.num_draws = num_draws
-        self.noise, note = matched_noise(specs, self.num_draws, generator) if specs else ({}, None)
-        notes = plan.notes + ((note,) if note else ())
-        self.plan = replace(plan, notes=notes)
+        self.plan = plan
+        self.exact: Deterministic | None = None
+        self._noise: dict[str, Tensor] | None = None
         self._vectorised = True
+        self._is_steady = False  # the rest of the terms are the same at every draw
         self.is_twice = True  # second derivatives by autograd are right
+
+    @property
+    def noise(self) -> dict[str, Tensor]:
+        """The fixed draws, made when a term first needs them."""
+        if self._noise is None:
+            generator = torch.Generator().manual_seed(self.seed)
+            self._noise, note = (
+                matched_noise(self.specs, self.num_draws, generator) if self.specs else ({}, None)
+            )
+            if note:
+                self.add_note(note)
+        return self._noise
 
     @property
     def is_random(self) -> bool:
         """False if the guide takes no noise: the bound is then a plain function."""
-        return bool(self.noise)
+        return bool(self.specs)
+
+    @property
+    def rest(self) -> Plan:
+        """The rows that are not compiled."""
+        if self.exact is None:
+            return self.plan
+        names = self.exact.names
+        return replace(self.plan, rows=tuple(row for row in self.plan.rows if row.site not in names))
+
+    @property
+    def is_exact(self) -> bool:
+        """True if no term is evaluated on draws."""
+        return self.exact is not None and (not self.rest.rows or self._is_steady)
+
+    @property
+    def shown_plan(self) -> Plan:
+        """The plan with the compiled rows' methods and proofs."""
+        if self.exact is None:
+            return self.plan
+        terms, refused = self.exact.compiled.terms, self.exact.compiled.refused
+        rows = []
+        for row in self.plan.rows:
+            term = terms.get(row.site)
+            if term is not None and not (row.kind == "KL" and row.method == "closed form" and term.is_alone):
+                row = replace(row, method=term.method, proof=term.proof)
+            elif term is None and row.method == "draws" and row.kind == "likelihood":
+                row = replace(row, proof=refused.get(row.site, row.proof))
+            rows.append(row)
+        return replace(self.plan, rows=tuple(rows))
 
     def prepare(self, phi: Values, theta: Values) -> None:
         """Choose between vmap and a loop over the draws, and record it in the plan."""
-        if not self.noise:
+        if not self.specs or not self.rest.rows:
             return
-        try:
+        if self.exact is not None:
+            self._is_steady = self._same_at_all_draws(phi, theta)
+        if not self._is_steady:
             with torch.no_grad():
                 self.terms(phi, theta)
-        except Exception as error:
-            self._vectorised = False
-            with torch.no_grad():
-                self.terms(phi, theta)  # an error of the model itself is raised here
-            reason = str(error).strip().splitlines()[0][:120]
-            note = f"one run a draw: torch.func.vmap refuses the model ({reason})"
-            self.add_note(note)
+
+    def _same_at_all_draws(self, phi: Values, theta: Values) -> bool:
+        """True if no draw enters the rest of the terms: a KL whose prior has no latent parent."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        with torch.no_grad():
+            found = [
+                self._once(
+                    phi, theta, {k: v[0] for k, v in independent_noise(self.specs, 1, generator).items()}
+                )
+                for _ in range(2)
+            ]
+        return all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+    def _once(self, phi: Values, theta: Values, noise: Values) -> dict[str, Tensor]:
+        sites, model = self.problem.run(phi, theta, noise)
+        return site_terms(self.rest, sites, model.sites)
 
     def add_note(self, note: str) -> None:
         """Record in the plan what is not as usual."""
         self.plan = self.plan.with_notes(note)
 
     def terms(self, phi: Values, theta: Values) -> dict[str, Float[Tensor, ""]]:
-        """Every term of the plan, averaged over the draws, in nats."""
-        plan = self.plan
+        """Every term of the plan in nats: compiled, or averaged over the draws."""
+        found = self.exact.terms(phi, theta) if self.exact is not None else {}
+        if not self.rest.rows:
+            return found
 
         def one(noise: Values) -> dict[str, Tensor]:
-            guide_sites, model = self.problem.run(phi, theta, noise)
-            return site_terms(plan, guide_sites, model.sites)
+            return self._once(phi, theta, noise)
 
-        if not self.noise:
-            return one({})
-        return {name: values.mean(0) for name, values in self._each(one, self.noise).items()}
+        if not self.specs:
+            return found | one({})
+        if self._is_steady:
+            zero = {spec.name: torch.zeros(spec.shape, dtype=torch.float64) for spec in self.specs}
+            return found | one(zero)
+        return found | {name: values.mean(0) for name, values in self._each(one, self.noise).items()}
 
     def value(self, phi: Values, theta: Values) -> Float[Tensor, ""]:
         """The ELBO on the fixed draws, in nats."""
@@ -199,8 +256,13 @@ class Objective:
 
     def _each(self, one: Callable[[Any], dict[str, Tensor]], noise: Values) -> dict[str, Tensor]:
         if self._vectorised:
-            result: dict[str, Tensor] = torch.func.vmap(one, randomness="same")(dict(noise))
-            return result
+            try:
+                result: dict[str, Tensor] = torch.func.vmap(one, randomness="same")(dict(noise))
+                return result
+            except Exception as error:  # an error of the model itself is raised again by the loop
+                self._vectorised = False
+                reason = str(error).strip().splitlines()[0][:120]
+                self.add_note(f"one run a draw: torch.func.vmap refuses the model ({reason})")
         num = len(next(iter(noise.values())))
         rows = [one({name: value[i] for name, value in noise.items()}) for i in range(num)]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -264,7 +326,7 @@ class Objective:
                     flat.update({f"{group}\0{name}": value for name, value in members.items()})
             return flat
 
-        if self.noise:
+        if self.specs:
             flat = self._each(one, independent_noise(self.specs, size, generator))
         else:
             flat = {name: value.expand(size, *value.shape) for name, value in one({}).items()}

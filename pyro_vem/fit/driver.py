@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from ..bound.elbo import AnalyticKL_ELBO
 from ..errors import ModelError
 from ..model.runtime import isolated
 from ..model.sites import init_strategy
+from .exactness import compile_terms, settle, settle_nodes
 from .result import VEMResult, disagreement
 from .scales import Scales
 from .setup import FitOptions, Setup, set_up
@@ -107,7 +108,8 @@ def fit_vem(
     options = options or FitOptions()
     _check_settings(schedule, e_step, m_step, tol, max_iter, elbo)
     begin = time.perf_counter()
-    with isolated(torch.float64, seed):
+    # Trial points may lie anywhere: what overflows there is +inf, and is not stepped to.
+    with isolated(torch.float64, seed), np.errstate(over="ignore", invalid="ignore"):
         warm = init if isinstance(init, VEMResult) else None
         setup = set_up(model, data, guide, elbo, _warm_strategy(warm) if warm else init, options, seed)
         run = _Run(setup, options, tol, (e_step, m_step), begin, tuple(callbacks), progress)
@@ -130,7 +132,7 @@ def _alternate(run: "_Run", max_iter: int, schedule: Schedule) -> Status:
             run.step("E", iteration)
         if run.is_diverged():
             return Status.diverged
-        if run.is_converged():
+        if run.is_converged() and not run.is_reopened():
             return Status.converged
         if schedule != "joint":
             run.step("M", iteration)
@@ -159,10 +161,12 @@ class _Run:
         """Put both blocks at their initial values and the variances near their optimum."""
         setup = self.setup
         phi, theta = _initial(setup.phi, warm), _initial(setup.theta, warm)
+        compile_terms(setup, self.options)
         setup.objective.prepare(
             setup.phi.constrained(torch.from_numpy(phi)), setup.theta_values(torch.from_numpy(theta))
         )
         self._check_closed_forms(phi, theta)
+        settle_nodes(setup, phi, theta)
         self.state = State(phi, theta, _finite_elbo(setup, phi, theta))
         self.first = self.state
         self.final_gtol = 0.1 * self.tol**0.5
@@ -218,6 +222,23 @@ class _Run:
         self.next_check = self.iterations + min(2**self.failed, 32)
         self.final_gtol = max(1e-10, 0.3 * self.final_gtol)
         return False
+
+    def is_reopened(self) -> bool:
+        """True if the bound itself had to change at the point reached: the fit goes on from there."""
+        before = self.state.elbo
+        change = settle(self.setup, self.state)
+        if change is None:
+            return False
+        elbo = self._elbo_here()
+        self.state = replace(self.state, elbo=elbo)
+        self._record(Step(self.iterations, "check", before, elbo, 0.0, 1, 0, 0.0))
+        self.next_check = 0
+        return True
+
+    def _elbo_here(self) -> float:
+        with torch.no_grad():
+            phi, theta = torch.from_numpy(self.state.phi), torch.from_numpy(self.state.theta)
+            return float(self.setup.elbo(phi, theta))
 
     def _gain_of_round(self) -> float:
         """Gain of the last M-step and the E-step after it (or of the joint step)."""

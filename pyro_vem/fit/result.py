@@ -83,7 +83,7 @@ class VEMResult:
             status = Status.nonfinite
         return cls(
             theta, phi, terms.elbo, terms.elbo_se, status, n_iter, history, seconds,
-            setup.objective.plan, terms, setup.objective.seed, setup,
+            setup.objective.shown_plan, terms, setup.objective.seed, setup,
         )  # fmt: skip
 
     @property
@@ -218,9 +218,10 @@ def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def measure(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor], most: int) -> ElboTerms:
-    """The bound on fresh draws, until its standard error is below 0.01 nats or `most` are spent.
+    """The bound: exact where every term is, else on fresh draws.
 
-    log p - log q is averaged: its variance vanishes as the guide approaches the posterior.
+    Draws are added until the standard error is below 0.01 nats or `most` are spent. log p - log q
+    is averaged: its variance vanishes as the guide approaches the posterior.
     """
     parts: list[dict[str, dict[str, Tensor]]] = []
     size = 1024 if setup.objective.is_random else 1
@@ -229,20 +230,33 @@ def measure(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]
         parts.append(setup.objective.sample(phi, theta, size, 7919 + len(parts), keep))
         ratio = torch.cat([p["densities"]["log_p"] - p["densities"]["log_q"] for p in parts])
         se = float(ratio.std() / len(ratio) ** 0.5) if len(ratio) > 1 else 0.0
-        if se < 0.01 or len(ratio) + size > most or not setup.objective.is_random:
+        is_enough = se < 0.01 or setup.objective.is_exact or not setup.objective.is_random
+        if is_enough or len(ratio) + size > most:
             break
     gap = disagreement(parts)
     if gap is not None:
         setup.objective.add_note(gap)
         warnings.warn(gap, stacklevel=4)
+    exact = _exact_terms(setup, phi, theta)
     rows = []
-    for row in setup.objective.plan.rows:
-        values = torch.cat([part["terms"][row.site] for part in parts])
-        error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+    for row in setup.objective.shown_plan.rows:
+        values = exact.get(row.site, torch.cat([part["terms"][row.site] for part in parts]))
+        error = float(values.std() / len(values) ** 0.5) if values.dim() and len(values) > 1 else 0.0
         rows.append(
             TermRow(row.site, row.plates, row.kind, row.method, row.proof, float(values.mean()), error)
         )
+    if setup.objective.is_exact:  # and the draws have agreed with it (`pyro_vem.fit.exactness`)
+        return ElboTerms(tuple(rows), float(torch.stack(list(exact.values())).sum()), 0.0)
     return ElboTerms(tuple(rows), float(ratio.mean()), se)
+
+
+def _exact_terms(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Terms that need no draws, by site."""
+    objective = setup.objective
+    with isolated(torch.float64), torch.no_grad():
+        if objective.is_exact:
+            return objective.terms(phi, theta)
+        return objective.exact.terms(phi, theta) if objective.exact is not None else {}
 
 
 def disagreement(parts: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> str | None:

@@ -29,6 +29,7 @@ class FitOptions:
         num_draws: fixed draws for terms without a closed form; even.
         elbo_draws: most fresh draws spent on the reported ELBO.
         step_iterations: most optimiser iterations within one E- or M-step.
+        compiled: whether terms are compiled to closed forms and quadratures where they can be.
 
     Raises:
         ValueError: for a number of draws that is odd or too small.
@@ -41,6 +42,7 @@ class FitOptions:
     num_draws: int = 256
     elbo_draws: int = 4096
     step_iterations: int = 200
+    compiled: bool = True
 
     def __post_init__(self) -> None:
         if self.num_draws < 32 or self.num_draws % 2:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from .entropy import negative_entropy
+from .forms import LogitNormal
 from .quadrature import exponential_mean
 from .table import register_kl
 
@@ -155,6 +156,18 @@ def _weibull_exponential(q: Any, p: Any) -> Tensor:
 def _weibull_log_normal(q: Any, p: Any) -> Tensor:
     spread = math.pi**2 / 6 / q.concentration**2
     return _neg_entropy(q) + _against_log_normal(p, _weibull_moments(q)[1], spread)
+
+
+# Against a flat density (of an improper prior) the divergence is E[log q]
+
+
+@register_kl(td.Normal, dist.ImproperUniform)
+@register_kl(td.LogNormal, dist.ImproperUniform)
+@register_kl(LogitNormal, dist.ImproperUniform)
+def _flat(q: Any, p: Any) -> Tensor:
+    dims = len(p.event_shape)
+    value = _neg_entropy(q).expand(q.batch_shape)
+    return value.sum(list(range(-dims, 0))) if dims else value
 
 
 # On an interval, and on the circle

@@ -165,6 +165,8 @@ def is_same_density(kind: type, parent: type) -> bool:
     """True if a library class has its parent's density (Chi2 is a Gamma, NanMaskedNormal no Normal)."""
     if kind is parent or _REWRITTEN.get(kind) is parent:
         return True
+    if not issubclass(kind, parent):
+        return False
     is_library = kind.__module__.split(".")[0] in ("torch", "pyro", "pyro_vem")
     return is_library and getattr(kind, "log_prob", None) is getattr(parent, "log_prob", None)
 

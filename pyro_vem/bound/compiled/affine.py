@@ -1,0 +1,214 @@
+"""One slot as an affine map of the variables, conditional on a few local ones, and its probing.
+
+Everything is found from values of the slot at chosen points: no source is read and no derivative
+is taken, so a dependence through ``float`` or numpy is seen like any other. Which element of a
+variable a row depends on is read off bit patterns; coefficients are differences. What is found is
+checked against the model at other points before it is believed.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Values: TypeAlias = Mapping[str, Tensor]
+"""Unconstrained values by variable, each flat: (size,), or (points, size)."""
+
+Evaluate: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Slots by key, (points, rows) each, at a batch of points."""
+
+ROUNDING = 1e-9  # relative; differences below it are rounding
+VERIFIED = 1e-8
+SHIFT = 0.4  # of a conditioning variable, per step
+MOST_DENSE = 20_000_000  # entries of a dense coefficient matrix
+
+
+@dataclass(frozen=True)
+class Local:
+    """coefficient_n * variable[index_n] for each row n, scaled by what the slot is conditional on.
+
+    Attributes:
+        rate: for each conditioning variable c: the coefficient is multiplied by
+            exp(rate_n (x_c - base)).
+        slope: likewise by 1 + slope_n (x_c - base).
+    """
+
+    index: Tensor
+    coefficient: Tensor
+    rate: dict[str, Tensor] = field(default_factory=dict)
+    slope: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """matrix @ variable, rows scaled like a `Local`."""
+
+    matrix: Tensor
+    rate: dict[str, Tensor] = field(default_factory=dict)
+    slope: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A variable that the slot is not affine in: its index for each row, and its part of the offset.
+
+    The part is linear * (x - base) + size * (exp(rate * (x - base)) - 1), row by row.
+    """
+
+    index: Tensor
+    base: Tensor
+    linear: Tensor
+    size: Tensor
+    rate: Tensor
+
+    def shift(self, x: Tensor) -> Tensor:
+        """X - base at the rows' own elements; x is (..., rows)."""
+        return x - self.base
+
+    def offset(self, x: Tensor) -> Tensor:
+        """What the variable adds by itself."""
+        by = self.shift(x)
+        return self.linear * by + self.size * torch.expm1(self.rate * by)
+
+
+@dataclass(frozen=True)
+class AffineSlot:
+    """offset + conditions' parts + sum of locals and denses."""
+
+    offset: Tensor
+    conditions: dict[str, Condition]
+    locals: dict[str, Local]
+    denses: dict[str, Dense]
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Variables that the slot depends on."""
+        return (*self.conditions, *self.locals, *self.denses)
+
+    def factor(self, part: Local | Dense, given: Values) -> Tensor | float:
+        """What a coefficient is multiplied by at values of the conditions, (..., rows)."""
+        result: Tensor | float = 1.0
+        for name, rate in part.rate.items():
+            result = result * torch.exp(rate * self.conditions[name].shift(given[name]))
+        for name, slope in part.slope.items():
+            result = result * (1 + slope * self.conditions[name].shift(given[name]))
+        return result
+
+    def mean(self, given: Values, centre: Values) -> Tensor:
+        """The slot's mean: conditions at `given` (per row), the rest at `centre` (flat)."""
+        total = self.offset
+        for name, condition in self.conditions.items():
+            total = total + condition.offset(given[name])
+        for name, part in self.locals.items():
+            at = given[name] if name in given else centre[name][part.index]
+            total = total + self.factor(part, given) * part.coefficient * at
+        for name, dense in self.denses.items():
+            total = total + self.factor(dense, given) * (dense.matrix @ centre[name])
+        return total
+
+    def at(self, values: Values) -> Tensor:
+        """The slot's value at one point."""
+        given = {name: values[name][c.index] for name, c in self.conditions.items()}
+        return self.mean(given, values)
+
+
+def differs(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """True where two slots differ by more than rounding."""
+    return ~((a - b).abs() <= ROUNDING * (1 + scale))
+
+
+class Probe:
+    """All evaluations that every slot needs, made once and shared.
+
+    Args:
+        evaluate: the slots at a batch of points.
+        sizes: number of elements of each variable.
+        generator: of base point and steps.
+    """
+
+    def __init__(self, evaluate: Evaluate, sizes: Mapping[str, int], generator: torch.Generator) -> None:
+        self.evaluate, self.sizes = evaluate, dict(sizes)
+        self.base = {k: 0.3 * self._normal(generator, n) for k, n in sizes.items()}
+        self.step = {k: self._steps(generator, n) for k, n in sizes.items()}
+        points = [self.base]
+        for k in sizes:
+            points += [self.moved({k: c}) for c in (1.0, 2.0, 3.0)]
+        values = self.at(points)
+        self.here = {key: v[0] for key, v in values.items()}
+        self.along = {
+            k: {key: v[1 + 3 * i : 4 + 3 * i] for key, v in values.items()} for i, k in enumerate(sizes)
+        }
+        self.bits = {k: self._bits(k) for k in sizes}
+
+    @staticmethod
+    def _normal(generator: torch.Generator, n: int) -> Tensor:
+        return torch.randn(n, generator=generator, dtype=torch.float64)
+
+    @staticmethod
+    def _steps(generator: torch.Generator, n: int) -> Tensor:
+        size = 0.3 + 0.3 * torch.rand(n, generator=generator, dtype=torch.float64)
+        return size * (torch.randint(0, 2, (n,), generator=generator) * 2 - 1)
+
+    def moved(self, by: Mapping[str, float], only: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The base with some variables moved by multiples of their steps (at some elements only)."""
+        point = dict(self.base)
+        for k, c in by.items():
+            step = self.step[k] if only is None or k not in only else self.step[k] * only[k]
+            point[k] = point[k] + c * step
+        return point
+
+    def at(self, points: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The slots at some points, in batches."""
+        parts = []
+        for start in range(0, len(points), 128):
+            chunk = points[start : start + 128]
+            parts.append(self.evaluate({k: torch.stack([p[k] for p in chunk]) for k in self.base}))
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def _bits(self, k: str) -> dict[str, Tensor]:
+        """Slots with only those elements of k moved whose bit b is 0, or 1: (2 * bits, rows)."""
+        width = max(1, math.ceil(math.log2(self.sizes[k]))) if self.sizes[k] > 1 else 0
+        elements = torch.arange(self.sizes[k])
+        points = []
+        for b in range(width):
+            for side in (0, 1):
+                chosen = (((elements >> b) & 1) == side).to(torch.float64)
+                points.append(self.moved({k: 1.0}, {k: chosen}))
+        return self.at(points) if points else {}
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """How one slot depends on one variable."""
+
+    rows: Tensor  # which rows do
+    is_affine: bool
+    index: Tensor | None  # the element of each row; None if some row depends on several
+
+
+def dependence_on(probe: Probe, key: str, k: str) -> Dependence | None:
+    """None where the slot does not depend on the variable."""
+    f0, (f1, f2, f3) = probe.here[key], probe.along[k][key]
+    scale = torch.stack([f0, f1, f2, f3]).abs().amax(0)
+    rows = differs(f1, f0, scale) | differs(f2, f0, scale)
+    if not bool(rows.any()):
+        return None
+    is_affine = not bool((differs(f2 + f0, 2 * f1, scale) | differs(f3 + 2 * f0, 3 * f1, scale)).any())
+    return Dependence(rows, is_affine, _index(probe, key, k, rows))
+
+
+def _index(probe: Probe, key: str, k: str, rows: Tensor) -> Tensor | None:
+    f0, index = probe.here[key], torch.zeros(len(rows), dtype=torch.long)
+    if probe.sizes[k] == 1:
+        return index
+    values = probe.bits[k][key]
+    scale = f0.abs()
+    for b in range(len(values) // 2):
+        zero, one = (differs(values[2 * b + side], f0, scale) for side in (0, 1))
+        if bool((rows & (zero == one)).any()):  # both sides move it, or neither: several elements
+            return None
+        index += (one & rows).long() << b
+    return index

@@ -1,0 +1,187 @@
+"""Compiling a problem: which terms have slots, what they are, and the bound as their sum."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to, transform_to
+
+from ...errors import ModelError, UnsupportedModelError
+from ...model.parameters import Parameter
+from ...model.runtime import Execution, Site
+from ...model.sites import Latent
+from ..dependence import differ, fingerprint
+from .affine import Probe
+from .expect import CompiledTerm, Moments
+from .fit_slots import SlotFitter, worst_gap
+from .slots import Spec, read, spec_of
+
+FINAL_DRAWS = 8  # of the fitted guide, at which compiled slots are held against the model again
+FINAL_GAP = 1e-6
+
+
+@dataclass(frozen=True)
+class Variables:
+    """Latents and parameters as flat unconstrained vectors; parameters are named with a ``$``."""
+
+    latents: Mapping[str, Latent]
+    parameters: Mapping[str, Parameter]
+    map_sites: Mapping[str, Latent]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of elements of each."""
+        sizes = {name: latent.unconstrained.numel() for name, latent in self.latents.items()}
+        sizes |= {f"${name}": p.unconstrained.numel() for name, p in self.parameters.items()}
+        return sizes | {f"${name}": s.unconstrained.numel() for name, s in self.map_sites.items()}
+
+    def constrained(self, flat: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Values of the latents, and of parameters and MAP sites, from one flat point."""
+        values = {n: s.transform(flat[n].reshape(s.unconstrained.shape)) for n, s in self.latents.items()}
+        theta = {
+            n: transform_to(p.constraint)(flat[f"${n}"].reshape(p.unconstrained.shape))
+            for n, p in self.parameters.items()
+        }
+        theta |= {
+            n: s.transform(flat[f"${n}"].reshape(s.unconstrained.shape)) for n, s in self.map_sites.items()
+        }
+        return values, theta
+
+    def flat_theta(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Constrained parameters and MAP sites as flat unconstrained vectors, differentiable."""
+        flat = {
+            f"${n}": transform_to(p.constraint).inv(theta[n]).reshape(-1) for n, p in self.parameters.items()
+        }
+        return flat | {
+            f"${n}": biject_to(s.support).inv(theta[n]).reshape(-1) for n, s in self.map_sites.items()
+        }
+
+
+class Compiled:
+    """The terms of a model that are known in closed form, as a function of moments.
+
+    Attributes:
+        terms: compiled terms by site.
+        refused: why the others are not.
+        constant: records of latents whose prior is the same wherever latents and parameters are.
+    """
+
+    def __init__(self, run: Any, variables: Variables, held: Mapping[str, Tensor], seed: int) -> None:
+        self.variables, self._run, self._held = variables, run, held
+        self.specs: dict[str, Spec] = {}
+        self.refused: dict[str, str] = {}
+        self.terms: dict[str, CompiledTerm] = {}
+        self.constant: dict[str, Site] = {}
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self._read_specs()
+            if self.specs:
+                self._compile(generator)
+            self._find_constant(generator)
+
+    def _model(self, flat: Mapping[str, Tensor]) -> Execution:
+        values, theta = self.variables.constrained(flat)
+        execution: Execution = self._run({**theta, **self._held}, {**values, **theta})
+        return execution
+
+    def _read_specs(self) -> None:
+        zero = {name: torch.zeros(n, dtype=torch.float64) for name, n in self.variables.sizes.items()}
+        for name, site in self._model(zero).sites.items():
+            if name in self.variables.map_sites:
+                self.refused[name] = "the density of a point"
+                continue
+            latent = None if site["is_observed"] else self.variables.latents[name]
+            spec = spec_of(site, latent)
+            if isinstance(spec, str):
+                self.refused[name] = spec
+            else:
+                self.specs[name] = spec
+
+    def _slots(self, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        sites, found = self._model(flat).sites, {}
+        for name, spec in self.specs.items():
+            u = flat[name].reshape(spec.shape) if spec.latent is not None else None
+            for slot, value in read(spec, sites[name], u).items():
+                found[f"{name}\0{slot}"] = value
+        return found
+
+    def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            result: dict[str, Tensor] = torch.func.vmap(self._slots, randomness="same")(batch)
+            return result
+        except (ModelError, UnsupportedModelError):
+            raise
+        except Exception:  # the model refuses vmap: probing runs it point by point
+            num = len(next(iter(batch.values())))
+            rows = [self._slots({k: v[i] for k, v in batch.items()}) for i in range(num)]
+            return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+    def _compile(self, generator: torch.Generator) -> None:
+        probe = Probe(self._evaluate, self.variables.sizes, generator)
+        fitter = SlotFitter(probe, list(probe.here), generator)
+        latents = frozenset(self.variables.latents)
+        for name, spec in self.specs.items():
+            slots = {slot: fitter.fit(f"{name}\0{slot}") for slot in spec.slots}
+            bad = [f"{slot}: {found}" for slot, found in slots.items() if isinstance(found, str)]
+            if bad:
+                self.refused[name] = bad[0]
+                continue
+            term = CompiledTerm(spec, slots, latents)  # type: ignore[arg-type]
+            problem = term.problem()
+            if problem is None:
+                self.terms[name] = term
+            else:
+                self.refused[name] = problem
+
+    def _find_constant(self, generator: torch.Generator) -> None:
+        """Latents without slots whose prior never changes: its exact KL needs no model run."""
+        runs = [
+            self._model({k: 0.5 * Probe._normal(generator, n) for k, n in self.variables.sizes.items()}).sites
+            for _ in range(3)
+        ]
+        for name in self.variables.latents:
+            if name not in self.terms:
+                prints = [fingerprint(run[name]) for run in runs]
+                if not differ(prints[0], prints[1]) and not differ(prints[0], prints[2]):
+                    self.constant[name] = runs[0][name]
+
+    def refine(self, moments: Moments) -> bool:
+        """Double nodes where they are too few at these moments; True if something grew or was refused."""
+        grew = False
+        for name, term in list(self.terms.items()):
+            finer = term.refined(moments)
+            if isinstance(finer, str):
+                self.refused[name] = finer
+                del self.terms[name]
+                grew = True
+            elif finer is not term:
+                self.terms[name] = finer
+                grew = True
+        return grew
+
+    def recheck(self, moments: Moments, seed: int) -> list[str]:
+        """Terms whose slots differ from the model's at draws of the guide; they are refused."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            points = []
+            for _ in range(FINAL_DRAWS):
+                point = dict(moments.centre)
+                for name, sd in moments.scale.items():
+                    noise = torch.randn(len(sd), generator=generator, dtype=torch.float64)
+                    point[name] = point[name] + sd * noise
+                points.append({k: v.detach() for k, v in point.items()})
+            truth = self._evaluate({k: torch.stack([p[k] for p in points]) for k in points[0]})
+        wrong = []
+        for name, term in list(self.terms.items()):
+            for slot, affine in term.slots.items():
+                gap = max(
+                    worst_gap(affine, p, t) for p, t in zip(points, truth[f"{name}\0{slot}"], strict=True)
+                )
+                if gap > FINAL_GAP:
+                    self.refused[name] = f"{slot} differs from the model by {gap:.1g} at a draw of the guide"
+                    del self.terms[name]
+                    wrong.append(name)
+                    break
+        return wrong

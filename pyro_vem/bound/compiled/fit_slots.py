@@ -1,0 +1,229 @@
+"""From probes to affine slots: conditions, coefficients, offsets, and the check that believes them."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .affine import (
+    MOST_DENSE,
+    SHIFT,
+    VERIFIED,
+    AffineSlot,
+    Condition,
+    Dense,
+    Dependence,
+    Local,
+    Probe,
+    Values,
+    dependence_on,
+    differs,
+)
+
+MOST_CONDITIONS = 2
+SPREADS = (0.3, 0.3, 0.3, 1.2, 1.2, 1.2)  # sds of the points that a compiled slot is verified at
+
+
+class NotAffine(Exception):
+    """A slot that has no compiled form, with the reason."""
+
+
+class SlotFitter:
+    """Fits every slot of a model from one shared set of probes."""
+
+    def __init__(self, probe: Probe, keys: Sequence[str], generator: torch.Generator) -> None:
+        self.probe, self.keys = probe, keys
+        self.found = {key: self._dependences(key) for key in keys}
+        self.splits: dict[str, tuple[list[str], list[str]] | str] = {}
+        for key in keys:
+            try:
+                self.splits[key] = self._split(key)
+            except NotAffine as reason:
+                self.splits[key] = str(reason)
+        self._probe_conditions()
+        self._probe_dense()
+        self.points = [
+            {k: spread * Probe._normal(generator, n) for k, n in probe.sizes.items()} for spread in SPREADS
+        ]
+        self.truth = probe.at(self.points)
+
+    def fit(self, key: str) -> AffineSlot | str:
+        """The compiled slot, verified; or why there is none."""
+        split = self.splits[key]
+        if isinstance(split, str):
+            return split
+        try:
+            slot = self._assemble(key, *split)
+        except NotAffine as reason:
+            return str(reason)
+        for point, truth in zip(self.points, self.truth[key], strict=True):
+            gap = worst_gap(slot, point, truth)
+            if gap > VERIFIED:
+                return f"its compiled form is off by {gap:.1g} at a random point"
+        return slot
+
+    def _dependences(self, key: str) -> dict[str, Dependence]:
+        found = {k: dependence_on(self.probe, key, k) for k in self.probe.sizes}
+        return {k: d for k, d in found.items() if d is not None}
+
+    def _split(self, key: str) -> tuple[list[str], list[str]]:
+        """Variables to condition on, and those that the slot is jointly affine in given them."""
+        known = self.found[key]
+        conditions = [k for k, d in known.items() if not d.is_affine]
+        rest = [k for k in known if k not in conditions]
+        if len(rest) > 1:
+            pairs = self._interactions(key, rest)
+            while pairs:
+                counts = {k: sum(k in pair for pair in pairs) for k in rest}
+                movable = [k for k in rest if counts[k] and known[k].index is not None]
+                if not movable:
+                    raise NotAffine("products of several elements")
+                chosen = min(movable, key=lambda k: (-counts[k], self.probe.sizes[k]))
+                conditions.append(chosen)
+                rest.remove(chosen)
+                pairs = [pair for pair in pairs if chosen not in pair]
+        for k in conditions:
+            if known[k].index is None:
+                raise NotAffine(f"not affine in several elements of {k}")
+        if len(conditions) > MOST_CONDITIONS:
+            raise NotAffine(f"not affine in {', '.join(conditions)} together")
+        return conditions, rest
+
+    def _interactions(self, key: str, names: list[str]) -> list[tuple[str, str]]:
+        probe, pairs = self.probe, list(itertools.combinations(names, 2))
+        f0 = probe.here[key]
+        joint = probe.at([probe.moved(dict.fromkeys(names, c)) for c in (1.0, 2.0)])[key]
+        if not bool(differs(joint[1] + f0, 2 * joint[0], joint.abs().amax(0) + f0.abs()).any()):
+            return []
+        both = probe.at([probe.moved({a: 1.0, b: 1.0}) for a, b in pairs])[key]
+        found = []
+        for (a, b), value in zip(pairs, both, strict=True):
+            one, other = probe.along[a][key][0], probe.along[b][key][0]
+            scale = torch.stack([value, one, other, f0]).abs().amax(0)
+            if bool(differs(value + f0, one + other, scale).any()):
+                found.append((a, b))
+        return found
+
+    def _probe_conditions(self) -> None:
+        """Every conditioning variable shifted, alone and with each other variable moved."""
+        probe = self.probe
+        self.shifted: dict[str, dict[str, Tensor]] = {}
+        self.shifted_moved: dict[tuple[str, str], dict[str, Tensor]] = {}
+        conditions = {k for split in self.splits.values() if not isinstance(split, str) for k in split[0]}
+        for c in sorted(conditions):
+
+            def at(times: int, extra: str | None = None, c: str = c) -> dict[str, Tensor]:
+                point = probe.moved({extra: 1.0} if extra else {})
+                return {**point, c: point[c] + times * SHIFT}
+
+            others = [k for k in probe.sizes if k != c]
+            points = [at(t) for t in (1, 2, 3)] + [at(t, k) for k in others for t in (1, 2)]
+            values = probe.at(points)
+            self.shifted[c] = {key: v[:3] for key, v in values.items()}
+            for i, k in enumerate(others):
+                self.shifted_moved[c, k] = {key: v[3 + 2 * i : 5 + 2 * i] for key, v in values.items()}
+
+    def _probe_dense(self) -> None:
+        """One probe for each element of the variables that some row sees several elements of."""
+        probe = self.probe
+        self.matrices: dict[str, dict[str, Tensor]] = {}
+        wanted: dict[str, list[str]] = {}
+        for key, split in self.splits.items():
+            if not isinstance(split, str):
+                for k in split[1]:
+                    if self.found[key][k].index is None:
+                        wanted.setdefault(k, []).append(key)
+        for k, keys in wanted.items():
+            n = probe.sizes[k]
+            rows = max(len(probe.here[key]) for key in keys)
+            if n * rows > MOST_DENSE:
+                for key in keys:
+                    self.splits[key] = f"{n} coefficients for each of {rows} rows"
+                continue
+            points = [{**probe.base, k: probe.base[k] + row} for row in torch.eye(n, dtype=torch.float64)]
+            values = probe.at(points)
+            self.matrices[k] = {key: (values[key] - probe.here[key]).T.contiguous() for key in keys}
+
+    def _assemble(self, key: str, conditions: list[str], rest: list[str]) -> AffineSlot:
+        probe, known, f0 = self.probe, self.found[key], self.probe.here[key]
+        locals_, denses = {}, {}
+        offset = f0.clone()
+        for k in rest:
+            rate, slope = self._factors(key, k, conditions)
+            index = known[k].index
+            if index is None:
+                denses[k] = Dense(self.matrices[k][key], rate, slope)
+                offset -= self.matrices[k][key] @ probe.base[k]
+            else:
+                delta = (probe.along[k][key][1] - f0) / 2
+                coefficient = torch.where(known[k].rows, delta / probe.step[k][index], 0.0)
+                locals_[k] = Local(index, coefficient, rate, slope)
+                offset -= coefficient * probe.base[k][index]
+        parts = {c: self._condition(key, c, locals_, denses) for c in conditions}
+        return AffineSlot(offset, parts, locals_, denses)
+
+    def _factors(
+        self, key: str, k: str, conditions: list[str]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """How the coefficients of k scale with each condition: by an exponential, or linearly."""
+        probe, f0 = self.probe, self.probe.here[key]
+        here = probe.along[k][key][0] - f0
+        rates, slopes = {}, {}
+        for c in conditions:
+            there = self.shifted_moved[c, k][key] - self.shifted[c][key][:2]
+            live = here.abs() > 1e-6 * (1 + f0.abs())
+            r1, r2 = (torch.where(live, row / torch.where(live, here, 1.0), 1.0) for row in there)
+            tol = 1e-5
+            if bool(((r1 - 1).abs() <= 1e-8).all() and ((r2 - 1).abs() <= 1e-8).all()):
+                continue
+            if bool(((r2 - r1**2).abs() <= tol * r1**2).all()) and bool((r1 > 0).all()):
+                rates[c] = r1.log() / SHIFT
+            elif bool(((r2 - 1 - 2 * (r1 - 1)).abs() <= tol * (1 + r1.abs())).all()):
+                slopes[c] = (r1 - 1) / SHIFT
+            else:
+                raise NotAffine(f"its coefficients of {k} are no simple function of {c}")
+        return rates, slopes
+
+    def _condition(self, key: str, c: str, locals_: dict[str, Local], denses: dict[str, Dense]) -> Condition:
+        """The condition's own part of the offset, after what it does through the coefficients."""
+        probe, index = self.probe, self.found[key][c].index
+        assert index is not None
+        base = probe.base[c][index]
+        zero = torch.zeros_like(base)
+        own = []
+        for t, value in zip((1, 2, 3), self.shifted[c][key], strict=True):
+            rest = value - probe.here[key]
+            parts: list[tuple[str, Local | Dense]] = [*locals_.items(), *denses.items()]
+            for name, part in parts:
+                factor: Tensor | float = 1.0
+                if c in part.rate:
+                    factor = torch.exp(part.rate[c] * SHIFT * t)
+                if c in part.slope:
+                    factor = 1 + part.slope[c] * SHIFT * t
+                rest = rest - (factor - 1) * _contribution(part, probe.base[name])
+            own.append(rest)
+        d1, d2, d3 = own[0], own[1] - own[0], own[2] - own[1]
+        tol = 1e-6 * (1 + own[0].abs() + own[1].abs())
+        is_linear = (d2 - d1).abs() <= tol
+        safe = torch.where(is_linear, 1.0, d1)
+        ratio = torch.where(is_linear, torch.ones_like(d1), d2 / safe)
+        ok = is_linear | ((ratio > 0) & ((d3 - ratio * d2).abs() <= 1e-5 * (d3.abs() + 1e-9)))
+        if not bool(ok.all()):
+            raise NotAffine(f"its offset is no simple function of {c}")
+        rate = torch.where(is_linear, zero, ratio.log() / SHIFT)
+        size = torch.where(is_linear, zero, d1 / torch.where(is_linear, 1.0, ratio - 1))
+        return Condition(index, base, torch.where(is_linear, d1 / SHIFT, zero), size, rate)
+
+
+def _contribution(part: Local | Dense, base: Tensor) -> Tensor:
+    if isinstance(part, Dense):
+        return part.matrix @ base
+    return part.coefficient * base[part.index]
+
+
+def worst_gap(slot: AffineSlot, point: Values, truth: Tensor) -> float:
+    """Largest relative difference of a compiled slot from the model's own value."""
+    gap = (slot.at(point) - truth).abs() / (1 + truth.abs())
+    worst = float(gap.max()) if len(gap) else 0.0
+    return worst if worst == worst else float("inf")

@@ -1,0 +1,88 @@
+"""Keeping the bound exact along a fit: compiling its terms, enough nodes, and a last look at the model."""
+
+import torch
+from torch import Tensor
+
+from ..bound.deterministic import Deterministic
+from ..guides.factorised import FactorisedNormal
+from .setup import FitOptions, Setup
+from .smooth import Vector
+from .state import State
+
+RECHECK_SEED = 104_729
+CHECK_DRAWS = 1024
+CHECK_LIMIT = 4.0  # standard errors
+
+
+def compile_terms(setup: Setup, options: FitOptions) -> None:
+    """Replace the terms that have a compiled form; what they are is in the plan."""
+    guide = setup.guide
+    if not options.compiled or setup.analytic == "never" or not isinstance(guide, FactorisedNormal):
+        return
+    map_names = setup.problem.map_sites
+    setup.objective.exact = Deterministic(
+        setup.problem,
+        guide,
+        tuple(p for p in setup.theta.parameters if p.name not in map_names),
+        tuple(setup.prototype.latent(name) for name in map_names),
+        setup.held,
+        setup.objective.seed,
+    )
+
+
+def settle_nodes(setup: Setup, phi: Vector, theta: Vector) -> bool:
+    """Enough quadrature nodes at a point; True if a term changed."""
+    objective = setup.objective
+    if objective.exact is None:
+        return False
+    values = _values(setup, phi, theta)
+    changed = objective.exact.refine(*values)
+    if changed:
+        objective.prepare(*values)
+    return changed
+
+
+def settle(setup: Setup, state: State) -> str | None:
+    """What had to change in the bound at the point that a fit has reached, or None.
+
+    Compiled slots are held against the model at draws of the fitted guide (a kink or a branch may
+    lie where no probe went), quadrature nodes are doubled where they have become too few, and the
+    whole bound is held against draws of log p - log q through the ordinary model.
+    """
+    objective = setup.objective
+    if objective.exact is None:
+        return None
+    values = _values(setup, state.phi, state.theta)
+    wrong = objective.exact.recheck(*values, RECHECK_SEED)
+    if wrong:
+        reasons = objective.exact.compiled.refused
+        for name in wrong:
+            objective.add_note(f"{name}: sampled from here on: {reasons[name]}")
+        objective.prepare(*values)
+        return f"sampled from here on: {', '.join(wrong)}"
+    if settle_nodes(setup, state.phi, state.theta):
+        return "more quadrature nodes"
+    gap = _gap_to_draws(setup, state) if objective.is_exact else None
+    if gap is not None:
+        objective.exact = None
+        objective.add_note(gap)
+        objective.prepare(*values)
+    return gap
+
+
+def _gap_to_draws(setup: Setup, state: State) -> str | None:
+    """What to say if draws disagree with an exact bound; None where they agree."""
+    values = _values(setup, state.phi, state.theta)
+    found = setup.objective.sample(*values, CHECK_DRAWS, RECHECK_SEED, ("densities",))["densities"]
+    ratio = found["log_p"] - found["log_q"]
+    off, se = abs(float(ratio.mean()) - state.elbo), float(ratio.std()) / CHECK_DRAWS**0.5
+    if off <= CHECK_LIMIT * se + 1e-6 * (1 + abs(state.elbo)):
+        return None
+    return (
+        f"compiled terms are off by {off:.3g} nats ({off / max(se, 1e-300):.0f} standard errors of "
+        f"{CHECK_DRAWS} draws): every term is sampled"
+    )
+
+
+def _values(setup: Setup, phi: Vector, theta: Vector) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return setup.phi.constrained(torch.from_numpy(phi)), setup.theta_values(torch.from_numpy(theta))
