@@ -240,10 +240,14 @@ class Dependence:
     base: tuple[Execution, Execution]
 
 
-def dependence(pair: Pair) -> Dependence:
-    """Provenance of both programs, corrected by what redrawing sites shows."""
+def dependence(pair: Pair, values: Mapping[str, Tensor] | None = None) -> Dependence:
+    """Provenance of both programs, corrected by what redrawing sites shows.
+
+    The base run is at given values, those of the run that is to be planned where it can be: so
+    that all runs see the same sites and take the same from the generators.
+    """
     with torch.no_grad():
-        base = pair.run({})
+        base = pair.run(values or _values(pair.run({})))
         values = _values(base)
         graphs = [
             provenance(run, values, execution)

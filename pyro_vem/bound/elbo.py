@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
@@ -15,15 +14,26 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..model.roles import roles_of
-from ..model.runtime import Execution, Site, is_deterministic, is_subsample, modules_called, repeatable
+from ..model.runtime import (
+    Execution,
+    Site,
+    is_deterministic,
+    is_subsample,
+    modules_called,
+    repeatable,
+    seed_generators,
+)
 from .dependence import Pair
-from .enumerated import enumerated_elbo, enumerated_terms, is_enumerated, traces_of
+from .enumerated import enumerated_elbo, enumerated_terms, enumerating, is_enumerated
 from .plans import make_plan
 from .score import score_surrogate
 from .tables import ElboTerms, Plan, TermRow
 from .terms import Part, term_parts
+from .weights import is_one
 
 Program = Callable[..., Any]
+
+MOST_PROOFS = 64  # that one object remembers
 
 
 class Particle(NamedTuple):
@@ -100,12 +110,12 @@ class AnalyticKL_ELBO(ELBO):  # type: ignore[misc]
         self.analytic = analytic
         self.bounds = bounds
         self._proved: dict[tuple[Any, ...], tuple[Plan, Program, Program]] = {}
-        self._enumerates: dict[tuple[int, int], tuple[bool, Program, Program]] = {}
+        self._enumerates = False
+        self._tracer = enumerating(num_particles, kwargs)
 
     def plan(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Plan:
         """The method of each site for this model and guide, with its proof."""
-        with torch.no_grad():
-            return next(self._particles(model, guide, args, kwargs)).plan
+        return next(self._particles(model, guide, args, kwargs)).plan
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> ElboTerms:
         """The bound as a table: mean over the particles of each site's term, in nats.
@@ -157,11 +167,15 @@ class AnalyticKL_ELBO(ELBO):  # type: ignore[misc]
                 f"map_sites={roles_of(model).map_sites} are point-estimated by fit_vem; "
                 "under SVI use a Delta guide for them, on an undecorated model"
             )
-        if self._is_enumerated(model, guide, args, kwargs):
+        if self._enumerates:
             yield from self._enumerated(model, guide, args, kwargs, by_row)
             return
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             guide_sites, model_sites = _sites(guide_trace), _sites(model_trace)
+            if is_enumerated(guide_sites, model_sites):  # from here on; it is right for any other site too
+                self._enumerates = True
+                yield from self._enumerated(model, guide, args, kwargs, by_row)
+                return
             plan = self._plan(model, guide, args, kwargs, guide_sites, model_sites)
             if is_validation_enabled():
                 self._validate(model_trace, guide_trace)
@@ -172,7 +186,7 @@ class AnalyticKL_ELBO(ELBO):  # type: ignore[misc]
     def _enumerated(
         self, model: Program, guide: Program, args: Any, kwargs: Any, by_row: bool
     ) -> Iterator[Particle]:
-        for model_trace, guide_trace in traces_of(self, model, guide, args, kwargs):
+        for model_trace, guide_trace in self._tracer._get_traces(model, guide, args, kwargs):
             plan = self._plan(model, guide, args, kwargs, _sites(guide_trace), _sites(model_trace))
             terms = (
                 enumerated_terms(plan, guide_trace, model_trace)
@@ -185,23 +199,22 @@ class AnalyticKL_ELBO(ELBO):  # type: ignore[misc]
         self, model: Program, guide: Program, args: Any, kwargs: Any, guide_sites: Any, model_sites: Any
     ) -> Plan:
         """The plan for the structure at hand: proved once, looked up afterwards."""
-        key = (id(model), id(guide), _structure(guide_sites), _structure(model_sites))
-        if key not in self._proved:
+        key = (
+            _identity(model), _identity(guide), _flags(args, kwargs),
+            _structure(guide_sites, model_sites), _structure(model_sites, guide_sites),
+        )  # fmt: skip
+        known = self._proved.get(key)
+        if known is None or not _views_hold(known[0], guide_sites, model_sites):
             with repeatable(), modules_called():
                 plan = make_plan(
                     guide, guide_sites, model_sites, _pair(model, guide, args, kwargs),
                     analytic=self.analytic, bounds=self.bounds,
+                    is_replayed=not (self.vectorize_particles or self._enumerates),
                 )  # fmt: skip
-            self._proved[key] = (plan, model, guide)  # kept alive, so that no other gets their id
-        return self._proved[key][0]
-
-    def _is_enumerated(self, model: Program, guide: Program, args: Any, kwargs: Any) -> bool:
-        key = (id(model), id(guide))
-        if key not in self._enumerates:
-            with repeatable(), modules_called():
-                found = is_enumerated(_pair(model, guide, args, kwargs))
-            self._enumerates[key] = (found, model, guide)
-        return self._enumerates[key][0]
+            if len(self._proved) >= MOST_PROOFS:
+                self._proved.pop(next(iter(self._proved)))
+            known = self._proved[key] = (plan, model, guide)  # alive, so that no other gets their id
+        return known[0]
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         """Guide and model against it; densities are computed only where a term needs them."""
@@ -225,7 +238,7 @@ def _pair(model: Program, guide: Program, args: Any, kwargs: Any) -> Pair:
 
     def runs(program: Program) -> Callable[[Execution], Execution]:
         def run(execution: Execution) -> Execution:
-            pyro.set_rng_seed(0)
+            seed_generators(0)
             with execution:
                 program(*args, **kwargs)
             return execution
@@ -235,17 +248,41 @@ def _pair(model: Program, guide: Program, args: Any, kwargs: Any) -> Pair:
     return Pair(runs(guide), runs(model))
 
 
-def _structure(sites: dict[str, Site]) -> tuple[Any, ...]:
-    """What a proof rests on: the sites in order, and the kinds of their distributions."""
-    return tuple((name, *_kinds(site["fn"])) for name, site in sites.items())
+def _identity(program: Program) -> tuple[int, ...]:
+    """The same for a method each time that it is looked up."""
+    owner = getattr(program, "__self__", None)
+    return (id(program),) if owner is None else (id(owner), id(program.__func__))  # type: ignore[attr-defined]
+
+
+def _flags(args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """Arguments that switch rather than measure."""
+    return tuple(value for value in (*args, *kwargs.values()) if isinstance(value, bool | str | None))
+
+
+def _structure(sites: dict[str, Site], others: dict[str, Site]) -> tuple[Any, ...]:
+    """What a proof rests on, as far as a run shows it: sites in order, and what they are made of."""
+    rows = []
+    for name, site in sites.items():
+        other = others.get(name, site)
+        rows.append((
+            name, site["is_observed"], len(site["cond_indep_stack"]), (site["infer"] or {}).get("enumerate"),
+            is_one(site["scale"], other["scale"]), site["mask"] is other["mask"], *_kinds(site["fn"]),
+        ))  # fmt: skip
+    return tuple(rows)
 
 
 def _kinds(fn: Any) -> list[type]:
+    """Classes of a distribution and its wrappers, and of the operations that made its arguments."""
     found = [type(fn)]
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
         found.append(type(fn))
+    found += [type(value.grad_fn) for value in vars(fn).values() if isinstance(value, Tensor)]
     return found
+
+
+def _views_hold(plan: Plan, guide_sites: dict[str, Site], model_sites: dict[str, Site]) -> bool:
+    return all(view.holds(guide_sites, model_sites[name]) for name, view in plan.views.items())
 
 
 def _sums(parts: list[Part], share: int) -> dict[str, Tensor]:

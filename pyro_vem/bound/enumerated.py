@@ -5,32 +5,31 @@ it in place of log p, and nothing in place of log q. The KL carries the enumerat
 its parents, so it is weighted like any other cost. This is the only module that touches them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from typing import Any
 
-from pyro.infer import ELBO, TraceEnum_ELBO
+from pyro.infer import TraceEnum_ELBO
 from pyro.infer.traceenum_elbo import _compute_dice_elbo
 from pyro.ops import packed
 from pyro.poutine import Trace
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-from .dependence import Pair
+from ..model.runtime import Site
 from .tables import Plan, PlanRow
 from .terms import site_divergence
 
-Program = Callable[..., Any]
+Sites = Mapping[str, Site]
 
 
-def is_enumerated(pair: Pair) -> bool:
-    """True if some site of guide or model asks to be summed out.
+def is_enumerated(guide_sites: Sites, model_sites: Sites) -> bool:
+    """True if some latent site of guide or model asks to be summed out.
 
     Raises:
         UnsupportedModelError: for sequential enumeration.
     """
-    guide, model = pair.run({})
     found = False
-    for site in (*guide.sites.values(), *model.sites.values()):
+    for site in (*guide_sites.values(), *model_sites.values()):
         how = (site["infer"] or {}).get("enumerate")
         if how == "sequential" and not site["is_observed"]:
             raise UnsupportedModelError(
@@ -41,19 +40,9 @@ def is_enumerated(pair: Pair) -> bool:
     return found
 
 
-def traces_of(
-    elbo: ELBO, model: Program, guide: Program, args: Any, kwargs: Any
-) -> Iterator[tuple[Trace, Trace]]:
-    """Enumerated traces of model and guide, tensors packed, a pair a particle."""
-    tracer = TraceEnum_ELBO(
-        num_particles=elbo.num_particles,
-        max_plate_nesting=elbo.max_plate_nesting,
-        max_iarange_nesting=None,
-        vectorize_particles=elbo.vectorize_particles,
-        strict_enumeration_warning=False,
-    )
-    yield from tracer._get_traces(model, guide, args, kwargs)
-    elbo.max_plate_nesting = tracer.max_plate_nesting
+def enumerating(num_particles: int, settings: Mapping[str, Any]) -> TraceEnum_ELBO:
+    """Pyro's own bound, for its enumerated and packed traces."""
+    return TraceEnum_ELBO(num_particles=num_particles, **{**settings, "strict_enumeration_warning": False})
 
 
 def enumerated_elbo(plan: Plan, guide_trace: Trace, model_trace: Trace) -> Tensor:
@@ -99,7 +88,7 @@ def _without(nodes: list[dict[str, Any]], guide_trace: Trace, model_trace: Trace
 def _use_divergence(plan: Plan, row: PlanRow, guide_trace: Trace, model_trace: Trace) -> None:
     name = row.site
     guide_sites, p = guide_trace.nodes, model_trace.nodes[name]
-    q = plan.views[name].site(guide_sites, name) if name in plan.views else guide_sites[name]
+    q = plan.views[name].site(guide_sites, p) if name in plan.views else guide_sites[name]
     symbols = {**guide_sites[name]["infer"]["_dim_to_symbol"], **p["infer"]["_dim_to_symbol"]}
     p["packed"]["log_prob"] = packed.pack(-site_divergence(q, p), symbols)
     hidden = [name, plan.views[name].auxiliary] if name in plan.views else [name]

@@ -99,7 +99,9 @@ def plan_problem(
             specs.append(NoiseSpec(site["name"], tuple(fn.batch_shape), event, plates_of(site)))
             return transport(fn, torch.zeros(specs[-1].shape))
 
-        sites = run_checked(problem.guide, problem.call, phi, centre, "guide").sites
+        # With gradients, so that it shows what a Delta of the guide depends on.
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in phi.items()}
+        sites = run_checked(problem.guide, problem.call, leaves, centre, "guide").sites
     values = {name: site["value"] for name, site in sites.items()}
     values.update({name: theta[name] for name in problem.map_sites})
 

@@ -26,6 +26,7 @@ def make_plan(
     map_sites: Collection[str] = (),
     analytic: str = "auto",
     bounds: bool = False,
+    is_replayed: bool = True,
 ) -> Plan:
     """Choose a method for each site of the model and for each auxiliary site of the guide.
 
@@ -37,15 +38,17 @@ def make_plan(
         map_sites: latents that the M-step owns.
         analytic: "auto", "require" or "never".
         bounds: whether an upper bound of a KL may stand for it.
+        is_replayed: whether the proof may run at the values of these records (not where particles
+            are vectorised or sites enumerated: their values have other shapes).
 
     Raises:
         ModelError: if guide and model do not have the same latent sites, a factor leaves the
             support of its prior, or ``analytic="require"`` and a site cannot be exact.
     """
     check_sites(guide_sites, model_sites, map_sites)
-    known = _dependence(guide, guide_sites, model_sites, pair)
+    known = _dependence(guide, guide_sites, model_sites, pair, is_replayed)
     views = find_views(known.guide, guide_sites, model_sites) if known is not None else {}
-    seen = {**guide_sites, **{name: view.site(guide_sites, name) for name, view in views.items()}}
+    seen = {**guide_sites, **{name: v.site(guide_sites, model_sites[name]) for name, v in views.items()}}
     model_only = frozenset(
         n for n, s in model_sites.items() if not s["is_observed"] and n not in seen and n not in map_sites
     )
@@ -85,7 +88,9 @@ def _auxiliary_rows(guide_sites: Sites, model_sites: Sites, views: Mapping[str, 
     ]
 
 
-def _dependence(guide: Any, guide_sites: Sites, model_sites: Sites, pair: Pair) -> Dependence | None:
+def _dependence(
+    guide: Any, guide_sites: Sites, model_sites: Sites, pair: Pair, is_replayed: bool
+) -> Dependence | None:
     """None where nothing has to be found out: our own guide, numbers as scales, constant masks."""
     is_weighted = any(
         not isinstance(site[key], int | float | bool | None)
@@ -94,7 +99,11 @@ def _dependence(guide: Any, guide_sites: Sites, model_sites: Sites, pair: Pair) 
     )
     if isinstance(guide, FactorisedNormal) and not is_weighted:
         return None
-    return dependence(pair) if guide_sites else None
+    if not guide_sites:
+        return None
+    latents = {n: s["value"].detach() for n, s in model_sites.items() if not s["is_observed"]}
+    values = {**latents, **{n: s["value"].detach() for n, s in guide_sites.items()}}
+    return dependence(pair, values if is_replayed else None)
 
 
 def _method(

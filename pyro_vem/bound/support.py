@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch import distributions as td
@@ -14,6 +15,8 @@ from .kl import canonical, kind_of
 from .kl.forms import CorrCholeskyNormal, LogitNormal, StickBreakingNormal
 
 Interval = tuple[Tensor, Tensor]
+# Continuous by name, discrete in their values.
+STRAIGHT_THROUGH = (dist.RelaxedBernoulliStraightThrough, dist.RelaxedOneHotCategoricalStraightThrough)
 
 
 def check_support(name: str, q: Any, p: Any) -> None:
@@ -27,7 +30,7 @@ def check_support(name: str, q: Any, p: Any) -> None:
             ...
         pyro_vem.errors.ModelError: site 's': the guide's Normal leaves the support ...
     """
-    if is_point(q) or not _leaves(q, p):
+    if is_point(q) or isinstance(canonical(q), STRAIGHT_THROUGH) or not _leaves(q, p):
         return
     raise ModelError(
         f"site {name!r}: the guide's {kind_of(q)} leaves the support {p.support} of the prior {kind_of(p)}, "

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from ..model.runtime import Site
 from .kl import leaf_of, negative_entropy
 from .kl.table import elements
 from .tables import Plan, PlanRow
-from .weights import element_weight, same_weights, weighted
+from .weights import element_weight, is_one, same_weights, weighted
 
 Sites = Mapping[str, Site]
 
@@ -41,8 +42,8 @@ def term_parts(plan: Plan, guide_sites: Sites, model_sites: Sites) -> list[Part]
         if row.kind != "auxiliary" and name not in model_sites:
             raise UnsupportedModelError(f"site {name!r} appears in some runs of the model only")
         if row.kind == "KL" and row.method in ("closed form", "upper bound"):
-            q = guide_sites[name] if name not in plan.views else plan.views[name].site(guide_sites, name)
             p = model_sites[name]
+            q = guide_sites[name] if name not in plan.views else plan.views[name].site(guide_sites, p)
             parts.append(Part(row, -site_divergence(q, p), p["cond_indep_stack"]))
             continue
         if row.kind != "auxiliary":
@@ -69,13 +70,13 @@ def site_divergence(q: Site, p: Site) -> Float[Tensor, "..."]:
     is w_p kappa + (w_q - w_p) h.
     """
     kappa, inner, is_masked = elements(q["fn"], p["fn"])
-    if not is_masked and _is_one(q["scale"], p["scale"]) and q["mask"] is p["mask"]:
+    if not is_masked and is_one(q["scale"], p["scale"]) and q["mask"] is p["mask"]:
         return weighted(_summed(kappa, inner), p)
     weight = element_weight(p, inner)
-    result = weight * kappa
+    result = _product(weight, kappa)
     entropy = _element_entropy(q, inner)
     if entropy is not None:
-        result = result + (element_weight(q, inner) - weight) * entropy
+        result = result + _product(element_weight(q, inner) - weight, entropy)
     elif not same_weights(q, p):
         raise UnsupportedModelError(
             f"site {p['name']!r}: scale or mask of guide and model have come to differ, and the entropy of "
@@ -84,9 +85,11 @@ def site_divergence(q: Site, p: Site) -> Float[Tensor, "..."]:
     return _summed(result, inner)
 
 
-def _is_one(a: Any, b: Any) -> bool:
-    """True for the same object or equal numbers; tensors are not compared by value."""
-    return a is b or (isinstance(a, float | int) and isinstance(b, float | int) and a == b)
+def _product(weight: Tensor | float, value: Tensor) -> Tensor:
+    """Zero where the weight is, whatever the value: nan may stand for what is masked out."""
+    if not isinstance(weight, Tensor):
+        return weight * value if weight else torch.zeros_like(value)
+    return torch.where(weight == 0, 0.0, weight * value)
 
 
 def _summed(value: Tensor, inner: int) -> Tensor:

@@ -16,18 +16,24 @@ def weighted(value: Tensor, site: Site) -> Tensor:
     return result
 
 
+def is_one(a: Any, b: Any) -> bool:
+    """True for the same object or equal numbers; tensors are not compared by value."""
+    return a is b or (isinstance(a, float | int) and isinstance(b, float | int) and a == b)
+
+
 def same_weights(q: Site, p: Site) -> bool:
     """True if scale and mask of the two sites, and masks inside their distributions, are equal."""
-    if not (_equal(q["scale"], p["scale"]) and _equal(_mask(q), _mask(p))):
+    if not (equal(q["scale"], p["scale"]) and equal(_mask(q), _mask(p))):
         return False
-    return _equal(leaf_of(q["fn"]).mask(), leaf_of(p["fn"]).mask())
+    return equal(leaf_of(q["fn"]).mask(), leaf_of(p["fn"]).mask())
 
 
 def _mask(site: Site) -> Any:
     return True if site["mask"] is None else site["mask"]
 
 
-def _equal(a: Any, b: Any) -> bool:
+def equal(a: Any, b: Any) -> bool:
+    """True for equal scales or masks, by value."""
     if a is b:
         return True
     if isinstance(a, Tensor) or isinstance(b, Tensor):

@@ -231,7 +231,7 @@ class _Run:
             return False
         elbo = self._elbo_here()
         self.state = replace(self.state, elbo=elbo)
-        self._record(Step(self.iterations, "check", before, elbo, 0.0, 1, 0, 0.0))
+        self._record(Step(self.iterations, "check", before, elbo, 0.0, 1, 0, 0.0, change))
         self.next_check = 0
         return True
 

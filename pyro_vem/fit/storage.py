@@ -17,8 +17,10 @@ from ..bound.elbo import AnalyticKL_ELBO
 from ..bound.tables import ElboTerms, Plan, PlanRow, TermRow
 from ..errors import ModelError
 from ..model.runtime import isolated
+from .exactness import compile_terms, settle
 from .result import VEMResult
 from .setup import FitOptions, Setup, set_up
+from .state import State
 from .status import Status, Step
 
 FORMAT = "pyro_vem.result.1"
@@ -42,6 +44,7 @@ def save(fit: VEMResult, path: str | Path) -> None:
         "seconds": fit.seconds,
         "seed": fit.seed,
         "num_draws": draws,
+        "compiled": fit._setup is not None and fit.setup.objective.exact is not None,
         "analytic": fit.setup.analytic if fit._setup is not None else "auto",
         "bounds": fit.setup.bounds if fit._setup is not None else False,
         "history": [asdict(row) for row in fit.history],
@@ -115,11 +118,12 @@ def _group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _set_up_again(
     model: Callable[..., Any], data: Any, guide: Any, summary: dict[str, Any], init: dict[str, Tensor]
 ) -> Setup:
-    options = FitOptions(num_draws=summary["num_draws"] or FitOptions.num_draws)
+    options = FitOptions(num_draws=summary["num_draws"] or FitOptions.num_draws, compiled=summary["compiled"])
     with isolated(torch.float64, summary["seed"]):
         elbo = AnalyticKL_ELBO(analytic=summary["analytic"], bounds=summary["bounds"])
         setup = set_up(model, data, guide, elbo, init, options, summary["seed"])
         phi = setup.phi.constrained(setup.phi.initial())
+        compile_terms(setup, options)
         setup.objective.prepare(phi, setup.theta_values(setup.theta.initial()))
     return setup
 
@@ -144,7 +148,9 @@ def _check_bound(
     """Other data of the same shape give another bound on the same draws."""
     if not history:
         return
+    phi, theta = setup.phi.flat(guide_params).numpy(), setup.theta.flat(params).numpy()
     with isolated(torch.float64), torch.no_grad():
+        settle(setup, State(phi, theta, history[-1]["after"]))
         here = float(setup.objective.value(guide_params, params))
     stored = history[-1]["after"]
     if abs(here - stored) > 1e-6 * (1 + abs(stored)):

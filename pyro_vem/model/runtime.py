@@ -5,11 +5,13 @@ module: `isolated` puts the state back, `Program` swaps parameters and weights f
 """
 
 import copy
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import numpy as np
 import pyro
 import torch
 from pyro.distributions import Delta
@@ -44,7 +46,7 @@ def isolated(dtype: torch.dtype | None = None, seed: int = 0) -> Iterator[None]:
         >>> "only_inside" in pyro.get_param_store()
         False
     """
-    rng = get_rng_state()
+    rng = _generators()
     default = torch.get_default_dtype()
     torch_validation = torch.distributions.Distribution._validate_args
     try:
@@ -55,14 +57,14 @@ def isolated(dtype: torch.dtype | None = None, seed: int = 0) -> Iterator[None]:
             warnings.catch_warnings(),
         ):
             warnings.filterwarnings("ignore", message=SWAPPED)
-            pyro.set_rng_seed(seed)
+            seed_generators(seed)
             if dtype is not None:
                 torch.set_default_dtype(dtype)
             yield
     finally:
         torch.set_default_dtype(default)
         torch.distributions.Distribution._validate_args = torch_validation
-        set_rng_state(rng)
+        _set_generators(rng)
 
 
 @contextmanager
@@ -74,12 +76,33 @@ def repeatable() -> Iterator[None]:
         ...     torch.manual_seed(3)
         <torch._C.Generator object at ...>
     """
-    rng = get_rng_state()
+    rng = _generators()
+    torch_validation = torch.distributions.Distribution._validate_args
     try:
         with pyro.validation_enabled(False):
             yield
     finally:
-        set_rng_state(rng)
+        torch.distributions.Distribution._validate_args = torch_validation
+        _set_generators(rng)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch, numpy and Python; devices only where they are in use already."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (a model may draw from numpy's global generator)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
+def _generators() -> tuple[Any, list[Tensor]]:
+    return get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_generators(states: tuple[Any, list[Tensor]]) -> None:
+    set_rng_state(states[0])
+    if states[1]:
+        torch.cuda.set_rng_state_all(states[1])
 
 
 class Execution(Messenger):  # type: ignore[misc]
@@ -136,7 +159,8 @@ def is_subsample(msg: Site) -> bool:
 def is_deterministic(msg: Site) -> bool:
     """True for pyro.deterministic sites, and for sites that a reparameterisation has computed."""
     fn = msg["fn"]
-    return msg["is_observed"] and isinstance(fn, MaskedDistribution) and isinstance(fn.base_dist, Delta)
+    is_masked_out = isinstance(fn, MaskedDistribution) and fn._mask is False
+    return msg["is_observed"] and is_masked_out and isinstance(fn.base_dist, Delta)
 
 
 class _Shell(nn.Module):
@@ -287,12 +311,14 @@ def modules_called() -> Iterator[list[nn.Module]]:
         True
     """
     found: list[nn.Module] = []
-    before: list[tuple[Tensor, Tensor]] = []
+    before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     def note(module: nn.Module, _: Any) -> None:
         if not any(module is m for known in found for m in known.modules()):
             found.append(module)
-            before.extend((buffer, buffer.clone()) for buffer in module.buffers())
+            for owner in module.modules():
+                buffers = {name: b for name, b in owner._buffers.items() if b is not None}
+                before.extend((owner, name, b, b.clone()) for name, b in buffers.items())
 
     handle = nn.modules.module.register_module_forward_pre_hook(note)
     try:
@@ -300,5 +326,5 @@ def modules_called() -> Iterator[list[nn.Module]]:
     finally:
         handle.remove()
         with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+            for owner, name, buffer, value in reversed(before):  # the first snapshot is the oldest
+                owner._buffers[name] = buffer.copy_(value)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..fit.result import VEMResult
 
 LABEL, WIDTH = 9, 100  # columns
+EXACT = ("closed form", "quadrature")  # quadratures are doubled until they stand still to 1e-9
 
 
 def card(fit: VEMResult) -> str:
@@ -20,14 +21,15 @@ def card(fit: VEMResult) -> str:
     lines = [("VEM fit", f"{fit.status.name} in {rounds}, {fit.seconds:.2f} s")]
     if not fit.converged:
         lines.append(("", fit.status.value))
-    lines.append(("ELBO", f"{fit.elbo:.3f} +- {fit.elbo_se:.3f} nats"))
+    error = f"+- {fit.elbo_se:.3f} nats" if fit.elbo_se else "nats, exact"
+    lines.append(("ELBO", f"{fit.elbo:.3f} {error}"))
     diagnosis = fit._diagnosis if fit._setup is not None and fit.setup.problem.guide is not None else None
     if diagnosis is not None:
         lines.append(("k-hat", f"{diagnosis.khat:.2f} ({diagnosis.num_draws:,} draws)"))
     if fit.params:
         lines.append(("params", ", ".join(_value(name, value) for name, value in fit.params.items())))
-    exact = [row.site for row in fit.plan.rows if row.method == "closed form"]
-    drawn = [row.site for row in fit.plan.rows if row.method != "closed form" and row.kind != "auxiliary"]
+    exact = [row.site for row in fit.plan.rows if row.method in EXACT]
+    drawn = [row.site for row in fit.plan.rows if row.method not in EXACT and row.kind != "auxiliary"]
     lines.append(("exact", _listing(exact)))
     lines.append(("sampled", _listing(drawn)))
     lines += [("note", note) for note in fit.plan.notes]

@@ -127,7 +127,7 @@ class CompiledTerm:
             if name not in POSITIVE:
                 continue
             for c in self.random_conditions:
-                parts = [*slot.locals.values(), *slot.denses.values()]
+                parts: list[Local | Dense] = [*slot.locals.values(), *slot.denses.values()]
                 rates = [part.rate[c] for part in parts if c in part.rate]
                 rates += [slot.conditions[c].rate] if c in slot.conditions else []
                 slopes = [part.slope[c] for part in parts if c in part.slope]

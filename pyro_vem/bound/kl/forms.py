@@ -64,6 +64,15 @@ class LogNormalForm(td.LogNormal):
         self._batch_shape, self._event_shape = loc.shape, torch.Size()
 
 
+def _on_interval(loc: Tensor, scale: Tensor, start: Any, width: Any) -> LogitNormal | None:
+    """The sigmoid onto an interval; a falling one is a rising one of the mirrored Normal."""
+    if isinstance(width, Tensor):
+        return LogitNormal(loc, scale, start, width) if bool((width > 0).all()) else None
+    if width > 0:
+        return LogitNormal(loc, scale, start, width)
+    return LogitNormal(-loc, scale, start + width, -width)
+
+
 def gaussian_form(base: td.Normal, transforms: list[Any]) -> Any | None:
     """The form of a Normal pushed through transforms, or None if there is no name for it.
 
@@ -80,7 +89,7 @@ def gaussian_form(base: td.Normal, transforms: list[Any]) -> Any | None:
     if kinds == [td.SigmoidTransform]:
         return LogitNormal(loc, scale)
     if kinds == [td.SigmoidTransform, td.AffineTransform]:
-        return LogitNormal(loc, scale, transforms[1].loc, transforms[1].scale)
+        return _on_interval(loc, scale, transforms[1].loc, transforms[1].scale)
     if kinds == [td.StickBreakingTransform]:
         return StickBreakingNormal(loc, scale)
     if kinds in ([td.CorrCholeskyTransform], [pyro_transforms.CorrCholeskyTransform]):
