@@ -111,6 +111,7 @@ MODELS = {
     "NegativeBinomial": hierarchy(
         lambda a: pyro.sample("y", dist.NegativeBinomial(3.0, logits=0.5 * a), obs=COUNT)
     ),
+    "Geometric": hierarchy(lambda a: pyro.sample("y", dist.Geometric(logits=a), obs=COUNT)),
     "LogNormal": hierarchy(lambda a: pyro.sample("y", dist.LogNormal(a, 0.7), obs=COUNT + 0.1)),
     "regression": regression,
     "non-centred": non_centred,
@@ -287,3 +288,17 @@ print(fit.status.name, "torch._dynamo" in sys.modules, "sympy" in sys.modules)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["converged", "False", "False"]
+
+
+def test_row_reduced_softplus_has_both_derivatives():
+    from pyro_vem.bound.compiled.expect import trapezoid
+    from pyro_vem.bound.compiled.softplus import mean_softplus_rows
+
+    m = torch.tensor([0.3, -2.0, 4.0], dtype=torch.float64, requires_grad=True)
+    s = torch.tensor([0.5, 1.5, 0.1], dtype=torch.float64, requires_grad=True)
+
+    def value(m, s):
+        return mean_softplus_rows(m, s, *trapezoid(48))
+
+    assert torch.autograd.gradcheck(value, (m, s))
+    assert torch.autograd.gradgradcheck(value, (m, s))

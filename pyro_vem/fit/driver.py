@@ -28,6 +28,7 @@ from .stopping import remaining, runaway
 Schedule = Literal["auto", "alternate", "joint"]
 StepMethod = Literal["auto", "newton", "lbfgs"]
 Callback = Callable[[Step, Mapping[str, Tensor]], None]
+SERIAL = 1_000_000  # numbers in the data below which a fit runs on one thread
 SELF_CHECK = 256  # draws that closed forms are held against at the start
 NEWTON_LIMIT = 20_000  # parameters in a block beyond which its Krylov space outgrows the gain
 
@@ -109,7 +110,7 @@ def fit_vem(
     _check_settings(schedule, e_step, m_step, tol, max_iter, elbo)
     begin = time.perf_counter()
     # Trial points may lie anywhere: what overflows there is +inf, and is not stepped to.
-    with isolated(torch.float64, seed), np.errstate(over="ignore", invalid="ignore"):
+    with isolated(torch.float64, seed, _threads(data)), np.errstate(over="ignore", invalid="ignore"):
         warm = init if isinstance(init, VEMResult) else None
         setup = set_up(model, data, guide, elbo, _warm_strategy(warm) if warm else init, options, seed)
         run = _Run(setup, options, tol, (e_step, m_step), begin, tuple(callbacks), progress)
@@ -121,6 +122,13 @@ def fit_vem(
         finally:
             run.close()
         return run.result(status)
+
+
+def _threads(data: Any) -> int | None:
+    """One thread for small data: two made fits many times slower on a machine with other work."""
+    values = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple | list) else ()
+    total = sum(int(np.prod(getattr(value, "shape", ()), dtype=int)) for value in values)
+    return 1 if total < SERIAL else None
 
 
 def _alternate(run: "_Run", max_iter: int, schedule: Schedule) -> Status:
@@ -183,7 +191,8 @@ class _Run:
     def _check_closed_forms(self, phi: NDArray[np.float64], theta: NDArray[np.float64]) -> None:
         """Sample what does not agree with draws, and say so in the plan."""
         setup = self.setup
-        if not setup.objective.is_random or not setup.objective.plan.exact:
+        objective = setup.objective
+        if not objective.is_random or objective.is_exact or not objective.plan.exact:
             return
         values = setup.phi.constrained(torch.from_numpy(phi)), setup.theta_values(torch.from_numpy(theta))
         gap = disagreement([setup.objective.sample(*values, SELF_CHECK, 1, ("densities", "terms"))])

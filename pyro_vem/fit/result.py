@@ -78,7 +78,11 @@ class VEMResult:
         """Freeze a state; its bound is measured on fresh draws."""
         phi = _detached(setup.phi.constrained(torch.from_numpy(state.phi)))
         theta = _detached(setup.theta_values(torch.from_numpy(state.theta)))
-        terms = measure(setup, phi, theta, options.elbo_draws)
+        # A converged exact bound has been held against draws already (`pyro_vem.fit.exactness`).
+        is_settled = status is Status.converged and setup.objective.is_exact
+        terms = (
+            exact_table(setup, phi, theta) if is_settled else measure(setup, phi, theta, options.elbo_draws)
+        )
         if not torch.isfinite(torch.tensor(terms.elbo)) and status is Status.converged:
             status = Status.nonfinite
         return cls(
@@ -218,7 +222,7 @@ def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def measure(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor], most: int) -> ElboTerms:
-    """The bound: exact where every term is, else on fresh draws.
+    """The bound on fresh draws; terms that are exact are shown so.
 
     Draws are added until the standard error is below 0.01 nats or `most` are spent. log p - log q
     is averaged: its variance vanishes as the guide approaches the posterior.
@@ -230,7 +234,7 @@ def measure(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]
         parts.append(setup.objective.sample(phi, theta, size, 7919 + len(parts), keep))
         ratio = torch.cat([p["densities"]["log_p"] - p["densities"]["log_q"] for p in parts])
         se = float(ratio.std() / len(ratio) ** 0.5) if len(ratio) > 1 else 0.0
-        is_enough = se < 0.01 or setup.objective.is_exact or not setup.objective.is_random
+        is_enough = se < 0.01 or not setup.objective.is_random
         if is_enough or len(ratio) + size > most:
             break
     gap = disagreement(parts)
@@ -245,9 +249,17 @@ def measure(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]
         rows.append(
             TermRow(row.site, row.plates, row.kind, row.method, row.proof, float(values.mean()), error)
         )
-    if setup.objective.is_exact:  # and the draws have agreed with it (`pyro_vem.fit.exactness`)
-        return ElboTerms(tuple(rows), float(torch.stack(list(exact.values())).sum()), 0.0)
     return ElboTerms(tuple(rows), float(ratio.mean()), se)
+
+
+def exact_table(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> ElboTerms:
+    """The bound of a problem in which no term needs draws."""
+    values = _exact_terms(setup, phi, theta)
+    rows = tuple(
+        TermRow(row.site, row.plates, row.kind, row.method, row.proof, float(values[row.site]), 0.0)
+        for row in setup.objective.shown_plan.rows
+    )
+    return ElboTerms(rows, float(torch.stack(list(values.values())).sum()), 0.0)
 
 
 def _exact_terms(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -32,12 +32,12 @@ SWAPPED = ".*not registered in the param store"
 
 
 @contextmanager
-def isolated(dtype: torch.dtype | None = None, seed: int = 0) -> Iterator[None]:
+def isolated(dtype: torch.dtype | None = None, seed: int = 0, threads: int | None = None) -> Iterator[None]:
     """Run pyro code without a trace in global state.
 
     Inside: an empty parameter store, seeded generators, validation off, no handler of the
-    caller in sight, `dtype` as default. On the way out, also after an exception, all of it
-    is as it was.
+    caller in sight, `dtype` as default, torch on `threads` if given. On the way out, also after
+    an exception, all of it is as it was.
 
     Example:
         >>> import pyro
@@ -49,7 +49,10 @@ def isolated(dtype: torch.dtype | None = None, seed: int = 0) -> Iterator[None]:
     rng = _generators()
     default = torch.get_default_dtype()
     torch_validation = torch.distributions.Distribution._validate_args
+    usual_threads = torch.get_num_threads()
     try:
+        if threads is not None and threads != usual_threads:
+            torch.set_num_threads(threads)
         with (
             pyro.poutine.block(),  # outermost, so handlers of the caller see nothing
             pyro.get_param_store().scope(),
@@ -62,6 +65,8 @@ def isolated(dtype: torch.dtype | None = None, seed: int = 0) -> Iterator[None]:
                 torch.set_default_dtype(dtype)
             yield
     finally:
+        if torch.get_num_threads() != usual_threads:
+            torch.set_num_threads(usual_threads)
         torch.set_default_dtype(default)
         torch.distributions.Distribution._validate_args = torch_validation
         _set_generators(rng)

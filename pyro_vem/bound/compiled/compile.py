@@ -147,6 +147,11 @@ class Compiled:
                 if not differ(prints[0], prints[1]) and not differ(prints[0], prints[2]):
                     self.constant[name] = runs[0][name]
 
+    @property
+    def rows(self) -> int:
+        """Scalar densities in all compiled terms."""
+        return sum(len(term.spec.weight) for term in self.terms.values())
+
     def refine(self, moments: Moments) -> bool:
         """Double nodes where they are too few at these moments; True if something grew or was refused."""
         grew = False

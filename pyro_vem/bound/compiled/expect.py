@@ -17,6 +17,7 @@ from torch import distributions as td
 
 from .affine import AffineSlot, Dense, Local, Values
 from .slots import POSITIVE, RESIDUAL, Spec
+from .softplus import mean_softplus_rows
 
 FIRST_NODES = 8
 MOST_NODES = {"conditions": 64, 1: 128, 2: 32, 3: 16}
@@ -33,6 +34,9 @@ BOUNDED = (
     td.Cauchy,
     td.HalfCauchy,
 )
+
+
+LOGIT = (td.Bernoulli, td.Binomial, td.NegativeBinomial, td.Geometric)
 
 
 @functools.cache
@@ -258,6 +262,8 @@ class CompiledTerm:
             return self._closed(mean, cov)
         rule = trapezoid if self.spec.family in BOUNDED else gauss_hermite
         x, w = rule(self.slot_nodes)
+        if self.spec.family in LOGIT and random == ("logits",):
+            return self._logit(mean, mean_softplus_rows(mean["logits"], _root(cov["logits", "logits"]), x, w))
         lower = self._factor(cov)
         dims = max(t.dim() for t in (*mean.values(), *cov.values()))
         eta, weights = dict(mean), torch.ones((), dtype=torch.float64)
@@ -268,6 +274,21 @@ class CompiledTerm:
             shape = [-1 if k == i else 1 for k in range(len(random))] + [1] * dims
             weights = weights * w.reshape(shape)
         return (weights * self.spec.log_density(_aligned(eta))).sum(tuple(range(len(random))))
+
+    def _logit(self, mean: dict[str, Tensor], above: Tensor) -> Tensor:
+        """E log p of a family whose log density is linear in the logit and its softplus."""
+        y, m, family = self.spec.value, mean["logits"], self.spec.family
+        assert y is not None
+        if family is td.Bernoulli:
+            return y * m - above
+        if family is td.Geometric:
+            return m - (y + 1) * above
+        count = mean["total_count"].exp()
+        if family is td.Binomial:
+            choices = torch.lgamma(count + 1) - torch.lgamma(y + 1) - torch.lgamma(count - y + 1)
+            return choices + y * m - count * above
+        choices = torch.lgamma(count + y) - torch.lgamma(y + 1) - torch.lgamma(count)
+        return choices + y * m - (count + y) * above
 
     def _factor(self, cov: dict[tuple[str, str], Tensor]) -> dict[tuple[int, int], Tensor]:
         """Cholesky factor of the slots' covariance, row by row."""
