@@ -56,6 +56,10 @@ def folded_cauchy(scale):
     return dist.FoldedDistribution(dist.Cauchy(0.0, scale))
 
 
+def flat(support):
+    return dist.ImproperUniform(support, (2,), ())
+
+
 def mixture(m, s):
     return dist.MixtureSameFamily(dist.Categorical(torch.full((2,), 0.5)), dist.Normal(m, s))
 
@@ -185,6 +189,9 @@ PAIRS = {
     ),
     "Poisson, Poisson": ((dist.Poisson, [vector(2.0, 0.4)]), (dist.Poisson, [vector(1.0, 3.0)])),
     "Geometric, Geometric": ((dist.Geometric, [vector(0.2, 0.7)]), (dist.Geometric, [vector(0.5, 0.3)])),
+    "Normal, flat": (NORMAL, (lambda: flat(constraints.real), [])),
+    "LogNormal, flat": (LOG, (lambda: flat(constraints.positive), [])),
+    "LogitNormal, flat": (LOGIT, (lambda: flat(constraints.unit_interval), [])),
     "pushed alike": (
         (pushed(td.ExpTransform(), td.AffineTransform(1.0, 2.0)), NORMAL[1]),
         (pushed(td.ExpTransform(), td.AffineTransform(1.0, 2.0)), [vector(0.0, 1.0), vector(2.0, 0.5)]),
@@ -246,10 +253,11 @@ def test_gradients_in_both_arguments(name):
 
     assert torch.autograd.gradcheck(value, params, eps=1e-6, atol=1e-5, rtol=1e-5)
     gradients = torch.autograd.grad(value(*params).sum(), params, allow_unused=True)
-    assert all(g is not None for g in gradients)
+    assert all(g is not None for g in gradients) or name == "Normal, flat"  # it has no location
 
 
-UNBATCHED = {"Wishart, Wishart", "Geometric, Geometric"}  # torch's constructors refuse vmap
+# torch's constructors refuse vmap, or there is nothing to batch
+UNBATCHED = {"Wishart, Wishart", "Geometric, Geometric"} | {n for n, (_, (_, p)) in PAIRS.items() if not p}
 
 
 @pytest.mark.parametrize("name", sorted(set(PAIRS) - UNBATCHED))
