@@ -1,6 +1,5 @@
 """The part of a bound that needs no draws: compiled terms at the moments of a Gaussian guide."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +13,11 @@ from ..model.sites import Latent
 from .compiled.compile import Compiled, Variables
 from .compiled.expect import Moments
 from .kl import lookup, negative_entropy
+from .kl.entropy import normal_entropy
 from .terms import site_divergence
 from .weights import same_weights
 
 Values = Mapping[str, Tensor]
-ENTROPY = 0.5 * math.log(2 * math.pi * math.e)
 
 
 class Deterministic:
@@ -100,7 +99,7 @@ class Deterministic:
         for name, term in self.compiled.terms.items():
             value = term.expectation(moments)
             if name in self.weights:  # a latent: E[log p] on the unconstrained scale, plus the entropy
-                value = value + (self.weights[name] * (moments.scale[name].log() + ENTROPY)).sum()
+                value = value + (self.weights[name] * normal_entropy(moments.scale[name])).sum()
             found[name] = value
         for name, p in self.priors.items():
             q = self._factor(name, p, moments.centre[name], moments.scale[name])

@@ -13,6 +13,7 @@ from .quadrature import mean_softplus
 from .table import is_same_density, leaf_of
 
 EULER = 0.5772156649015329
+HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 
 # torch's entropies that have been compared with quadrature.
 TRUSTED = (
@@ -40,11 +41,11 @@ def negative_entropy(q: Any) -> Float[Tensor, "..."] | None:
 
 def _of_leaf(q: Any) -> Tensor | None:
     if isinstance(q, td.LogNormal):
-        return -_normal(q.scale) - q.loc
+        return -normal_entropy(q.scale) - q.loc
     if isinstance(q, LogitNormal):
         loc, scale = torch.broadcast_tensors(q.loc, q.scale)
         slope = loc - 2 * mean_softplus(loc, scale) + torch.as_tensor(q.width, dtype=loc.dtype).log()
-        return -_normal(scale) - slope
+        return -normal_entropy(scale) - slope
     if isinstance(q, StickBreakingNormal | CorrCholeskyNormal):
         return None
     if isinstance(q, td.Weibull):
@@ -64,5 +65,11 @@ def _of_leaf(q: Any) -> Tensor | None:
     return None
 
 
-def _normal(scale: Tensor) -> Tensor:
-    return scale.log() + 0.5 * math.log(2 * math.pi * math.e)
+def normal_entropy(scale: Tensor) -> Tensor:
+    """Entropy of a Normal, in nats.
+
+    Example:
+        >>> float(normal_entropy(torch.tensor(1.0)))
+        1.418938...
+    """
+    return scale.log() + 0.5 + HALF_LOG_2_PI

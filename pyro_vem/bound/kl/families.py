@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from .entropy import negative_entropy
+from .entropy import EULER, HALF_LOG_2_PI, negative_entropy
 from .forms import LogitNormal
 from .quadrature import exponential_mean
 from .table import register_kl
-
-EULER = 0.5772156649015329
-HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 
 # Formulas of torch that agree with quadrature in value and in both gradients. Left out: pairs that
 # are infinite by support, Wishart (no gradient), folded and Bregman fallbacks, in-place ones.

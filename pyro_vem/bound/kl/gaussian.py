@@ -14,16 +14,10 @@ from torch import Tensor
 from torch import distributions as td
 
 from ...errors import UnsupportedModelError
+from .entropy import normal_entropy
 from .forms import LogitNormal
 from .quadrature import mean_softplus, normal_mean
 from .table import register_kl
-
-HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
-
-
-def normal_entropy(scale: Tensor) -> Tensor:
-    """H(s) of a Normal."""
-    return scale.log() + 0.5 + HALF_LOG_2_PI
 
 
 def _moments(q: Any) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from .entropy import normal_entropy
 from .forms import CorrCholeskyNormal, StickBreakingNormal
-from .gaussian import normal_entropy
 from .quadrature import mean_softplus
 from .table import divergence, register_kl
 
