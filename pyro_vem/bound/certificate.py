@@ -52,9 +52,11 @@ class View:
 
     Attributes:
         auxiliary: the guide's site of the Normal. The bijection is that of the prior's support.
+        is_alone: nothing else in the guide depends on the site.
     """
 
     auxiliary: str
+    is_alone: bool = True
 
     def site(self, guide_sites: Sites, p: Site) -> Site:
         """The guide's record of the model's site, a transformed Normal in place of the Delta."""
@@ -86,7 +88,7 @@ def find_views(graph: Graph, guide_sites: Sites, model_sites: Sites) -> dict[str
         others = [child for child in graph.order if auxiliary in graph.parents[child] and child != name]
         if others or not guide_sites[auxiliary]["infer"].get("is_auxiliary"):
             continue
-        view = View(auxiliary)
+        view = View(auxiliary, graph.descendants(name) == {name})
         if view.holds(guide_sites, model_sites[name]) and _only_through(guide_sites[auxiliary], q):
             views[name] = view
     return views

@@ -1,6 +1,6 @@
 """The part of a bound that needs no draws: compiled terms at the moments of a Gaussian guide."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from ..guides.factorised import FactorisedNormal, normal_through
 from ..model.parameters import Parameter
 from ..model.runtime import Site
 from ..model.sites import Latent
+from .certificate import View
 from .compiled.compile import Compiled, Variables
 from .compiled.expect import Moments
 from .kl import lookup, negative_entropy
@@ -20,12 +21,44 @@ from .weights import same_weights
 Values = Mapping[str, Tensor]
 
 
+Factors = Callable[[Values], dict[str, tuple[Tensor, Tensor]]]
+
+
+def factors_of(problem: Any, guide: Any, views: Mapping[str, View], names: Collection[str]) -> Factors | None:
+    """How to read a guide's factors off its parameters; None if it has no such factors.
+
+    Ours says where they are; where an encoder makes them, or Pyro's AutoNormal does, the guide is
+    run, at no particular noise.
+    """
+    if isinstance(guide, FactorisedNormal):
+        free = [name for name in names if name not in guide.encoded]
+        made = {name: name for name in guide.encoded}
+    elif set(views) == set(names) and all(view.is_alone for view in views.values()):
+        free, made = [], {name: view.auxiliary for name, view in views.items()}
+    else:
+        return None
+
+    def factors(phi: Values) -> dict[str, tuple[Tensor, Tensor]]:
+        found = {n: (phi[guide.loc_name(n)], phi[guide.scale_name(n)]) for n in free}
+        sites = problem.run_guide(phi, {}).sites if made else {}
+        return found | {name: _base_moments(sites[site]["fn"]) for name, site in made.items()}
+
+    return factors
+
+
+def _base_moments(fn: Any) -> tuple[Tensor, Tensor]:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn.loc, fn.scale
+
+
 class Deterministic:
-    """Compiled terms of a problem with a factorised guide of ours.
+    """Compiled terms of a problem with a factorised Gaussian guide.
 
     Args:
         problem: model, guide and data (`pyro_vem.bound.objective.Problem`).
-        guide: the guide, its latents bound.
+        latents: sites with a factor.
+        factors: mean and standard deviation of each factor, on the unconstrained scale, from phi.
         parameters: of the M-step, those that are no MAP sites.
         map_sites: latents whose values are parameters.
         held: parameters that no step moves.
@@ -35,14 +68,14 @@ class Deterministic:
     def __init__(
         self,
         problem: Any,
-        guide: FactorisedNormal,
+        latents: Mapping[str, Latent],
+        factors: Factors,
         parameters: tuple[Parameter, ...],
         map_sites: tuple[Latent, ...],
         held: Values,
         seed: int,
     ) -> None:
-        self.problem, self.guide = problem, guide
-        latents = {site.name: site for site in guide.latents()}
+        self.factors = factors
         self.variables = Variables(
             latents, {p.name: p for p in parameters}, {site.name: site for site in map_sites}
         )
@@ -73,24 +106,9 @@ class Deterministic:
     def moments(self, phi: Values, theta: Values) -> Moments:
         """Means and standard deviations of the guide's factors; parameters as means."""
         centre, scale = self.variables.flat_theta(theta), {}
-        encoded = self._encoded(phi) if self.guide.encoded else {}
-        for name in self.variables.latents:
-            if name in encoded:
-                loc, sd = encoded[name]
-            else:
-                loc, sd = phi[self.guide.loc_name(name)], phi[self.guide.scale_name(name)]
+        for name, (loc, sd) in self.factors(phi).items():
             centre[name], scale[name] = loc.reshape(-1), sd.reshape(-1)
         return Moments(centre, scale)
-
-    def _encoded(self, phi: Values) -> dict[str, tuple[Tensor, Tensor]]:
-        sites = self.problem.run_guide(phi, {}).sites
-        found = {}
-        for name in self.guide.encoded:
-            base = sites[name]["fn"]
-            while hasattr(base, "base_dist"):
-                base = base.base_dist
-            found[name] = (base.loc, base.scale)
-        return found
 
     def terms(self, phi: Values, theta: Values) -> dict[str, Tensor]:
         """Each compiled row's part of the ELBO, in nats."""

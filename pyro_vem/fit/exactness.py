@@ -1,9 +1,11 @@
 """Keeping the bound exact along a fit: compiling its terms, enough nodes, and a last look at the model."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..bound.deterministic import Deterministic
+from ..bound.deterministic import Deterministic, factors_of
 from ..guides.factorised import FactorisedNormal
 from .setup import FitOptions, Setup
 from .smooth import Vector
@@ -17,17 +19,22 @@ CHECK_LIMIT = 4.0  # standard errors
 
 def compile_terms(setup: Setup, options: FitOptions) -> None:
     """Replace the terms that have a compiled form; what they are is in the plan."""
-    guide = setup.guide
-    if not options.compiled or setup.analytic == "never" or not isinstance(guide, FactorisedNormal):
+    map_names, objective = setup.problem.map_sites, setup.objective
+    if isinstance(setup.guide, FactorisedNormal):  # no factor for idle elements
+        latents = {site.name: site for site in setup.guide.latents()}
+    else:
+        latents = {s.name: replace(s, idle=None) for s in setup.prototype.latents if s.name not in map_names}
+    factors = factors_of(setup.problem, setup.guide, objective.plan.views, latents)
+    if not options.compiled or setup.analytic == "never" or factors is None or setup.guide is None:
         return
-    map_names = setup.problem.map_sites
-    setup.objective.exact = Deterministic(
+    objective.exact = Deterministic(
         setup.problem,
-        guide,
+        latents,
+        factors,
         tuple(p for p in setup.theta.parameters if p.name not in map_names),
         tuple(setup.prototype.latent(name) for name in map_names),
         setup.held,
-        setup.objective.seed,
+        objective.seed,
     )
 
 
