@@ -116,8 +116,9 @@ class AffineSlot:
 
 
 def differs(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """True where two slots differ by more than rounding."""
-    return ~((a - b).abs() <= ROUNDING * (1 + scale))
+    """True where two slots differ by more than rounding, of their own size and of the largest row's."""
+    most = scale.max() if scale.numel() else scale.sum()
+    return ~((a - b).abs() <= ROUNDING * scale + 1e-13 * most)
 
 
 class Probe:

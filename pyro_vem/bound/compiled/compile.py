@@ -18,7 +18,9 @@ from .expect import CompiledTerm, Moments
 from .fit_slots import SlotFitter, worst_gap
 from .slots import Spec, read, spec_of
 
-FINAL_DRAWS = 8  # of the fitted guide, at which compiled slots are held against the model again
+FINAL_DRAWS = 256  # of the fitted guide, at which compiled slots are held against the model again
+MOST_FINAL = 10_000_000  # slots read for that
+MOST_PARTS, FEW_PARTS = 150, 4  # of all terms together, and of one term that is kept regardless
 FINAL_GAP = 1e-6
 
 
@@ -79,6 +81,7 @@ class Compiled:
             self._read_specs()
             if self.specs:
                 self._compile(generator)
+                self._drop_long()
             self._find_constant(generator)
 
     def _model(self, flat: Mapping[str, Tensor]) -> Execution:
@@ -119,6 +122,8 @@ class Compiled:
             return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
     def _compile(self, generator: torch.Generator) -> None:
+        points = [{k: Probe._normal(generator, n) for k, n in self.variables.sizes.items()} for _ in range(3)]
+        self._check_static(points)
         probe = Probe(self._evaluate, self.variables.sizes, generator)
         fitter = SlotFitter(probe, list(probe.here), generator)
         latents = frozenset(self.variables.latents)
@@ -135,6 +140,18 @@ class Compiled:
             else:
                 self.refused[name] = problem
 
+    def _drop_long(self) -> None:
+        """Many terms of many parts each cost more than the model on draws, until rows are merged."""
+        parts = {
+            n: sum(len(slot.variables) for slot in term.slots.values()) for n, term in self.terms.items()
+        }
+        if sum(parts.values()) <= MOST_PARTS:
+            return
+        for name, count in parts.items():
+            if count > FEW_PARTS:
+                self.refused[name] = f"{count} latents in one of many terms: cheaper on draws"
+                del self.terms[name]
+
     def _find_constant(self, generator: torch.Generator) -> None:
         """Latents without slots whose prior never changes: its exact KL needs no model run."""
         runs = [
@@ -146,6 +163,20 @@ class Compiled:
                 prints = [fingerprint(run[name]) for run in runs]
                 if not differ(prints[0], prints[1]) and not differ(prints[0], prints[2]):
                     self.constant[name] = runs[0][name]
+
+    def _check_static(self, points: list[dict[str, Tensor]]) -> list[str]:
+        """Refuse terms whose weights, family or data change from point to point; their names."""
+        changed = []
+        for point in points:
+            sites = self._model(point).sites
+            for name, spec in list(self.specs.items()):
+                change = spec.change(spec_of(sites[name], spec.latent))
+                if change is not None:
+                    self.refused[name] = change
+                    del self.specs[name]
+                    self.terms.pop(name, None)
+                    changed.append(name)
+        return changed
 
     @property
     def rows(self) -> int:
@@ -171,14 +202,14 @@ class Compiled:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             points = []
-            for _ in range(FINAL_DRAWS):
+            for _ in range(max(8, min(FINAL_DRAWS, MOST_FINAL // max(1, self.rows)))):
                 point = dict(moments.centre)
                 for name, sd in moments.scale.items():
                     noise = torch.randn(len(sd), generator=generator, dtype=torch.float64)
                     point[name] = point[name] + sd * noise
                 points.append({k: v.detach() for k, v in point.items()})
             truth = self._evaluate({k: torch.stack([p[k] for p in points]) for k in points[0]})
-        wrong = []
+        wrong = [name for name in self._check_static(points[:3])]
         for name, term in list(self.terms.items()):
             for slot, affine in term.slots.items():
                 gap = max(

@@ -24,6 +24,7 @@ MOST_NODES = {"conditions": 64, 1: 128, 2: 32, 3: 16}
 MOST_POINTS = 4_000_000  # nodes times rows of one term
 SETTLED = 1e-9  # change of a term, relative, on doubling its nodes
 REACH = 8.0  # of the trapezoid rule, in standard deviations
+DENSITY = 3  # trapezoid nodes for each that is counted: 24 at first
 # Log densities that grow at most linearly in their slots: the trapezoid rule beats Gauss-Hermite.
 BOUNDED = (
     td.Bernoulli,
@@ -49,7 +50,7 @@ def gauss_hermite(n: int) -> tuple[Tensor, Tensor]:
 @functools.cache
 def trapezoid(n: int) -> tuple[Tensor, Tensor]:
     """Equidistant nodes with normal weights."""
-    x = np.linspace(-REACH, REACH, max(n, 24))
+    x = np.linspace(-REACH, REACH, DENSITY * n)
     w = np.exp(-(x**2) / 2)
     return torch.from_numpy(x), torch.from_numpy(w / w.sum())
 
@@ -125,8 +126,12 @@ class CompiledTerm:
 
         Nodes would settle on a finite value where there is none.
         """
-        if self.spec.family in BOUNDED:
+        family = self.spec.family
+        if family in BOUNDED:
             return None
+        for kind, name in ((td.Gumbel, "scale"), (td.Weibull, "concentration")):
+            if family is kind and name in self.random_slots:
+                return f"its {name}"
         for name, slot in self.slots.items():
             if name not in POSITIVE:
                 continue
@@ -182,7 +187,8 @@ class CompiledTerm:
         """Evaluations of the density if one kind of nodes is changed."""
         counts = {"condition_nodes": self.condition_nodes, "slot_nodes": self.slot_nodes, what: nodes}
         slots = 0 if self._is_closed() else len(self.random_slots)
-        grid = counts["condition_nodes"] ** len(self.random_conditions) * counts["slot_nodes"] ** slots
+        each = counts["slot_nodes"] * (DENSITY if self.spec.family in BOUNDED else 1)
+        grid = counts["condition_nodes"] ** len(self.random_conditions) * each**slots
         return int(grid * len(self.spec.weight))
 
     def _grid(self, moments: Moments) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -283,7 +289,7 @@ class CompiledTerm:
             return y * m - above
         if family is td.Geometric:
             return m - (y + 1) * above
-        count = mean["total_count"].exp()
+        count = self.spec.argument("total_count", mean["total_count"])
         if family is td.Binomial:
             choices = torch.lgamma(count + 1) - torch.lgamma(y + 1) - torch.lgamma(count - y + 1)
             return choices + y * m - count * above

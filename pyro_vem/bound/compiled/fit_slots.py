@@ -1,7 +1,7 @@
 """From probes to affine slots: conditions, coefficients, offsets, and the check that believes them."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from .affine import (
 )
 
 MOST_CONDITIONS = 2
+MOST_TOGETHER = 12  # variables of which pairs are tried as conditions
+MOST_ELEMENTS = 5_000  # of a latent that rows see several elements of: one model run each
 SPREADS = (0.3, 0.3, 0.3, 1.2, 1.2, 1.2)  # sds of the points that a compiled slot is verified at
 
 
@@ -35,6 +37,7 @@ class SlotFitter:
     def __init__(self, probe: Probe, keys: Sequence[str], generator: torch.Generator) -> None:
         self.probe, self.keys = probe, keys
         self.found = {key: self._dependences(key) for key in keys}
+        self.joint: dict[frozenset[str], dict[str, Tensor]] = {}
         self.splits: dict[str, tuple[list[str], list[str]] | str] = {}
         for key in keys:
             try:
@@ -72,17 +75,13 @@ class SlotFitter:
         known = self.found[key]
         conditions = [k for k, d in known.items() if not d.is_affine]
         rest = [k for k in known if k not in conditions]
-        if len(rest) > 1:
-            pairs = self._interactions(key, rest)
-            while pairs:
-                counts = {k: sum(k in pair for pair in pairs) for k in rest}
-                movable = [k for k in rest if counts[k] and known[k].index is not None]
-                if not movable:
-                    raise NotAffine("products of several elements")
-                chosen = min(movable, key=lambda k: (-counts[k], self.probe.sizes[k]))
-                conditions.append(chosen)
-                rest.remove(chosen)
-                pairs = [pair for pair in pairs if chosen not in pair]
+        for more in self._candidates(key, rest, len(conditions)):
+            if self._is_jointly_affine(key, rest, {*conditions, *more}):
+                conditions += more
+                rest = [k for k in rest if k not in more]
+                break
+        else:
+            raise NotAffine("products of several elements")
         for k in conditions:
             if known[k].index is None:
                 raise NotAffine(f"not affine in several elements of {k}")
@@ -90,20 +89,29 @@ class SlotFitter:
             raise NotAffine(f"not affine in {', '.join(conditions)} together")
         return conditions, rest
 
-    def _interactions(self, key: str, names: list[str]) -> list[tuple[str, str]]:
-        probe, pairs = self.probe, list(itertools.combinations(names, 2))
-        f0 = probe.here[key]
-        joint = probe.at([probe.moved(dict.fromkeys(names, c)) for c in (1.0, 2.0)])[key]
-        if not bool(differs(joint[1] + f0, 2 * joint[0], joint.abs().amax(0) + f0.abs()).any()):
-            return []
-        both = probe.at([probe.moved({a: 1.0, b: 1.0}) for a, b in pairs])[key]
-        found = []
-        for (a, b), value in zip(pairs, both, strict=True):
-            one, other = probe.along[a][key][0], probe.along[b][key][0]
-            scale = torch.stack([value, one, other, f0]).abs().amax(0)
-            if bool(differs(value + f0, one + other, scale).any()):
-                found.append((a, b))
-        return found
+    def _candidates(self, key: str, rest: list[str], held: int) -> Iterator[tuple[str, ...]]:
+        """Further variables to condition on, the fewest and smallest first."""
+        known = self.found[key]
+        local = sorted(
+            (k for k in rest if known[k].index is not None),
+            key=lambda k: (self.probe.sizes[k], rest.index(k)),
+        )
+        yield ()
+        for count in range(1, MOST_CONDITIONS - held + 1):
+            if count == 1 or len(local) <= MOST_TOGETHER:
+                yield from itertools.combinations(local, count)
+
+    def _is_jointly_affine(self, key: str, names: list[str], fixed: set[str]) -> bool:
+        """True if the slot has no second difference when all but the fixed variables move at once."""
+        if len([k for k in names if k not in fixed]) < 2:
+            return True
+        held = frozenset(fixed)
+        if held not in self.joint:
+            free = [k for k in self.probe.sizes if k not in held]
+            points = [self.probe.moved(dict.fromkeys(free, c)) for c in (1.0, 2.0)]
+            self.joint[held] = self.probe.at(points)
+        f0, (f1, f2) = self.probe.here[key], self.joint[held][key]
+        return not bool(differs(f2 + f0, 2 * f1, torch.stack([f0, f1, f2]).abs().amax(0)).any())
 
     def _probe_conditions(self) -> None:
         """Every conditioning variable shifted, alone and with each other variable moved."""
@@ -137,13 +145,21 @@ class SlotFitter:
         for k, keys in wanted.items():
             n = probe.sizes[k]
             rows = max(len(probe.here[key]) for key in keys)
-            if n * rows > MOST_DENSE:
+            if n * rows > MOST_DENSE or n > MOST_ELEMENTS:
                 for key in keys:
                     self.splits[key] = f"{n} coefficients for each of {rows} rows"
                 continue
-            points = [{**probe.base, k: probe.base[k] + row} for row in torch.eye(n, dtype=torch.float64)]
-            values = probe.at(points)
-            self.matrices[k] = {key: (values[key] - probe.here[key]).T.contiguous() for key in keys}
+            columns: dict[str, list[Tensor]] = {key: [] for key in keys}
+            for start in range(0, n, 128):
+                points = []
+                for j in range(start, min(start + 128, n)):
+                    moved = probe.base[k].clone()
+                    moved[j] += 1.0
+                    points.append({**probe.base, k: moved})
+                values = probe.at(points)
+                for key in keys:
+                    columns[key].append(values[key] - probe.here[key])
+            self.matrices[k] = {key: torch.cat(rows_).T.contiguous() for key, rows_ in columns.items()}
 
     def _assemble(self, key: str, conditions: list[str], rest: list[str]) -> AffineSlot:
         probe, known, f0 = self.probe, self.found[key], self.probe.here[key]
@@ -172,7 +188,7 @@ class SlotFitter:
         rates, slopes = {}, {}
         for c in conditions:
             there = self.shifted_moved[c, k][key] - self.shifted[c][key][:2]
-            live = here.abs() > 1e-6 * (1 + f0.abs())
+            live = here.abs() > 1e-7 * (f0.abs() + here.abs().max())
             r1, r2 = (torch.where(live, row / torch.where(live, here, 1.0), 1.0) for row in there)
             tol = 1e-5
             if bool(((r1 - 1).abs() <= 1e-8).all() and ((r2 - 1).abs() <= 1e-8).all()):
@@ -204,11 +220,12 @@ class SlotFitter:
                 rest = rest - (factor - 1) * _contribution(part, probe.base[name])
             own.append(rest)
         d1, d2, d3 = own[0], own[1] - own[0], own[2] - own[1]
-        tol = 1e-6 * (1 + own[0].abs() + own[1].abs())
+        size = own[0].abs() + own[1].abs()
+        tol = 1e-7 * size + 1e-9 * (size.max() + probe.here[key].abs().max())
         is_linear = (d2 - d1).abs() <= tol
         safe = torch.where(is_linear, 1.0, d1)
         ratio = torch.where(is_linear, torch.ones_like(d1), d2 / safe)
-        ok = is_linear | ((ratio > 0) & ((d3 - ratio * d2).abs() <= 1e-5 * (d3.abs() + 1e-9)))
+        ok = is_linear | ((ratio > 0) & ((d3 - ratio * d2).abs() <= 1e-5 * d3.abs()))
         if not bool(ok.all()):
             raise NotAffine(f"its offset is no simple function of {c}")
         rate = torch.where(is_linear, zero, ratio.log() / SHIFT)
@@ -224,6 +241,8 @@ def _contribution(part: Local | Dense, base: Tensor) -> Tensor:
 
 def worst_gap(slot: AffineSlot, point: Values, truth: Tensor) -> float:
     """Largest relative difference of a compiled slot from the model's own value."""
-    gap = (slot.at(point) - truth).abs() / (1 + truth.abs())
+    if not truth.numel():
+        return 0.0
+    gap = (slot.at(point) - truth).abs() / (truth.abs() + 1e-3 * truth.abs().max() + 1e-300)
     worst = float(gap.max()) if len(gap) else 0.0
     return worst if worst == worst else float("inf")

@@ -52,6 +52,11 @@ POSITIVE = frozenset(
 RESIDUAL, VALUE = "residual", "value"
 
 
+def is_log(family: type, name: str) -> bool:
+    """True if a slot is the log of the argument; a Binomial may have rows without a trial."""
+    return name in POSITIVE and not (family is td.Binomial and name == "total_count")
+
+
 @dataclass(frozen=True)
 class Spec:
     """The part of a term that does not change: family, rows, weights, data.
@@ -73,16 +78,32 @@ class Spec:
     value: Tensor | None
     latent: Latent | None
 
+    def argument(self, name: str, slot: Tensor) -> Tensor:
+        """The argument of the density that a slot stands for."""
+        return slot.exp() if is_log(self.family, name) else slot
+
+    def change(self, other: "Spec | str") -> str | None:
+        """What of the static part differs in another run, or None."""
+        if isinstance(other, str) or other.family is not self.family or other.shape != self.shape:
+            return "its family or shape changes with latents or parameters"
+        if not torch.equal(other.weight, self.weight):
+            return "its scale or mask depends on latents or parameters"
+        if self.slots[0] != RESIDUAL and self.value is not None and other.value is not None:
+            same = (other.value == self.value) | (other.value.isnan() & self.value.isnan())
+            if not bool(same.all()):
+                return "its observed value depends on latents or parameters"
+        return None
+
     def log_density(self, eta: Mapping[str, Tensor]) -> Any:
         """Log density of each row at given slots, (..., rows); with the Jacobian for a latent."""
-        args = {name: eta[name].exp() if name in POSITIVE else eta[name] for name in self.slots[1:]}
+        args = {name: self.argument(name, eta[name]) for name in self.slots[1:]}
         if self.slots[0] == RESIDUAL:
             residual = eta[RESIDUAL]
             fn = self.family(loc=torch.zeros_like(residual), validate_args=False, **args)
             return fn.log_prob(residual)
         if self.latent is None:
             names = self.slots
-            args = {name: eta[name].exp() if name in POSITIVE else eta[name] for name in names}
+            args = {name: self.argument(name, eta[name]) for name in names}
             return self.family(**args, validate_args=False).log_prob(self.value)
         u = eta[VALUE]
         z, slope = u, torch.zeros_like(u)
@@ -131,7 +152,7 @@ def read(spec: Spec, site: Site, u: Tensor | None) -> dict[str, Tensor]:
             found[name] = u
         else:
             given = torch.as_tensor(getattr(fn, name), dtype=torch.float64)
-            found[name] = given.log() if name in POSITIVE else given
+            found[name] = given.log() if is_log(spec.family, name) else given
     return {name: slot.expand(spec.shape).reshape(-1) for name, slot in found.items()}
 
 

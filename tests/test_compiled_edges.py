@@ -1,0 +1,175 @@
+"""What an adversary found in compiled terms: coarse nodes, moving weights, small units, far kinks."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch.distributions import constraints
+
+import pyro_vem as vem
+
+ONE = torch.tensor(1.0)
+
+
+def both(fit, model, data, **kwargs):
+    return [fit(model, data, options=vem.FitOptions(compiled=flag), **kwargs) for flag in (True, False)]
+
+
+def unrelated(z):
+    """A term that does not compile, so that the bound as a whole is not exact."""
+    logits = torch.stack([torch.zeros(()).double(), torch.sin(z)])
+    pyro.sample("c", dist.Categorical(logits=logits), obs=torch.tensor(1))
+
+
+def expected_log_sigmoid(loc, scale):
+    u = torch.linspace(-12, 12, 400_001, dtype=torch.float64)
+    weight = torch.exp(-(u**2) / 2) / math.sqrt(2 * math.pi) * (u[1] - u[0])
+    return float((weight * torch.nn.functional.logsigmoid(loc + scale * u)).sum())
+
+
+@pytest.mark.parametrize(("prior_sd", "slope"), [(1.0, 20.0), (10.0, 1.0), (1.0, 0.5)])
+def test_a_steep_sigmoid_gets_the_nodes_it_needs(fit, prior_sd, slope):
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, prior_sd))
+        pyro.sample("y", dist.Bernoulli(logits=slope * z), obs=y)
+
+    result = fit(model, {"y": ONE})
+    loc, scale = (float(v) for v in result.guide_params.values())
+    assert result.terms["y"].value == pytest.approx(
+        expected_log_sigmoid(slope * loc, slope * scale), abs=1e-8
+    )
+
+
+def test_a_narrow_student_likelihood_does_not_move_the_optimum(fit):
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 10.0))
+        unrelated(z)
+        with pyro.plate("rows", 2):
+            pyro.sample("y", dist.StudentT(4.0, z, 0.05), obs=y)
+
+    compiled, sampled = both(fit, model, {"y": torch.tensor([-1.0, 1.0])})
+    assert compiled.elbo >= sampled.elbo - 0.3
+
+
+def moving_value(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Gamma(2.0, 1.0), obs=y * torch.exp(z))
+    unrelated(z)
+
+
+def moving_scale(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with poutine.scale(scale=torch.exp(z)):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+    unrelated(z)
+
+
+def moving_mask(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with poutine.mask(mask=z > 0.3):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+    unrelated(z)
+
+
+def value_by_parameter(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    w = pyro.param("w", torch.tensor(0.5))
+    pyro.sample("y", dist.Gamma(2.0, 1.0), obs=y * torch.exp(w))
+    pyro.sample("x", dist.Normal(w, 1.0), obs=y)
+    unrelated(z)
+
+
+def scale_by_parameter(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    w = pyro.param("w", torch.tensor(0.5), constraint=constraints.interval(0.1, 2.0))
+    with poutine.scale(scale=w):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+    pyro.sample("x", dist.Normal(w, 1.0), obs=y)
+    unrelated(z)
+
+
+@pytest.mark.parametrize("model", [moving_value, moving_scale, value_by_parameter, scale_by_parameter])
+def test_what_moves_is_not_frozen(fit, model):
+    compiled, sampled = both(fit, model, {"y": ONE}, max_iter=200)
+    assert compiled.plan["y"].method == "draws"
+    assert "depends on latents or parameters" in compiled.plan["y"].proof
+    for name, value in sampled.guide_params.items():
+        assert torch.allclose(compiled.guide_params[name], value, atol=0.05), name
+    for name, value in sampled.params.items():
+        assert torch.allclose(compiled.params[name], value, atol=0.02), name
+
+
+def test_a_mask_made_from_a_latent_is_not_frozen(fit):
+    result = fit(moving_mask, {"y": ONE}, max_iter=1, options=vem.FitOptions(num_draws=32, elbo_draws=100))
+    assert "depends on latents or parameters" in result.plan["y"].proof
+
+
+@pytest.mark.parametrize("unit", [1e-10, 1e-3, 1e5])
+def test_units_do_not_matter(fit, unit):
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z * unit, 0.1 * unit), obs=y)
+        unrelated(z)
+
+    result = fit(model, {"y": torch.tensor(1.0).double() * unit})
+    assert result.plan["y"].method == "closed form"
+    assert float(result.guide_params["guide.loc.z"]) == pytest.approx(0.99, abs=0.01)
+    assert float(result.guide_params["guide.scale.z"]) == pytest.approx(0.1, abs=0.01)
+
+
+def test_many_latents_that_interact_are_given_up_quickly(fit):
+    def model(y):
+        s, x = pyro.sample("s", dist.LogNormal(0.0, 1.0)), 0.0
+        for t in range(len(y)):
+            x = x + s * pyro.sample(f"e{t}", dist.Normal(0.0, 1.0))
+            pyro.sample(f"y{t}", dist.Normal(x, 1.0), obs=y[t])
+
+    result = fit(model, {"y": torch.linspace(-1, 2, 40)})
+    assert result.seconds < 30.0  # it took 61 before pairs were shared and capped
+    assert result.converged
+
+
+def test_very_wide_designs_are_left_to_draws(fit):
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(x.shape[1]).double(), 0.01).to_event(1))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    x = torch.randn(5, 6000).double()
+    result = fit(model, {"x": x, "y": torch.randn(5)}, max_iter=1, options=vem.FitOptions(num_draws=32))
+    assert "6000 coefficients" in result.plan["y"].proof
+
+
+def test_a_far_kink_is_not_called_exact(fit):
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(torch.relu(z - 3) * 4, 1.0), obs=y)
+        pyro.sample("y0", dist.Normal(z, 1.0), obs=torch.tensor(2.5))
+
+    result = fit(model, {"y": torch.tensor(0.0)})
+    assert result.plan["y"].method == "draws"
+    assert result.plan["y0"].method == "closed form"
+
+
+def test_a_gumbel_with_a_random_scale_is_not_compiled(fit):
+    def model(y):
+        k = pyro.sample("k", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Gumbel(0.0, k), obs=y)
+
+    result = fit(model, {"y": torch.tensor([0.5, 1.5, -1.0])})
+    assert "no finite expectation" in result.plan["y"].proof
+
+
+def test_binomial_rows_without_a_trial(fit):
+    def model(n, y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Binomial(n, logits=z), obs=y)
+
+    result = fit(model, {"n": torch.tensor([0.0, 3.0, 5.0]), "y": torch.tensor([0.0, 2.0, 1.0])})
+    assert result.plan["y"].method == "quadrature"
+    assert result.elbo_se == 0.0
