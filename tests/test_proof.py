@@ -486,3 +486,22 @@ def test_a_wrong_formula_is_caught_and_sampled(fit):
     assert result.plan["z"].method == "draws"
     assert "standard errors off" in result.plan["z"].proof
     assert float(result.guide_params["guide.loc.z"]) == pytest.approx(0.5, abs=1e-4)
+
+
+def test_a_prior_only_loss_of_an_amortized_guide_has_no_noise():
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slope = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, y):
+            return self.slope * y, torch.full_like(y, 0.7)
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.HalfCauchy(1.0))
+
+    y, guide = torch.linspace(-1, 1, 4), vem.AmortizedNormal(model, {"z": Encoder()}, inputs="y")
+    guide(y)
+    losses = torch.tensor([vem.AnalyticKL_ELBO().loss(model, guide, y) for _ in range(10)])
+    assert float(losses.std()) < 1e-6

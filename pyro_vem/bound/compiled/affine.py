@@ -103,15 +103,15 @@ class AffineSlot:
         for name, condition in self.conditions.items():
             total = total + condition.offset(given[name])
         for name, part in self.locals.items():
-            at = given[name] if name in given else centre[name][part.index]
+            at = given[name] if name in given else centre[name][..., part.index]
             total = total + self.factor(part, given) * part.coefficient * at
         for name, dense in self.denses.items():
-            total = total + self.factor(dense, given) * (dense.matrix @ centre[name])
+            total = total + self.factor(dense, given) * (centre[name] @ dense.matrix.mT)
         return total
 
     def at(self, values: Values) -> Tensor:
-        """The slot's value at one point."""
-        given = {name: values[name][c.index] for name, c in self.conditions.items()}
+        """The slot's value at one point, or at a batch of them."""
+        given = {name: values[name][..., c.index] for name, c in self.conditions.items()}
         return self.mean(given, values)
 
 

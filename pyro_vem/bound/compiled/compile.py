@@ -208,13 +208,12 @@ class Compiled:
                     noise = torch.randn(len(sd), generator=generator, dtype=torch.float64)
                     point[name] = point[name] + sd * noise
                 points.append({k: v.detach() for k, v in point.items()})
-            truth = self._evaluate({k: torch.stack([p[k] for p in points]) for k in points[0]})
+            batch = {k: torch.stack([p[k] for p in points]) for k in points[0]}
+            truth = self._evaluate(batch)
         wrong = [name for name in self._check_static(points[:3])]
         for name, term in list(self.terms.items()):
             for slot, affine in term.slots.items():
-                gap = max(
-                    worst_gap(affine, p, t) for p, t in zip(points, truth[f"{name}\0{slot}"], strict=True)
-                )
+                gap = worst_gap(affine, batch, truth[f"{name}\0{slot}"])
                 if gap > FINAL_GAP:
                     self.refused[name] = f"{slot} differs from the model by {gap:.1g} at a draw of the guide"
                     del self.terms[name]
