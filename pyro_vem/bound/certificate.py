@@ -16,7 +16,7 @@ from torch.distributions.transforms import Transform
 from ..guides.factorised import FactorisedNormal, normal_through
 from ..model.runtime import Site
 from ..model.sites import bijector, plates_of
-from .dependence import Dependence, Graph, is_point, point_of
+from .dependence import Dependence, Graph, is_point, leaves_of, point_of
 from .kl import canonical, divergence, kind_of, leaf_of, lookup
 from .weights import equal
 
@@ -99,19 +99,9 @@ def _only_through(auxiliary: Site, q: Site) -> bool:
 
     A learnt shift or flow that starts as the identity looks like the bijection at first.
     """
-    point, stop = point_of(q["fn"]), auxiliary["value"].grad_fn
-    queue = [torch.as_tensor(part).grad_fn for part in (point.v, point.log_density)]
-    seen = set()
-    while queue:
-        node = queue.pop()
-        if node is None or node is stop or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):  # a leaf: a parameter
-            return False
-        queue += [parent for parent, _ in node.next_functions]
-    leaves = (torch.as_tensor(part) for part in (point.v, point.log_density))
-    return not any(part.is_leaf and part.requires_grad for part in leaves)
+    point = point_of(q["fn"])
+    parts = [torch.as_tensor(part) for part in (point.v, point.log_density)]
+    return not leaves_of(parts, stop=auxiliary["value"].grad_fn)
 
 
 def _is_transport(auxiliary: Site, q: Site, transform: Transform) -> bool:

@@ -5,7 +5,7 @@ nothing along. Such exits are watched for and taint everything after them; what 
 cannot see shows when a site is redrawn and something changes that should not.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,12 +160,6 @@ class Graph:
         return Graph(self.order, parents, self.weights, notes)
 
 
-def unlinked(order: Collection[str]) -> Graph:
-    """A graph without edges."""
-    empty = dict.fromkeys(order, frozenset[str]())
-    return Graph(tuple(order), empty, empty)
-
-
 def everything_before(order: tuple[str, ...], note: str) -> Graph:
     """The graph of a program that could not be followed: a site may depend on all before it."""
     parents = {name: frozenset(order[:i]) for i, name in enumerate(order)}
@@ -194,6 +188,28 @@ def provenance(run: Run, values: Mapping[str, Tensor], base: Execution) -> Graph
     if tuple(tracked.sites) != order:
         return everything_before(order, "sites change from run to run")
     return Graph(order, tracked.parents, tracked.weights)
+
+
+def leaves_of(values: Iterable[Tensor], stop: Any = None) -> list[Tensor]:
+    """The tensors with requires_grad that values were computed from, but for those behind a node.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> leaves_of([(2 * x).sum()])[0] is x
+        True
+    """
+    values = list(values)
+    found = [value for value in values if value.is_leaf and value.requires_grad]
+    queue, seen = [value.grad_fn for value in values], set()
+    while queue:
+        node = queue.pop()
+        if node is None or node is stop or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        queue += [parent for parent, _ in node.next_functions]
+    return found
 
 
 def point_of(fn: Any) -> Any:
@@ -233,11 +249,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Dependence:
-    """The graphs of guide and model, with one run of each as base."""
+    """The graphs of guide and model."""
 
     guide: Graph
     model: Graph
-    base: tuple[Execution, Execution]
 
 
 def dependence(pair: Pair, values: Mapping[str, Tensor] | None = None) -> Dependence:
@@ -255,7 +270,7 @@ def dependence(pair: Pair, values: Mapping[str, Tensor] | None = None) -> Depend
         ]
         for group in _groups(tuple(values)):
             graphs = _redraw(pair, base, graphs, values, group)
-    return Dependence(graphs[0], graphs[1], base)
+    return Dependence(*graphs)
 
 
 def _values(base: tuple[Execution, Execution]) -> dict[str, Tensor]:

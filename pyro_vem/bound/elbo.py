@@ -23,13 +23,13 @@ from ..model.runtime import (
     repeatable,
     seed_generators,
 )
-from .dependence import Pair
+from .dependence import Pair, leaves_of
 from .enumerated import enumerated_elbo, enumerated_terms, enumerating, is_enumerated
 from .plans import make_plan
 from .score import score_surrogate
 from .tables import ElboTerms, Plan, TermRow
-from .terms import Part, term_parts
-from .weights import is_one
+from .terms import summed, term_parts
+from .weights import is_same
 
 Program = Callable[..., Any]
 
@@ -181,7 +181,8 @@ class AnalyticKL_ELBO(ELBO):  # type: ignore[misc]
                 self._validate(model_trace, guide_trace)
             parts = term_parts(plan, guide_sites, model_sites)
             surrogate = score_surrogate(plan, guide_sites, parts) if plan.downstream else 0.0
-            yield Particle(plan, _sums(parts, self.num_particles), surrogate / self.num_particles)
+            terms = {name: value / self.num_particles for name, value in summed(parts).items()}
+            yield Particle(plan, terms, surrogate / self.num_particles)
 
     def _enumerated(
         self, model: Program, guide: Program, args: Any, kwargs: Any, by_row: bool
@@ -266,7 +267,7 @@ def _structure(sites: dict[str, Site], others: dict[str, Site]) -> tuple[Any, ..
         other = others.get(name, site)
         rows.append((
             name, site["is_observed"], len(site["cond_indep_stack"]), (site["infer"] or {}).get("enumerate"),
-            is_one(site["scale"], other["scale"]), site["mask"] is other["mask"], *_kinds(site["fn"]),
+            is_same(site["scale"], other["scale"]), site["mask"] is other["mask"], *_kinds(site["fn"]),
         ))  # fmt: skip
     return tuple(rows)
 
@@ -285,17 +286,9 @@ def _views_hold(plan: Plan, guide_sites: dict[str, Site], model_sites: dict[str,
     return all(view.holds(guide_sites, model_sites[name]) for name, view in plan.views.items())
 
 
-def _sums(parts: list[Part], share: int) -> dict[str, Tensor]:
-    terms: dict[str, Tensor] = {}
-    for row, value, _ in parts:
-        total = value.sum()
-        terms[row.site] = terms[row.site] + total if row.site in terms else total
-    return terms if share == 1 else {name: value / share for name, value in terms.items()}
-
-
 def _gradients(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     """Pathwise gradient of each term in all leaves of its graph, as one vector."""
-    leaves = {id(leaf): leaf for value in terms.values() for leaf in _leaves(value)}
+    leaves = {id(leaf): leaf for leaf in leaves_of(terms.values())}
     rows = {}
     for name, value in terms.items():
         parts = (
@@ -307,20 +300,6 @@ def _gradients(terms: dict[str, Tensor]) -> dict[str, Tensor]:
         )
         rows[name] = torch.cat([part.reshape(-1) for part in parts]) if parts else torch.zeros(1)
     return rows
-
-
-def _leaves(value: Tensor) -> list[Tensor]:
-    """The leaf tensors that a value was computed from."""
-    found, seen, queue = [], set(), [value.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        queue += [parent for parent, _ in node.next_functions]
-    return found
 
 
 def _shares(draws: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -340,16 +319,7 @@ def _table(plan: Plan, draws: list[dict[str, Tensor]], shares: dict[str, float],
         se = values.std(0) / len(draws) ** 0.5
         total_se = float(values.sum(1).std() / len(draws) ** 0.5)
     rows = [
-        TermRow(
-            row.site,
-            row.plates,
-            row.kind,
-            row.method,
-            row.proof,
-            float(value),
-            float(error),
-            shares.get(row.site),
-        )
+        TermRow.of(row, float(value), float(error), shares.get(row.site))
         for row, value, error in zip(plan.rows, values.mean(0), se, strict=True)
     ]
     return ElboTerms(tuple(rows), sum((row.value for row in rows), 0.0), total_se)

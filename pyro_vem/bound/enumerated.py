@@ -48,7 +48,7 @@ def enumerating(num_particles: int, settings: Mapping[str, Any]) -> TraceEnum_EL
 def enumerated_elbo(plan: Plan, guide_trace: Trace, model_trace: Trace) -> Tensor:
     """One particle's ELBO, differentiable without bias."""
     for row in plan.rows:
-        if row.kind == "KL" and row.method in ("closed form", "upper bound"):
+        if row.is_divergence:
             _use_divergence(plan, row, guide_trace, model_trace)
     value: Tensor = _compute_dice_elbo(model_trace, guide_trace)
     return value

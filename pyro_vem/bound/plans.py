@@ -1,6 +1,7 @@
 """The plan of a bound: a method for each site, from what is proved of guide and model."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..errors import ModelError
@@ -66,10 +67,11 @@ def make_plan(
         else:
             check_support(name, seen[name]["fn"], p["fn"])
             method, proof = _method(guide, seen[name], p, known, model_only, analytic, bounds)
-            if name in views and method in ("closed form", "upper bound"):
+            row = PlanRow(name, plates, "KL", method, proof)
+            if name in views and row.is_divergence:
                 exact_views[name] = views[name]
-                proof = f"{proof}; Normal and Delta seen as one"
-            rows.append(PlanRow(name, plates, "KL", method, proof))
+                row = replace(row, proof=f"{proof}; Normal and Delta seen as one")
+            rows.append(row)
     rows += _auxiliary_rows(guide_sites, model_sites, exact_views)
     return Plan(tuple(rows), views=exact_views, downstream=_downstream(guide_sites, known, rows))
 
@@ -160,12 +162,12 @@ def _downstream(
         if q["fn"].has_rsample or known is None:
             continue
         moved = known.guide.descendants(name)
-        found[name] = frozenset(row.site for row in rows if _depends(row, known, moved, name))
+        found[name] = frozenset(row.site for row in rows if _depends(row, known, moved))
     return found
 
 
-def _depends(row: PlanRow, known: Dependence, moved: frozenset[str], source: str) -> bool:
-    if row.method in ("closed form", "upper bound"):  # a function of the parents only
+def _depends(row: PlanRow, known: Dependence, moved: frozenset[str]) -> bool:
+    if row.is_divergence:  # a function of the parents only
         parents = known.guide.parents[row.site] | known.model.parents[row.site]
     else:
         parents = frozenset({row.site})

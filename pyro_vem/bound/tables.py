@@ -49,6 +49,11 @@ class PlanRow:
     method: str
     proof: str
 
+    @property
+    def is_divergence(self) -> bool:
+        """True if the term is a formula for the KL, or for a bound of it."""
+        return self.kind == "KL" and self.method in ("closed form", "upper bound")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -80,10 +85,7 @@ class Plan:
 
     def demoted(self, proof: str) -> "Plan":
         """The plan with every closed form sampled instead."""
-        exact = ("closed form", "upper bound")
-        rows = [
-            replace(row, method="draws", proof=proof) if row.method in exact else row for row in self.rows
-        ]
+        rows = [replace(row, method="draws", proof=proof) if row.is_divergence else row for row in self.rows]
         rows += [
             PlanRow(view.auxiliary, self[name].plates, "auxiliary", "draws", "auxiliary site of the guide")
             for name, view in self.views.items()
@@ -120,6 +122,11 @@ class TermRow:
     value: float
     se: float
     share: float | None = None
+
+    @classmethod
+    def of(cls, row: PlanRow, value: float, se: float, share: float | None = None) -> "TermRow":
+        """A row of the plan with its numbers."""
+        return cls(row.site, row.plates, row.kind, row.method, row.proof, value, se, share)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The terms of the bound, site by site: the same code under SVI and in a deterministic fit."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from ..model.runtime import Site
 from .kl import leaf_of, negative_entropy
 from .kl.table import elements
 from .tables import Plan, PlanRow
-from .weights import element_weight, is_one, same_weights, weighted
+from .weights import element_weight, is_same, same_weights, weighted
 
 Sites = Mapping[str, Site]
 
@@ -27,8 +27,13 @@ class Part(NamedTuple):
 
 def site_terms(plan: Plan, guide_sites: Sites, model_sites: Sites) -> dict[str, Float[Tensor, ""]]:
     """One draw's contribution of every row of the plan to the ELBO, in nats."""
+    return summed(term_parts(plan, guide_sites, model_sites))
+
+
+def summed(parts: Iterable[Part]) -> dict[str, Float[Tensor, ""]]:
+    """Pieces of terms added up by site."""
     terms: dict[str, Tensor] = {}
-    for row, value, _ in term_parts(plan, guide_sites, model_sites):
+    for row, value, _ in parts:
         total = value.sum()
         terms[row.site] = terms[row.site] + total if row.site in terms else total
     return terms
@@ -41,7 +46,7 @@ def term_parts(plan: Plan, guide_sites: Sites, model_sites: Sites) -> list[Part]
         name = row.site
         if row.kind != "auxiliary" and name not in model_sites:
             raise UnsupportedModelError(f"site {name!r} appears in some runs of the model only")
-        if row.kind == "KL" and row.method in ("closed form", "upper bound"):
+        if row.is_divergence:
             p = model_sites[name]
             q = guide_sites[name] if name not in plan.views else plan.views[name].site(guide_sites, p)
             parts.append(Part(row, -site_divergence(q, p), p["cond_indep_stack"]))
@@ -70,7 +75,7 @@ def site_divergence(q: Site, p: Site) -> Float[Tensor, "..."]:
     is w_p kappa + (w_q - w_p) h.
     """
     kappa, inner, is_masked = elements(q["fn"], p["fn"])
-    if not is_masked and is_one(q["scale"], p["scale"]) and q["mask"] is p["mask"]:
+    if not is_masked and is_same(q["scale"], p["scale"]) and q["mask"] is p["mask"]:
         return weighted(_summed(kappa, inner), p)
     weight = element_weight(p, inner)
     result = _product(weight, kappa)

@@ -16,7 +16,7 @@ def weighted(value: Tensor, site: Site) -> Tensor:
     return result
 
 
-def is_one(a: Any, b: Any) -> bool:
+def is_same(a: Any, b: Any) -> bool:
     """True for the same object or equal numbers; tensors are not compared by value."""
     return a is b or (isinstance(a, float | int) and isinstance(b, float | int) and a == b)
 

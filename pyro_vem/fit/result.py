@@ -246,19 +246,14 @@ def measure(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]
     for row in setup.objective.shown_plan.rows:
         values = exact.get(row.site, torch.cat([part["terms"][row.site] for part in parts]))
         error = float(values.std() / len(values) ** 0.5) if values.dim() and len(values) > 1 else 0.0
-        rows.append(
-            TermRow(row.site, row.plates, row.kind, row.method, row.proof, float(values.mean()), error)
-        )
+        rows.append(TermRow.of(row, float(values.mean()), error))
     return ElboTerms(tuple(rows), float(ratio.mean()), se)
 
 
 def exact_table(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> ElboTerms:
     """The bound of a problem in which no term needs draws."""
     values = _exact_terms(setup, phi, theta)
-    rows = tuple(
-        TermRow(row.site, row.plates, row.kind, row.method, row.proof, float(values[row.site]), 0.0)
-        for row in setup.objective.shown_plan.rows
-    )
+    rows = tuple(TermRow.of(row, float(values[row.site]), 0.0) for row in setup.objective.shown_plan.rows)
     return ElboTerms(rows, float(torch.stack(list(values.values())).sum()), 0.0)
 
 

@@ -199,6 +199,8 @@ class Compiled:
 
     def recheck(self, moments: Moments, seed: int) -> list[str]:
         """Terms whose slots differ from the model's at draws of the guide; they are refused."""
+        if not self.terms:
+            return []
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             points = []
@@ -210,7 +212,7 @@ class Compiled:
                 points.append({k: v.detach() for k, v in point.items()})
             batch = {k: torch.stack([p[k] for p in points]) for k in points[0]}
             truth = self._evaluate(batch)
-        wrong = [name for name in self._check_static(points[:3])]
+        wrong = self._check_static(points[:3])
         for name, term in list(self.terms.items()):
             for slot, affine in term.slots.items():
                 gap = worst_gap(affine, batch, truth[f"{name}\0{slot}"])

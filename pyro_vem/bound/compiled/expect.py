@@ -81,17 +81,17 @@ class CompiledTerm:
     slot_nodes: int = FIRST_NODES
     _squares: dict[tuple[str, str, str], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @functools.cached_property
     def conditions(self) -> dict[str, Tensor]:
         """Index of each conditioning variable, by row."""
         return {name: c.index for slot in self.slots.values() for name, c in slot.conditions.items()}
 
-    @property
+    @functools.cached_property
     def random_conditions(self) -> tuple[str, ...]:
         """Latent conditions: integrated on a grid."""
         return tuple(name for name in self.conditions if name in self.latents)
 
-    @property
+    @functools.cached_property
     def random_slots(self) -> tuple[str, ...]:
         """Slots that are random given the conditions."""
         given = set(self.conditions)
