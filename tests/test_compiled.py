@@ -291,7 +291,7 @@ print(fit.status.name, "torch._dynamo" in sys.modules, "sympy" in sys.modules)
 
 
 def test_row_reduced_softplus_has_both_derivatives():
-    from pyro_vem.bound.compiled.expect import trapezoid
+    from pyro_vem.bound.compiled.forms import trapezoid
     from pyro_vem.bound.compiled.softplus import mean_softplus_rows
 
     m = torch.tensor([0.3, -2.0, 4.0], dtype=torch.float64, requires_grad=True)

@@ -346,15 +346,22 @@ def _groups(
     latents = {n: s["value"] for n, s in model.sites.items() if not s["is_observed"]}
     deterministic = {n: s["value"] for n, s in model.deterministic.items()}
     groups = {"values": {**latents, **deterministic}}
+    known: dict[int, Tensor] = {}  # by site: several groups need the same densities
+
+    def density(site: dict[str, Any]) -> Tensor:
+        if id(site) not in known:
+            known[id(site)] = log_density(site)
+        return known[id(site)]
+
     if "densities" in keep:
-        log_p = [log_density(site).sum() for site in model.sites.values()]
-        log_q = [log_density(site).sum() for site in guide_sites.values()] or [torch.zeros(())]
+        log_p = [density(site).sum() for site in model.sites.values()]
+        log_q = [density(site).sum() for site in guide_sites.values()] or [torch.zeros(())]
         groups["densities"] = {"log_p": torch.stack(log_p).sum(), "log_q": torch.stack(log_q).sum()}
     if "log_likelihood" in keep:
         observed = {n: s for n, s in model.sites.items() if s["is_observed"]}
-        groups["log_likelihood"] = {n: log_density(s) for n, s in observed.items()}
+        groups["log_likelihood"] = {n: density(s) for n, s in observed.items()}
     if "observed" in keep:
         groups["observed"] = {n: s["value"] for n, s in model.sites.items() if s["is_observed"]}
     if "terms" in keep:
-        groups["terms"] = site_terms(plan, guide_sites, model.sites)
+        groups["terms"] = site_terms(plan, guide_sites, model.sites, density)
     return groups

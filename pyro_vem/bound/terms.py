@@ -1,6 +1,6 @@
 """The terms of the bound, site by site: the same code under SVI and in a deterministic fit."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from .tables import Plan, PlanRow
 from .weights import element_weight, is_same, same_weights, weighted
 
 Sites = Mapping[str, Site]
+Density = Callable[[Site], Tensor]
 
 
 class Part(NamedTuple):
@@ -25,9 +26,11 @@ class Part(NamedTuple):
     frames: Any
 
 
-def site_terms(plan: Plan, guide_sites: Sites, model_sites: Sites) -> dict[str, Float[Tensor, ""]]:
+def site_terms(
+    plan: Plan, guide_sites: Sites, model_sites: Sites, density: Density | None = None
+) -> dict[str, Float[Tensor, ""]]:
     """One draw's contribution of every row of the plan to the ELBO, in nats."""
-    return summed(term_parts(plan, guide_sites, model_sites))
+    return summed(term_parts(plan, guide_sites, model_sites, density))
 
 
 def summed(parts: Iterable[Part]) -> dict[str, Float[Tensor, ""]]:
@@ -39,9 +42,11 @@ def summed(parts: Iterable[Part]) -> dict[str, Float[Tensor, ""]]:
     return terms
 
 
-def term_parts(plan: Plan, guide_sites: Sites, model_sites: Sites) -> list[Part]:
+def term_parts(
+    plan: Plan, guide_sites: Sites, model_sites: Sites, density: Density | None = None
+) -> list[Part]:
     """One draw's contribution of every row, in pieces that are not summed yet."""
-    parts = []
+    density, parts = density or log_density, []
     for row in plan.rows:
         name = row.site
         if row.kind != "auxiliary" and name not in model_sites:
@@ -53,10 +58,10 @@ def term_parts(plan: Plan, guide_sites: Sites, model_sites: Sites) -> list[Part]
             continue
         if row.kind != "auxiliary":
             p = model_sites[name]
-            parts.append(Part(row, log_density(p), p["cond_indep_stack"]))
+            parts.append(Part(row, density(p), p["cond_indep_stack"]))
         if row.kind in ("KL", "auxiliary"):
             q = guide_sites[name]
-            log_q = log_density(q)
+            log_q = density(q)
             # Without a pathwise value the gradient of E[log q] at fixed values is zero on average.
             log_q = log_q if q["fn"].has_rsample else log_q.detach()
             parts.append(Part(row, -log_q, q["cond_indep_stack"]))

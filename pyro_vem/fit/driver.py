@@ -29,8 +29,9 @@ Schedule = Literal["auto", "alternate", "joint"]
 StepMethod = Literal["auto", "newton", "lbfgs"]
 Callback = Callable[[Step, Mapping[str, Tensor]], None]
 SERIAL = 1_000_000  # numbers in the data below which a fit runs on one thread
+ROUNDING = 1e3 * float(np.finfo(np.float64).eps)  # of the bound, relative
 SELF_CHECK = 256  # draws that closed forms are held against at the start
-NEWTON_LIMIT = 20_000  # parameters in a block beyond which its Krylov space outgrows the gain
+NEWTON_LIMIT = 5_000_000  # parameters in a block beyond which its Krylov vectors outgrow memory
 
 
 def fit_vem(
@@ -177,16 +178,20 @@ class _Run:
         settle_nodes(setup, phi, theta)
         self.state = State(phi, theta, _finite_elbo(setup, phi, theta))
         self.first = self.state
-        self.final_gtol = 0.1 * self.tol**0.5
+        if not (phi.size and theta.size):
+            self.gtol = self._final_gtol()  # no other block to wait for
         self.iterations = 0
         self.scales = Scales(setup)
-        check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
+        if not setup.is_our_code:
+            check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
         if warm is None:
             note_idle(setup, self.state)
         self.bar = _bar(self.progress)
         if warm is None:
             self.state, row = start_variances(setup, self.state)
             self._record(row)
+            if settle_nodes(setup, self.state.phi, self.state.theta):  # now, not after a whole fit
+                self._changed("more quadrature nodes")
 
     def _check_closed_forms(self, phi: NDArray[np.float64], theta: NDArray[np.float64]) -> None:
         """Sample what does not agree with draws, and say so in the plan."""
@@ -206,7 +211,7 @@ class _Run:
         if not size:
             return
         self.state, row = step(
-            self.setup, self.state, block, self.scales.of(self.state, block, iteration),
+            self.setup, self.state, block, self.scales,
             iteration=iteration, gtol=self.gtol, method=self._method(block),
             max_iter=self.options.step_iterations,
         )  # fmt: skip
@@ -217,37 +222,44 @@ class _Run:
 
         A check costs as much as several steps, so after one that fails the next waits.
         """
-        gain = self._gain_of_round()
-        is_solved = self.gtol <= self.final_gtol
+        gain, tol, final = self._gain_of_round(), self._tolerance(), self._final_gtol()
+        is_solved = self.gtol <= final
         # Inexact at first: a block need not be solved far beyond what a round gains.
-        self.gtol = float(np.clip(0.1 * max(gain, 0.0) ** 0.5, self.final_gtol, self.gtol))
-        is_slow = self.setup.theta.size and self.setup.phi.size and gain > 1e3 * self.tol
+        self.gtol = float(np.clip(0.1 * max(gain, 0.0) ** 0.5, final, max(final, self.gtol)))
+        is_slow = self.setup.theta.size and self.setup.phi.size and gain > 1e3 * tol
         if not is_solved or is_slow or self.iterations < self.next_check:
             return False
         scale = self.scales.of(self.state, "joint", self.iterations)
-        if remaining(self.setup, self.state, scale, self.tol).is_small(self.tol):
+        if remaining(self.setup, self.state, scale, tol).is_small(tol):
             return True
         self.failed += 1
         self.next_check = self.iterations + min(2**self.failed, 32)
-        self.final_gtol = max(1e-10, 0.3 * self.final_gtol)
         return False
+
+    def _tolerance(self) -> float:
+        """The caller's tolerance, or what rounding leaves of a bound of many nats."""
+        return max(self.tol, ROUNDING * abs(self.state.elbo))
+
+    def _final_gtol(self) -> float:
+        """Scaled gradient norm at which a block counts as solved; lower after each failed check."""
+        return max(1e-10, 0.1 * self._tolerance() ** 0.5 * 0.3**self.failed)
 
     def is_reopened(self) -> bool:
         """True if the bound itself had to change at the point reached: the fit goes on from there."""
-        before = self.state.elbo
         change = settle(self.setup, self.state)
-        if change is None:
-            return False
-        elbo = self._elbo_here()
-        self.state = replace(self.state, elbo=elbo)
-        self._record(Step(self.iterations, "check", before, elbo, 0.0, 1, 0, 0.0, change))
-        self.next_check = 0
-        return True
+        if change is not None:
+            self._changed(change)
+            self.next_check = 0
+        return change is not None
 
-    def _elbo_here(self) -> float:
+    def _changed(self, change: str) -> None:
+        """Record that the bound itself is another one from here on."""
+        before = self.state.elbo
         with torch.no_grad():
             phi, theta = torch.from_numpy(self.state.phi), torch.from_numpy(self.state.theta)
-            return float(self.setup.elbo(phi, theta))
+            elbo = float(self.setup.elbo(phi, theta))
+        self.state = replace(self.state, elbo=elbo)
+        self._record(Step(self.iterations, "check", before, elbo, 0.0, 1, 0, 0.0, change))
 
     def _gain_of_round(self) -> float:
         """Gain of the last M-step and the E-step after it (or of the joint step)."""

@@ -87,7 +87,7 @@ def _gap_to_draws(setup: Setup, state: State) -> str | None:
     objective, values = setup.objective, _values(setup, state.phi, state.theta)
     assert objective.exact is not None
     rows = objective.exact.compiled.rows
-    draws = min(CHECK_DRAWS, max(128, MOST_CHECKED // max(1, rows)))
+    draws = min(CHECK_DRAWS, max(32, MOST_CHECKED // max(1, rows)))
     found = objective.sample(*values, draws, RECHECK_SEED, ("densities", "terms"))
     with torch.no_grad():
         pairs = {

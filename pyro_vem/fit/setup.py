@@ -75,6 +75,13 @@ class Setup:
     analytic: str
     bounds: bool
 
+    @property
+    def is_our_code(self) -> bool:
+        """True if neither the model nor an encoder is run in an evaluation of the bound."""
+        guide = self.guide
+        is_free = isinstance(guide, FactorisedNormal) and not guide.encoded
+        return is_free and self.objective.is_exact and not self.objective.rest.rows
+
     def theta_values(self, flat: Tensor) -> dict[str, Tensor]:
         """Constrained model parameters by name, held ones included."""
         return {**self.theta.constrained(flat), **self.held}

@@ -122,11 +122,13 @@ class Minimum:
         x: the best point met, on the original scale.
         value: the function there.
         gradient: Euclidean norm of the gradient in scaled coordinates there.
+        iterations: of the optimiser.
     """
 
     x: Vector
     value: float
     gradient: float
+    iterations: int
     evaluations: int
     products: int
 
@@ -174,12 +176,13 @@ def minimise(
             best[:] = [a.copy(), value]
         return value
 
+    iterations = 0
     if start.size and float(np.linalg.norm(smooth.gradient(zero))) > gtol:
         with np.errstate(over="ignore", invalid="ignore"):  # trial points may lie anywhere
-            _search(smooth, tracked, best, gtol, max_iter, method)
+            iterations = _search(smooth, tracked, best, gtol, max_iter, method)
     gradient = float(np.linalg.norm(smooth.gradient(best[0])))
     point = smooth.point(best[0])
-    return Minimum(point, best[1], gradient, smooth.evaluations, smooth.products)
+    return Minimum(point, best[1], gradient, iterations, smooth.evaluations, smooth.products)
 
 
 def _search(
@@ -189,19 +192,20 @@ def _search(
     gtol: float,
     max_iter: int,
     method: Method,
-) -> None:
-    """Run the optimiser; `tracked` keeps the best point that it meets."""
+) -> int:
+    """Run the optimiser; `tracked` keeps the best point that it meets. Returns its iterations."""
     if method == "newton":
         zero = np.zeros_like(best[0])
         options = {"gtol": gtol, "maxiter": max_iter, "initial_trust_radius": zero.size**0.5}
-        optimize.minimize(
+        result = optimize.minimize(
             tracked, zero, jac=smooth.gradient, hessp=smooth.hessian_product,
             method="trust-krylov", options=options,
         )  # fmt: skip
         if best[0].any() or float(np.linalg.norm(smooth.gradient(best[0]))) <= gtol:
-            return
+            return int(result.nit)
     # Asked for; or trust-krylov stood still, as it does where there is no curvature at all.
     _lbfgs(smooth, tracked, best, gtol, max_iter)
+    return max_iter
 
 
 def _lbfgs(

@@ -8,18 +8,20 @@ import torch
 
 from ..errors import NonMonotoneError
 from ..guides.factorised import FactorisedNormal
-from .scales import free_sites
+from .scales import Scales, free_sites
 from .setup import Setup
 from .smooth import Method, Smooth, Vector, minimise
 from .state import State, joint_loss, loss_of, moved
 from .status import Step
+
+RESCALE_AFTER = 10  # Newton iterations
 
 
 def step(
     setup: Setup,
     state: State,
     block: str,
-    scale: Vector,
+    scales: Scales,
     *,
     iteration: int,
     gtol: float,
@@ -32,23 +34,34 @@ def step(
         setup: the problem.
         state: where the fit is.
         block: the block that moves.
-        scale: lengths of its coordinates.
+        scales: lengths of the coordinates.
         iteration: for the history.
         gtol: bound on the scaled gradient norm.
         method: optimiser.
         max_iter: its iterations.
+
+    A Gaussian factor's own sd is its length, so after some Newton iterations the lengths are taken
+    anew: from far starts the first ones are wrong by orders of magnitude.
 
     Raises:
         NonMonotoneError: if the bound fell.
     """
     start = time.perf_counter()
     loss, x = loss_of(setup, state, block)
-    result = minimise(loss, x, scale, gtol=gtol, max_iter=max_iter, method=method)
-    new = moved(setup, state, block, result.x, -result.value)
+    has_lengths = method == "newton" and block != "M" and bool(free_sites(setup.guide))
+    most = min(max_iter, RESCALE_AFTER) if has_lengths else max_iter
+    new, evaluations, products = state, 0, 0
+    for left in range(max_iter, 0, -most):
+        scale = scales.of(new, block, iteration)
+        result = minimise(loss, x, scale, gtol=gtol, max_iter=min(most, left), method=method)
+        new, x = moved(setup, state, block, result.x, -result.value), result.x
+        evaluations, products = evaluations + result.evaluations, products + result.products
+        if result.gradient <= gtol or result.iterations < most:
+            break
     _check_rise(state.elbo, new.elbo, block, iteration)
     row = Step(
         iteration, block, state.elbo, new.elbo, result.gradient,
-        result.evaluations, result.products, time.perf_counter() - start,
+        evaluations, products, time.perf_counter() - start,
     )  # fmt: skip
     return new, row
 

@@ -203,16 +203,13 @@ class Compiled:
             return []
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            points = []
-            for _ in range(max(8, min(FINAL_DRAWS, MOST_FINAL // max(1, self.rows)))):
-                point = dict(moments.centre)
-                for name, sd in moments.scale.items():
-                    noise = torch.randn(len(sd), generator=generator, dtype=torch.float64)
-                    point[name] = point[name] + sd * noise
-                points.append({k: v.detach() for k, v in point.items()})
-            batch = {k: torch.stack([p[k] for p in points]) for k in points[0]}
+            num = max(8, min(FINAL_DRAWS, MOST_FINAL // max(1, self.rows)))
+            batch = {k: v.detach().expand(num, -1) for k, v in moments.centre.items()}
+            for name, sd in moments.scale.items():
+                noise = torch.randn(num, len(sd), generator=generator, dtype=torch.float64)
+                batch[name] = batch[name] + sd * noise
             truth = self._evaluate(batch)
-        wrong = self._check_static(points[:3])
+        wrong = self._check_static([{k: v[i] for k, v in batch.items()} for i in range(3)])
         for name, term in list(self.terms.items()):
             for slot, affine in term.slots.items():
                 gap = worst_gap(affine, batch, truth[f"{name}\0{slot}"])

@@ -1,11 +1,14 @@
 """Slots of a term: the few numbers a row that its log density is a function of.
 
 A row is one scalar observation or one scalar latent. Location families have the residual
-value - loc as a slot, so that a likelihood, a hierarchy and a random walk are the same case; other
-latents have their unconstrained value; every other argument is a slot on the log scale where it is
-positive, else as it stands.
+value - loc as a slot, so that a likelihood, a hierarchy and a random walk are the same case; positive
+scale families have the log of value / scale (or of value * rate) likewise; other latents have their
+unconstrained value; every other argument is a slot on the log scale where it is positive, else as it
+stands.
 """
 
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +33,16 @@ LOCATION: dict[type, tuple[str, ...]] = {
     td.Gumbel: ("scale",),
     td.StudentT: ("df", "scale"),
 }
+# Families of a positive value whose log density, on the log scale, depends on one log ratio and
+# further arguments: sign * log value, plus log rate or minus log scale.
+SCALED: dict[type, tuple[int, str, tuple[str, ...]]] = {
+    td.HalfNormal: (1, "scale", ()),
+    td.HalfCauchy: (1, "scale", ()),
+    td.Exponential: (1, "rate", ()),
+    td.Gamma: (1, "rate", ("concentration",)),
+    dist.InverseGamma: (-1, "rate", ("concentration",)),
+    td.Weibull: (1, "scale", ("concentration",)),
+}
 # Other elementwise families, with the arguments that a density is rebuilt from.
 GENERAL: dict[type, tuple[str, ...]] = {
     td.Poisson: ("rate",),
@@ -49,7 +62,7 @@ GENERAL: dict[type, tuple[str, ...]] = {
 POSITIVE = frozenset(
     ["scale", "df", "rate", "concentration", "concentration0", "concentration1", "total_count"]
 )
-RESIDUAL, VALUE = "residual", "value"
+RESIDUAL, RATIO, VALUE = "residual", "log ratio", "value"
 
 
 def is_log(family: type, name: str) -> bool:
@@ -68,6 +81,7 @@ class Spec:
         weight: scale times mask of each row, flat.
         value: the observed value of each row, flat; None for a latent.
         latent: the latent site of the rows; None for data.
+        is_log: whether a residual is one of log values.
     """
 
     name: str
@@ -77,6 +91,14 @@ class Spec:
     weight: Tensor
     value: Tensor | None
     latent: Latent | None
+    is_log: bool = False
+
+    @functools.cached_property
+    def jacobian(self) -> Tensor:
+        """What is added to the density of the logs of data, to make it the density of the data."""
+        if self.is_log and self.value is not None:
+            return -self.value.log()
+        return torch.zeros((), dtype=torch.float64)
 
     def argument(self, name: str, slot: Tensor) -> Tensor:
         """The argument of the density that a slot stands for."""
@@ -88,7 +110,8 @@ class Spec:
             return "its family or shape changes with latents or parameters"
         if not torch.equal(other.weight, self.weight):
             return "its scale or mask depends on latents or parameters"
-        if self.slots[0] != RESIDUAL and self.value is not None and other.value is not None:
+        is_used = self.slots[0] != RESIDUAL or self.is_log  # other than in a slot
+        if is_used and self.value is not None and other.value is not None:
             same = (other.value == self.value) | (other.value.isnan() & self.value.isnan())
             if not bool(same.all()):
                 return "its observed value depends on latents or parameters"
@@ -100,7 +123,9 @@ class Spec:
         if self.slots[0] == RESIDUAL:
             residual = eta[RESIDUAL]
             fn = self.family(loc=torch.zeros_like(residual), validate_args=False, **args)
-            return fn.log_prob(residual)
+            return fn.log_prob(residual) + self.jacobian
+        if self.slots[0] == RATIO:
+            return _log_ratio_density(self.family, eta[RATIO], args) + self.jacobian
         if self.latent is None:
             names = self.slots
             args = {name: self.argument(name, eta[name]) for name in names}
@@ -114,6 +139,20 @@ class Spec:
         return self.family(**args, validate_args=False).log_prob(z) + slope
 
 
+def _log_ratio_density(family: type, r: Tensor, args: Mapping[str, Tensor]) -> Tensor:
+    """Log density of the log of a value at scale (or rate) 1."""
+    if family is td.HalfNormal:
+        return 0.5 * math.log(2 / math.pi) + r - 0.5 * torch.exp(2 * r)
+    if family is td.HalfCauchy:
+        return math.log(2 / math.pi) + r - torch.nn.functional.softplus(2 * r)
+    if family is td.Exponential:
+        return r - r.exp()
+    shape = args["concentration"]
+    if family is td.Weibull:
+        return shape.log() + shape * r - torch.exp(shape * r)
+    return shape * r - torch.lgamma(shape) - r.exp()
+
+
 def spec_of(site: Site, latent: Latent | None) -> Spec | str:
     """The static part of a term, or why it has no slots."""
     leaf = leaf_of(site["fn"])
@@ -124,19 +163,26 @@ def spec_of(site: Site, latent: Latent | None) -> Spec | str:
         return f"no slots for {type(leaf.dist).__name__}"
     if latent is not None and not _is_elementwise(latent):
         return "its bijector is not elementwise"
-    is_location = family in LOCATION or (family is td.LogNormal and _is_log(latent))
-    if is_location and latent is not None and family is not td.LogNormal and not _is_real(latent):
-        return f"{family.__name__} prior on a bounded latent"
     shape = tuple(np.broadcast_shapes(site["value"].shape, leaf.dist.batch_shape))
     weight = torch.as_tensor(element_weight(site, leaf.inner), dtype=torch.float64)
     rows = int(np.prod(shape, dtype=int))
     flat = weight.expand(shape).reshape(rows).clone()
     value = None if latent is not None else site["value"].expand(shape).reshape(rows).to(torch.float64)
-    if is_location:
-        kept = td.Normal if family is td.LogNormal else family
-        return Spec(site["name"], kept, (RESIDUAL, *LOCATION[kept]), shape, flat, value, latent)
+    is_positive = _is_log(latent) if value is None else bool((value > 0).all())
+
+    def spec(family: type, slots: tuple[str, ...], is_log: bool = False) -> Spec:
+        return Spec(site["name"], family, slots, shape, flat, value, latent, is_log)
+
+    if family is td.LogNormal and is_positive:
+        return spec(td.Normal, (RESIDUAL, "scale"), is_log=True)
+    if family in LOCATION:
+        if latent is not None and not _is_real(latent):
+            return f"{family.__name__} prior on a bounded latent"
+        return spec(family, (RESIDUAL, *LOCATION[family]))
+    if family in SCALED and is_positive:
+        return spec(family, (RATIO, *SCALED[family][2]), is_log=True)
     first = () if latent is None else (VALUE,)
-    return Spec(site["name"], family, (*first, *GENERAL[family]), shape, flat, value, latent)
+    return spec(family, (*first, *GENERAL[family]))
 
 
 def read(spec: Spec, site: Site, u: Tensor | None) -> dict[str, Tensor]:
@@ -146,7 +192,12 @@ def read(spec: Spec, site: Site, u: Tensor | None) -> dict[str, Tensor]:
     for name in spec.slots:
         if name == RESIDUAL:
             value = site["value"] if u is None else u
-            found[name] = value - fn.loc
+            found[name] = (value.log() if spec.is_log and u is None else value) - fn.loc
+        elif name == RATIO:
+            sign, scale, _ = SCALED[spec.family]
+            value = site["value"].to(torch.float64).log() if u is None else u
+            log_scale = torch.as_tensor(getattr(fn, scale), dtype=torch.float64).log()
+            found[name] = sign * value + (log_scale if scale == "rate" else -log_scale)
         elif name == VALUE:
             assert u is not None
             found[name] = u
