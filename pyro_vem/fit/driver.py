@@ -28,7 +28,7 @@ from .stopping import remaining, runaway
 Schedule = Literal["auto", "alternate", "joint"]
 StepMethod = Literal["auto", "newton", "lbfgs"]
 Callback = Callable[[Step, Mapping[str, Tensor]], None]
-SERIAL = 1_000_000  # numbers in the data below which a fit runs on one thread
+SERIAL = 10_000_000  # numbers in the data below which a fit runs on one thread
 ROUNDING = 1e3 * float(np.finfo(np.float64).eps)  # of the bound, relative
 SELF_CHECK = 256  # draws that closed forms are held against at the start
 NEWTON_LIMIT = 5_000_000  # parameters in a block beyond which its Krylov vectors outgrow memory

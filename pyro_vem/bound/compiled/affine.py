@@ -6,6 +6,7 @@ variable a row depends on is read off bit patterns; coefficients are differences
 checked against the model at other points before it is believed.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,16 @@ ROUNDING = 1e-9  # relative; differences below it are rounding
 VERIFIED = 1e-8
 SHIFT = 0.4  # of a conditioning variable, per step
 MOST_DENSE = 20_000_000  # entries of a dense coefficient matrix
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """The rows' elements of a variable; the only element of a scalar is left to broadcasting."""
+    return x if x.shape[-1] == 1 else x.index_select(-1, index)
+
+
+def product(first: Tensor, *others: Tensor) -> Tensor:
+    """Product of some factors."""
+    return functools.reduce(torch.mul, others, first)
 
 
 @dataclass(frozen=True)
@@ -88,14 +99,14 @@ class AffineSlot:
         """Variables that the slot depends on."""
         return (*self.conditions, *self.locals, *self.denses)
 
-    def factor(self, part: Local | Dense, given: Values) -> Tensor | float:
-        """What a coefficient is multiplied by at values of the conditions, (..., rows)."""
-        result: Tensor | float = 1.0
-        for name, rate in part.rate.items():
-            result = result * torch.exp(rate * self.conditions[name].shift(given[name]))
-        for name, slope in part.slope.items():
-            result = result * (1 + slope * self.conditions[name].shift(given[name]))
-        return result
+    def factors(self, part: Local | Dense, given: Values) -> list[Tensor]:
+        """What a coefficient is multiplied by at values of the conditions, (..., rows) each."""
+        rates = [
+            torch.exp(rate * self.conditions[name].shift(given[name])) for name, rate in part.rate.items()
+        ]
+        return rates + [
+            1 + slope * self.conditions[name].shift(given[name]) for name, slope in part.slope.items()
+        ]
 
     def mean(self, given: Values, centre: Values) -> Tensor:
         """The slot's mean: conditions at `given` (per row), the rest at `centre` (flat)."""
@@ -103,15 +114,15 @@ class AffineSlot:
         for name, condition in self.conditions.items():
             total = total + condition.offset(given[name])
         for name, part in self.locals.items():
-            at = given[name] if name in given else centre[name][..., part.index]
-            total = total + self.factor(part, given) * part.coefficient * at
+            at = given[name] if name in given else pick(centre[name], part.index)
+            total = total + product(at, part.coefficient, *self.factors(part, given))
         for name, dense in self.denses.items():
-            total = total + self.factor(dense, given) * (centre[name] @ dense.matrix.mT)
+            total = total + product(centre[name] @ dense.matrix.mT, *self.factors(dense, given))
         return total
 
     def at(self, values: Values) -> Tensor:
         """The slot's value at one point, or at a batch of them."""
-        given = {name: values[name][..., c.index] for name, c in self.conditions.items()}
+        given = {name: pick(values[name], c.index) for name, c in self.conditions.items()}
         return self.mean(given, values)
 
 

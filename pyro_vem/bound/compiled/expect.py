@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from .affine import AffineSlot, Dense, Local, Values
+from .affine import AffineSlot, Dense, Local, Values, pick, product
 from .forms import BOUNDED, Form, form_of, gauss_hermite
 from .slots import POSITIVE, RATIO, RESIDUAL, Spec
 
@@ -163,7 +163,7 @@ class CompiledTerm:
     def _grid(self, moments: Moments) -> tuple[dict[str, Tensor], Tensor | None]:
         """Values of the conditions by row, at nodes if they are random; and the nodes' weights."""
         index = self.conditions
-        given = {name: moments.centre[name][i] for name, i in index.items()}
+        given = {name: pick(moments.centre[name], i) for name, i in index.items()}
         names = self.random_conditions
         if not names:
             return given, None
@@ -171,7 +171,7 @@ class CompiledTerm:
         grids = torch.meshgrid([x] * len(names), indexing="ij")
         weights = functools.reduce(torch.mul, torch.meshgrid([w] * len(names), indexing="ij")).reshape(-1)
         for name, nodes in zip(names, grids, strict=True):
-            sd = moments.scale[name][index[name]]
+            sd = pick(moments.scale[name], index[name])
             given[name] = given[name] + nodes.reshape(-1, 1) * sd
         return given, weights
 
@@ -183,10 +183,10 @@ class CompiledTerm:
         cov = {}
         for i, a in enumerate(random):
             for b in random[i:]:
-                total: Tensor | float = 0.0
-                for part in self._covariances(a, b, moments, given):
-                    total = total + part
-                cov[a, b] = torch.as_tensor(total, dtype=torch.float64)
+                parts = list(self._covariances(a, b, moments, given))
+                cov[a, b] = (
+                    functools.reduce(torch.add, parts) if parts else torch.zeros((), dtype=torch.float64)
+                )
         return mean, cov
 
     def _covariances(self, a: str, b: str, moments: Moments, given: dict[str, Tensor]) -> Iterator[Tensor]:
@@ -198,25 +198,23 @@ class CompiledTerm:
             if first is None or second is None:
                 continue
             variance = moments.scale[name] ** 2
-            factor = one.factor(first, given) * other.factor(second, given)
-            yield factor * self._product(a, b, name, first, second, variance)
+            factors = one.factors(first, given) + other.factors(second, given)
+            yield product(self._product(a, b, name, first, second, variance), *factors)
 
     def _product(
         self, a: str, b: str, name: str, first: Local | Dense, second: Local | Dense, variance: Tensor
     ) -> Tensor:
         """Sum over elements of both coefficients times the variance, row by row."""
-        if isinstance(first, Local) and isinstance(second, Local):
-            together = first.coefficient * second.coefficient * (first.index == second.index)
-            return together * variance[first.index]
+        key = a, b, name
         if isinstance(first, Dense) and isinstance(second, Dense):
-            if (a, b, name) not in self._squares:
-                self._squares[a, b, name] = first.matrix * second.matrix
-            return self._squares[a, b, name] @ variance
-        dense, local = (first, second) if isinstance(first, Dense) else (second, first)
-        assert isinstance(dense, Dense)
+            if key not in self._squares:
+                self._squares[key] = first.matrix * second.matrix
+            return self._squares[key] @ variance
+        local = first if isinstance(first, Local) else second
         assert isinstance(local, Local)
-        picked = dense.matrix.gather(1, local.index.unsqueeze(1)).squeeze(1)
-        return picked * local.coefficient * variance[local.index]
+        if key not in self._squares:
+            self._squares[key] = _at(first, local.index) * _at(second, local.index)
+        return self._squares[key] * pick(variance, local.index)
 
     @property
     def is_alone(self) -> bool:
@@ -243,3 +241,10 @@ class CompiledTerm:
 
 def _part(slot: AffineSlot, name: str) -> Local | Dense | None:
     return slot.locals.get(name) or slot.denses.get(name)
+
+
+def _at(part: Local | Dense, index: Tensor) -> Tensor:
+    """Each row's coefficient of one element."""
+    if isinstance(part, Dense):
+        return part.matrix.gather(1, index.unsqueeze(1)).squeeze(1)
+    return part.coefficient * (part.index == index)

@@ -19,6 +19,7 @@ from .affine import (
     Values,
     dependence_on,
     differs,
+    pick,
 )
 
 MOST_CONDITIONS = 2
@@ -234,7 +235,7 @@ class SlotFitter:
 def _contribution(part: Local | Dense, base: Tensor) -> Tensor:
     if isinstance(part, Dense):
         return part.matrix @ base
-    return part.coefficient * base[part.index]
+    return part.coefficient * pick(base, part.index)
 
 
 def worst_gap(slot: AffineSlot, points: Values, truth: Tensor) -> float:
