@@ -196,7 +196,10 @@ def _search(
     """Run the optimiser; `tracked` keeps the best point that it meets. Returns its iterations."""
     if method == "newton":
         zero = np.zeros_like(best[0])
-        options = {"gtol": gtol, "maxiter": max_iter, "initial_trust_radius": zero.size**0.5}
+        radius = zero.size**0.5  # a unit for each coordinate
+        options = {
+            "gtol": gtol, "maxiter": max_iter, "initial_trust_radius": radius, "max_trust_radius": 1e3 * radius
+        }  # fmt: skip
         result = optimize.minimize(
             tracked, zero, jac=smooth.gradient, hessp=smooth.hessian_product,
             method="trust-krylov", options=options,
