@@ -12,7 +12,7 @@ from ..model.runtime import Site
 from ..model.sites import Latent
 from .certificate import View
 from .compiled.compile import Compiled, Variables
-from .compiled.expect import Moments
+from .compiled.moments import Moments
 from .kl import lookup, negative_entropy
 from .kl.entropy import normal_entropy
 from .terms import site_divergence
@@ -22,6 +22,7 @@ Values = Mapping[str, Tensor]
 
 
 Factors = Callable[[Values], dict[str, tuple[Tensor, Tensor]]]
+Flat = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def factors_of(problem: Any, guide: Any, views: Mapping[str, View], names: Collection[str]) -> Factors | None:
@@ -63,6 +64,8 @@ class Deterministic:
         map_sites: latents whose values are parameters.
         held: parameters that no step moves.
         seed: of the probes.
+        flat: means of all variables and standard deviations of the latents, straight from the flat
+            vectors of phi and theta; None where the guide's factors must be computed.
     """
 
     def __init__(
@@ -74,12 +77,14 @@ class Deterministic:
         map_sites: tuple[Latent, ...],
         held: Values,
         seed: int,
+        flat: Flat | None = None,
     ) -> None:
-        self.factors = factors
+        self.factors, self._flat = factors, flat
         self.variables = Variables(
             latents, {p.name: p for p in parameters}, {site.name: site for site in map_sites}
         )
         self.compiled = Compiled(problem.run_model, self.variables, held, seed)
+        self._weighted: tuple[frozenset[str], Tensor] | None = None
         self.weights = {name: _entropy_weight(site) for name, site in latents.items()}
         self.priors = {name: p for name, p in self.compiled.constant.items() if self._has_divergence(name, p)}
 
@@ -105,10 +110,19 @@ class Deterministic:
 
     def moments(self, phi: Values, theta: Values) -> Moments:
         """Means and standard deviations of the guide's factors; parameters as means."""
-        centre, scale = self.variables.flat_theta(theta), {}
-        for name, (loc, sd) in self.factors(phi).items():
-            centre[name], scale[name] = loc.reshape(-1), sd.reshape(-1)
-        return Moments(centre, scale)
+        factors, parameters = self.factors(phi), self.variables.flat_theta(theta)
+        names = list(self.variables.latents)
+        locs = [factors[name][0].reshape(-1) for name in names]
+        sds = [factors[name][1].reshape(-1) for name in names]
+        centre = torch.cat([*locs, *(parameters[name] for name in list(self.compiled.where)[len(names) :])])
+        return Moments(centre, torch.cat(sds), self.compiled.where, names)
+
+    def flat_total(self, phi: Tensor, theta: Tensor) -> Tensor | None:
+        """The sum of all compiled rows from flat vectors; None if they do not hold the moments."""
+        if self._flat is None:
+            return None
+        names = list(self.variables.latents)
+        return self.total(Moments(*self._flat(phi, theta), self.compiled.where, names))
 
     def terms(self, phi: Values, theta: Values) -> dict[str, Tensor]:
         """Each compiled row's part of the ELBO, in nats."""
@@ -119,6 +133,27 @@ class Deterministic:
             if name in self.weights:  # a latent: E[log p] on the unconstrained scale, plus the entropy
                 value = value + (self.weights[name] * normal_entropy(moments.scale[name])).sum()
             found[name] = value
+        return found | self._divergences(moments)
+
+    def total(self, moments: Moments) -> Tensor:
+        """The sum of all compiled rows, with the terms of one family evaluated together."""
+        blocks, alone = self.compiled.merged
+        parts = [term.expectation(moments) for term in (*blocks, *alone.values())]
+        parts += self._divergences(moments).values()
+        weight = self._entropy_weights()
+        parts.append((weight * normal_entropy(moments.scale.flat)).sum())
+        return torch.stack(parts).sum()
+
+    def _entropy_weights(self) -> Tensor:
+        """One weight for each latent element: zero where no compiled term of its own has the entropy."""
+        key = frozenset(self.compiled.terms)
+        if self._weighted is None or self._weighted[0] != key:
+            parts = [w if n in key else torch.zeros_like(w) for n, w in self.weights.items()]
+            self._weighted = key, torch.cat(parts)
+        return self._weighted[1]
+
+    def _divergences(self, moments: Moments) -> dict[str, Tensor]:
+        found = {}
         for name, p in self.priors.items():
             q = self._factor(name, p, moments.centre[name], moments.scale[name])
             found[name] = -site_divergence(q, p).sum()

@@ -239,22 +239,29 @@ class Objective:
     def terms(self, phi: Values, theta: Values) -> dict[str, Float[Tensor, ""]]:
         """Every term of the plan in nats: compiled, or averaged over the draws."""
         found = self.exact.terms(phi, theta) if self.exact is not None else {}
+        return found | self._rest_terms(phi, theta)
+
+    def value(self, phi: Values, theta: Values) -> Float[Tensor, ""]:
+        """The ELBO on the fixed draws, in nats."""
+        parts = list(self._rest_terms(phi, theta).values())
+        if self.exact is not None:
+            parts.append(self.exact.total(self.exact.moments(phi, theta)))
+        return torch.stack(parts).sum()
+
+    def _rest_terms(self, phi: Values, theta: Values) -> dict[str, Tensor]:
+        """The terms that are not compiled."""
         if not self.rest.rows:
-            return found
+            return {}
 
         def one(noise: Values) -> dict[str, Tensor]:
             return self._once(phi, theta, noise)
 
         if not self.specs:
-            return found | one({})
+            return one({})
         if self._is_steady:
             zero = {spec.name: torch.zeros(spec.shape, dtype=torch.float64) for spec in self.specs}
-            return found | one(zero)
-        return found | {name: values.mean(0) for name, values in self._each(one, self.noise).items()}
-
-    def value(self, phi: Values, theta: Values) -> Float[Tensor, ""]:
-        """The ELBO on the fixed draws, in nats."""
-        return torch.stack(list(self.terms(phi, theta).values())).sum()
+            return one(zero)
+        return {name: values.mean(0) for name, values in self._each(one, self.noise).items()}
 
     def _each(self, one: Callable[[Any], dict[str, Tensor]], noise: Values) -> dict[str, Tensor]:
         if self._vectorised:

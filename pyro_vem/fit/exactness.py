@@ -1,12 +1,14 @@
 """Keeping the bound exact along a fit: compiling its terms, enough nodes, and a last look at the model."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..bound.deterministic import Deterministic, factors_of
+from ..bound.deterministic import Deterministic, Flat, factors_of
 from ..guides.factorised import FactorisedNormal
+from ..model.sites import Latent
 from .setup import FitOptions, Setup
 from .smooth import Vector
 from .state import State
@@ -35,7 +37,25 @@ def compile_terms(setup: Setup, options: FitOptions) -> None:
         tuple(setup.prototype.latent(name) for name in map_names),
         setup.held,
         objective.seed,
+        _flat_moments(setup, latents),
     )
+
+
+def _flat_moments(setup: Setup, latents: Mapping[str, Latent]) -> Flat | None:
+    """Gathers from the flat vectors, for a guide whose factors are parameters of their own."""
+    guide, map_names = setup.guide, setup.problem.map_sites
+    if not isinstance(guide, FactorisedNormal) or guide.encoded:
+        return None
+    plain = [name for name in setup.theta.names if name not in map_names]
+    loc = setup.phi.positions(guide.loc_name(name) for name in latents)
+    log_scale = setup.phi.positions(guide.scale_name(name) for name in latents)
+    parameters = setup.theta.positions([*plain, *map_names])
+
+    def flat(phi: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        centre = torch.cat([phi.index_select(0, loc), theta.index_select(0, parameters)])
+        return centre, phi.index_select(0, log_scale).exp()
+
+    return flat
 
 
 def settle_nodes(setup: Setup, phi: Vector, theta: Vector) -> bool:

@@ -197,9 +197,8 @@ def _search(
     if method == "newton":
         zero = np.zeros_like(best[0])
         radius = zero.size**0.5  # a unit for each coordinate
-        options = {
-            "gtol": gtol, "maxiter": max_iter, "initial_trust_radius": radius, "max_trust_radius": 1e3 * radius
-        }  # fmt: skip
+        options = {"gtol": gtol, "maxiter": max_iter}
+        options |= {"initial_trust_radius": radius, "max_trust_radius": 1e3 * radius}
         result = optimize.minimize(
             tracked, zero, jac=smooth.gradient, hessp=smooth.hessian_product,
             method="trust-krylov", options=options,

@@ -119,3 +119,13 @@ class Block:
         wanted = set(names)
         flags = [np.full(n, p.name in wanted) for p, n in zip(self.parameters, self._sizes, strict=True)]
         return np.concatenate(flags) if flags else np.zeros(0, dtype=bool)
+
+    def positions(self, names: Iterable[str]) -> Tensor:
+        """Indices of `names`, in the order given, into the flat vector."""
+        ends = np.cumsum(self._sizes)
+        spans = {
+            p.name: torch.arange(int(end) - n, int(end))
+            for p, n, end in zip(self.parameters, self._sizes, ends, strict=True)
+        }
+        parts = [spans[name] for name in names]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)

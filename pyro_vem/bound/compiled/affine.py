@@ -148,12 +148,19 @@ class Probe:
         points = [self.base]
         for k in sizes:
             points += [self.moved({k: c}) for c in (1.0, 2.0, 3.0)]
-        values = self.at(points)
-        self.here = {key: v[0] for key, v in values.items()}
-        self.along = {
-            k: {key: v[1 + 3 * i : 4 + 3 * i] for key, v in values.items()} for i, k in enumerate(sizes)
-        }
+        self._values, self._order = self.at(points), list(sizes)
+        self.here = {key: v[0] for key, v in self._values.items()}
         self.bits = {k: self._bits(k) for k in sizes}
+
+    def along(self, k: str, key: str) -> Tensor:
+        """A slot with one variable moved by one, two and three of its steps, (3, rows)."""
+        start = 1 + 3 * self._order.index(k)
+        return self._values[key][start : start + 3]
+
+    def moving(self, key: str) -> list[str]:
+        """Variables that change at least a bit of a slot."""
+        changed = (self._values[key][1:] != self.here[key]).any(-1).reshape(-1, 3).any(-1)
+        return [self._order[i] for i in changed.nonzero().flatten().tolist()]
 
     @staticmethod
     def _normal(generator: torch.Generator, n: int) -> Tensor:
@@ -203,7 +210,7 @@ class Dependence:
 
 def dependence_on(probe: Probe, key: str, k: str) -> Dependence | None:
     """None where the slot does not depend on the variable."""
-    f0, (f1, f2, f3) = probe.here[key], probe.along[k][key]
+    f0, (f1, f2, f3) = probe.here[key], probe.along(k, key)
     scale = torch.stack([f0, f1, f2, f3]).abs().amax(0)
     rows = differs(f1, f0, scale) | differs(f2, f0, scale)
     if not bool(rows.any()):

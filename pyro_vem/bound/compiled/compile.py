@@ -14,8 +14,10 @@ from ...model.runtime import Execution, Site
 from ...model.sites import Latent
 from ..dependence import differ, fingerprint
 from .affine import Probe
-from .expect import CompiledTerm, Moments
+from .blocks import merge
+from .expect import CompiledTerm
 from .fit_slots import SlotFitter, worst_gap
+from .moments import Moments, slices
 from .slots import Spec, read, spec_of
 
 FINAL_DRAWS = 256  # of the fitted guide, at which compiled slots are held against the model again
@@ -72,6 +74,8 @@ class Compiled:
 
     def __init__(self, run: Any, variables: Variables, held: Mapping[str, Tensor], seed: int) -> None:
         self.variables, self._run, self._held = variables, run, held
+        self.where = slices(variables.sizes)
+        self._merged: tuple[list[CompiledTerm], dict[str, CompiledTerm]] | None = None
         self.specs: dict[str, Spec] = {}
         self.refused: dict[str, str] = {}
         self.terms: dict[str, CompiledTerm] = {}
@@ -140,10 +144,18 @@ class Compiled:
             else:
                 self.refused[name] = problem
 
+    @property
+    def merged(self) -> tuple[list[CompiledTerm], dict[str, CompiledTerm]]:
+        """Blocks of rows of one family, and the terms that stay alone."""
+        if self._merged is None:
+            self._merged = merge(self.terms, self.where)
+        return self._merged
+
     def _drop_long(self) -> None:
-        """Many terms of many parts each cost more than the model on draws, until rows are merged."""
+        """Many unmerged terms of many parts each cost more than the model on draws."""
         parts = {
-            n: sum(len(slot.variables) for slot in term.slots.values()) for n, term in self.terms.items()
+            n: sum(len(slot.variables) for slot in term.slots.values())
+            for n, term in merge(self.terms, self.where)[1].items()
         }
         if sum(parts.values()) <= MOST_PARTS:
             return
@@ -195,6 +207,7 @@ class Compiled:
             elif finer is not term:
                 self.terms[name] = finer
                 grew = True
+        self._merged = None
         return grew
 
     def recheck(self, moments: Moments, seed: int) -> list[str]:
@@ -218,4 +231,5 @@ class Compiled:
                     del self.terms[name]
                     wrong.append(name)
                     break
+        self._merged = None
         return wrong

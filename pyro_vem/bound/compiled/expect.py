@@ -13,22 +13,15 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from .affine import AffineSlot, Dense, Local, Values, pick, product
+from .affine import AffineSlot, Dense, Local, pick, product
 from .forms import BOUNDED, Form, form_of, gauss_hermite
+from .moments import Moments
 from .slots import POSITIVE, RATIO, RESIDUAL, Spec
 
 FIRST_NODES = 8
 MOST_NODES = {"conditions": 64, 1: 128, 2: 32, 3: 16}
 MOST_POINTS = 4_000_000  # nodes times rows of one term
 SETTLED = 1e-9  # change of a term, relative, on doubling its nodes
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Means of all variables, and standard deviations of the latent ones, each flat by name."""
-
-    centre: Values
-    scale: Values
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class SlotFitter:
         return slot if gap <= VERIFIED else f"its compiled form is off by {gap:.1g} at a random point"
 
     def _dependences(self, key: str) -> dict[str, Dependence]:
-        found = {k: dependence_on(self.probe, key, k) for k in self.probe.sizes}
+        found = {k: dependence_on(self.probe, key, k) for k in self.probe.moving(key)}
         return {k: d for k, d in found.items() if d is not None}
 
     def _split(self, key: str) -> tuple[list[str], list[str]]:
@@ -171,7 +171,7 @@ class SlotFitter:
                 denses[k] = Dense(self.matrices[k][key], rate, slope)
                 offset -= self.matrices[k][key] @ probe.base[k]
             else:
-                delta = (probe.along[k][key][1] - f0) / 2
+                delta = (probe.along(k, key)[1] - f0) / 2
                 coefficient = torch.where(known[k].rows, delta / probe.step[k][index], 0.0)
                 locals_[k] = Local(index, coefficient, rate, slope)
                 offset -= coefficient * probe.base[k][index]
@@ -183,7 +183,7 @@ class SlotFitter:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """How the coefficients of k scale with each condition: by an exponential, or linearly."""
         probe, f0 = self.probe, self.probe.here[key]
-        here = probe.along[k][key][0] - f0
+        here = probe.along(k, key)[0] - f0
         rates, slopes = {}, {}
         for c in conditions:
             there = self.shifted_moved[c, k][key] - self.shifted[c][key][:2]

@@ -1,0 +1,215 @@
+"""E[log p] of rows whose slots are jointly Gaussian: closed forms, row-reduced sums, or a tensor grid.
+
+A form takes the slots' means and covariances, row by row, and the nodes of one quadrature rule;
+`form_of` chooses the one with the fewest quadrature dimensions.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch import distributions as td
+
+from .slots import RATIO, RESIDUAL, Spec
+from .softplus import mean_softplus_rows
+
+Mean: TypeAlias = Mapping[str, Tensor]
+Cov: TypeAlias = Mapping[tuple[str, str], Tensor]
+Rule: TypeAlias = tuple[Tensor, Tensor]
+
+REACH = 8.0  # of the trapezoid rule, in standard deviations
+DENSITY = 3  # trapezoid nodes for each that is counted: 24 at first
+LOGIT = (td.Bernoulli, td.Binomial, td.NegativeBinomial, td.Geometric)
+# Log densities that grow at most linearly in their slots: the trapezoid rule beats Gauss-Hermite.
+BOUNDED = (*LOGIT, td.StudentT, td.Cauchy, td.HalfCauchy)
+
+
+@functools.cache
+def gauss_hermite(n: int) -> Rule:
+    """Nodes and weights of N(0, 1)."""
+    x, w = np.polynomial.hermite_e.hermegauss(n)
+    return torch.from_numpy(x), torch.from_numpy(w / w.sum())
+
+
+@functools.cache
+def trapezoid(n: int) -> Rule:
+    """Equidistant nodes with normal weights."""
+    x = np.linspace(-REACH, REACH, DENSITY * n)
+    w = np.exp(-(x**2) / 2)
+    return torch.from_numpy(x), torch.from_numpy(w / w.sum())
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the rows of a term are integrated over its random slots.
+
+    Attributes:
+        dims: dimensions of its quadrature; 0 for a closed form.
+        is_bounded: whether the rule is the trapezoid one.
+    """
+
+    spec: Spec
+    random: tuple[str, ...]
+    function: Callable[[Spec, tuple[str, ...], Mean, Cov, Rule], Tensor]
+    dims: int
+    is_bounded: bool
+
+    def rows(self, mean: Mean, cov: Cov, nodes: int) -> Tensor:
+        """E log p of each row."""
+        rule = (trapezoid if self.is_bounded else gauss_hermite)(nodes)
+        return self.function(self.spec, self.random, mean, cov, rule)
+
+    def points(self, nodes: int) -> int:
+        """Evaluations of the density in each row."""
+        return (nodes * (DENSITY if self.is_bounded else 1)) ** self.dims
+
+
+def form_of(spec: Spec, random: tuple[str, ...]) -> Form:
+    """The form of a term with these random slots."""
+    family, count = spec.family, len(random)
+    is_bounded = family in BOUNDED
+
+    def form(function: Callable[..., Tensor], dims: int) -> Form:
+        return Form(spec, random, function, dims, is_bounded)
+
+    if not random:
+        return form(_known, 0)
+    if family is td.Normal or (family is td.Laplace and random == (RESIDUAL,)):
+        return form(_normal if family is td.Normal else _laplace, 0)
+    if spec.slots[0] == RATIO and family in (td.HalfNormal, td.Exponential):
+        return form(_half_normal if family is td.HalfNormal else _exponential, 0)
+    if spec.slots[0] == RATIO and family in (td.Gamma, dist.InverseGamma):
+        return form(_gamma, int("concentration" in random))
+    if spec.slots[0] == RATIO and family is td.HalfCauchy:
+        return form(_half_cauchy, 1)
+    if spec.latent is None and family in (td.Poisson, td.Exponential):
+        return form(_rate, 0)
+    if family in LOGIT and random == ("logits",):
+        return form(_logit, 1)
+    return form(_grid, count)
+
+
+def _of(cov: Cov, a: str, b: str) -> Tensor:
+    found = cov.get((a, b), cov.get((b, a)))
+    return torch.zeros((), dtype=torch.float64) if found is None else found
+
+
+def root(v: Tensor) -> Tensor:
+    """Square root whose gradient is finite at zero."""
+    return v.clamp_min(1e-300).sqrt()
+
+
+def _known(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    return spec.log_density(mean)
+
+
+def _normal(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    m_r, m_l = mean[RESIDUAL], mean["scale"]
+    v_r, v_l, c = (
+        _of(cov, *pair) for pair in ((RESIDUAL, RESIDUAL), ("scale", "scale"), (RESIDUAL, "scale"))
+    )
+    square = torch.exp(2 * v_l - 2 * m_l) * ((m_r - 2 * c) ** 2 + v_r)
+    return spec.jacobian - 0.5 * math.log(2 * math.pi) - m_l - 0.5 * square
+
+
+def _laplace(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    m, v, log_b = mean[RESIDUAL], cov[RESIDUAL, RESIDUAL], mean["scale"]
+    sd = root(v)
+    distance = sd * math.sqrt(2 / math.pi) * torch.exp(-0.5 * (m / sd) ** 2)
+    distance = distance + m * torch.erf(m / (sd * math.sqrt(2)))
+    return -math.log(2) - log_b - distance * torch.exp(-log_b)
+
+
+def _half_normal(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    m, v = mean[RATIO], _of(cov, RATIO, RATIO)
+    return spec.jacobian + 0.5 * math.log(2 / math.pi) + m - 0.5 * torch.exp(2 * (m + v))
+
+
+def _exponential(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    m, v = mean[RATIO], _of(cov, RATIO, RATIO)
+    return spec.jacobian + m - torch.exp(m + v / 2)
+
+
+def _half_cauchy(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    m, v = mean[RATIO], _of(cov, RATIO, RATIO)
+    above = mean_softplus_rows(2 * m, 2 * root(v), *rule)
+    return spec.jacobian + math.log(2 / math.pi) + m - above
+
+
+def _gamma(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    """E[a r] - E log Gamma(a) - E e^r: only log Gamma needs nodes, and only if a is random."""
+    name = "concentration"
+    m, v, m_a = mean[RATIO], _of(cov, RATIO, RATIO), mean[name]
+    v_a, c = _of(cov, name, name), _of(cov, RATIO, name)
+    product = torch.exp(m_a + v_a / 2) * (m + c)
+    if name in random:
+        x, w = (part.reshape(-1, *(1,) * max(m_a.dim(), v_a.dim())) for part in rule)
+        normaliser = (w * torch.lgamma(torch.exp(m_a + x * root(v_a)))).sum(0)
+    else:
+        normaliser = torch.lgamma(m_a.exp())
+    return spec.jacobian + product - normaliser - torch.exp(m + v / 2)
+
+
+def _rate(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    y, m = spec.value, mean["rate"]
+    assert y is not None
+    exponential = torch.exp(m + _of(cov, "rate", "rate") / 2)
+    if spec.family is td.Poisson:
+        return y * m - exponential - torch.lgamma(y + 1)
+    return m - y * exponential
+
+
+def _logit(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    """E log p of a family whose log density is linear in the logit and its softplus."""
+    y, m, family = spec.value, mean["logits"], spec.family
+    assert y is not None
+    above = mean_softplus_rows(m, root(cov["logits", "logits"]), *rule)
+    if family is td.Bernoulli:
+        return y * m - above
+    if family is td.Geometric:
+        return m - (y + 1) * above
+    count = spec.argument("total_count", mean["total_count"])
+    if family is td.Binomial:
+        choices = torch.lgamma(count + 1) - torch.lgamma(y + 1) - torch.lgamma(count - y + 1)
+        return choices + y * m - count * above
+    choices = torch.lgamma(count + y) - torch.lgamma(y + 1) - torch.lgamma(count)
+    return choices + y * m - (count + y) * above
+
+
+def _grid(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    """A tensor grid over the random slots, one leading dimension of nodes for each."""
+    x, w = rule
+    lower = _cholesky(random, cov)
+    dims = max(t.dim() for t in (*mean.values(), *cov.values()))
+    eta, weights = dict(mean), torch.ones((), dtype=torch.float64)
+    for i, name in enumerate(random):
+        for j in range(i + 1):
+            nodes = x.reshape(*(-1 if k == j else 1 for k in range(len(random))), *(1,) * dims)
+            eta[name] = eta[name] + nodes * lower[i, j]
+        shape = [-1 if k == i else 1 for k in range(len(random))] + [1] * dims
+        weights = weights * w.reshape(shape)
+    names = list(eta)  # in one shape, so that a density may be rebuilt from them
+    eta = dict(zip(names, torch.broadcast_tensors(*eta.values()), strict=True))
+    return (weights * spec.log_density(eta)).sum(tuple(range(len(random))))
+
+
+def _cholesky(names: tuple[str, ...], cov: Cov) -> dict[tuple[int, int], Tensor]:
+    """Factor of the slots' covariance, row by row."""
+    lower: dict[tuple[int, int], Tensor] = {}
+    for j, b in enumerate(names):
+        rest = cov[b, b]
+        for k in range(j):
+            rest = rest - lower[j, k] ** 2
+        lower[j, j] = root(rest)
+        for i in range(j + 1, len(names)):
+            part = cov[b, names[i]]
+            for k in range(j):
+                part = part - lower[i, k] * lower[j, k]
+            lower[i, j] = part / lower[j, j]
+    return lower
