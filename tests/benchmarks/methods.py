@@ -127,7 +127,7 @@ def pymc_advi(model, arrays, sizes, steps, lr=None):
     return call
 
 
-def pymc_dadvi(model, arrays, sizes, draws=30):
+def pymc_dadvi(model, arrays, sizes, draws=30, optimizer="trust-ncg"):
     import models_pymc
     from pymc_extras.inference import fit_dadvi
 
@@ -135,7 +135,9 @@ def pymc_dadvi(model, arrays, sizes, draws=30):
 
     def call(seed):
         program = built(**arrays, **sizes)
-        fit = fit_dadvi(program, n_fixed_draws=draws, n_draws=1, random_seed=seed, progressbar=False)
+        fit = fit_dadvi(
+            program, draws, n_draws=1, optimizer_method=optimizer, random_seed=seed, progressbar=False
+        )
         mean, log_sd = np.split(np.asarray(fit.optimizer_result["x"].values), 2)
         found, at = {}, 0
         for name, value in program.initial_point().items():

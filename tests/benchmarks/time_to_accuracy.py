@@ -38,6 +38,7 @@ import numpy as np
 HERE = Path(__file__).parent
 OUT = HERE.parents[1] / "build" / "bench"
 TARGET, NATS = 0.05, 0.1
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"} | os.environ
 CONFIRM = 2_500  # latents up to which L-BFGS on the bound by hand is tried
 SMALL = 100  # latents up to which a Python loop is tried
 
@@ -46,7 +47,8 @@ GRIDS = {
     "pyro_svi": [{"lr": lr, "steps": n} for n in (1000, 5000, 20000) for lr in RATES],
     "numpyro_svi": [{"lr": lr, "steps": n} for n in (1000, 2000, 5000, 10000, 20000) for lr in RATES],
     "pymc_advi": [{"steps": n} | o for n in (5000, 10000, 30000) for o in ({}, {"lr": 0.05}, {"lr": 0.01})],
-    "pymc_dadvi": [{"draws": n} for n in (30, 1000, 4000)],
+    # The default optimiser is trust-ncg, which has Hessian products to compile.
+    "pymc_dadvi": [{"draws": n} | o for n in (30, 1000, 4000) for o in ({"optimizer": "L-BFGS-B"}, {})],
 }
 CONTEXT = {
     "sklearn_ridge": ("logistic",),
@@ -71,7 +73,7 @@ def run(method, workload, setting, budget):
         file = Path(folder) / "moments.npz"
         command = [python, HERE / "methods.py", method, workload, json.dumps(setting), "--out", file]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=budget)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=budget, env=ENVIRONMENT)
         except subprocess.TimeoutExpired:
             return {"failed": f"over {budget:g} s"}, []
         if done.returncode:
@@ -183,7 +185,7 @@ def about(peers):
         (line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")),
         platform.machine(),
     )
-    lines = [f"{os.cpu_count()} cores, {cpu}; OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"]
+    lines = [f"{os.cpu_count()} cores, {cpu}; OMP_NUM_THREADS={ENVIRONMENT['OMP_NUM_THREADS']}"]
     for python in dict.fromkeys([sys.executable, peers]):
         found = subprocess.run(
             [python, HERE / "methods.py", "versions"], capture_output=True, text=True, check=True
@@ -255,7 +257,9 @@ def rms(x):
 
 
 def shown(setting):
-    return " ".join(f"{k}={v:g}" for k, v in setting.items()) or "default"
+    return (
+        " ".join(f"{k}={v:g}" if isinstance(v, int | float) else v for k, v in setting.items()) or "default"
+    )
 
 
 def text(value):
