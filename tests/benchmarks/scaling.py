@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 from time_to_accuracy import HERE, OUT, about, say, write
 
 SIZES = (2_000, 20_000, 200_000)
@@ -30,7 +31,13 @@ def plot(rows):
     panels[1].plot(x, [row["products"] for row in rows], "s-", color="C2", label="Hessian products")
     panels[2].plot(x, [row["peak_mb"] for row in rows], "o-", color="C3", label="process, torch included")
     for panel, title in zip(panels, ("seconds, first call", "evaluations", "peak memory, MB"), strict=True):
-        panel.set(xscale="log", yscale="log", title=title, xlabel="groups")
+        panel.set(xscale="log", title=title, xlabel="groups")
+        if title == "evaluations":  # no products beyond the size where Newton gives way to L-BFGS
+            panel.set_ylim(bottom=0)
+        else:
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize=8)
     figure.savefig(OUT / "scaling.png", dpi=130)

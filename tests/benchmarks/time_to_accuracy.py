@@ -229,7 +229,7 @@ def plot(rows, lines):
             )
         y += 1.0
         positions.append(y)
-        labels.append(row["method"])
+        labels.append(row["method"] + (" (context)" if row["method"] in CONTEXT else ""))
         if "first_seconds" not in row:
             axes.text(
                 0.5, y, row["outcome"], transform=axes.get_yaxis_transform(), color="0.5", va="center", size=8
