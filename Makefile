@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 DEMO_FILES := tutorials/plot_pumps.py tutorials/plot_eight_schools.py
 
-.PHONY: demo test test-all lint types unit docs linkcheck bench format clean
+.PHONY: demo test test-all lint types unit docs linkcheck bench bench-peers format clean
 
 # 2 cores and small tensors: threads would only wait for each other.
 export OMP_NUM_THREADS ?= 1
@@ -40,9 +41,15 @@ docs: $(STAMP)  ## build the pages, tutorials included, in docs/_build/html; war
 linkcheck: $(STAMP)  ## needs the network; not part of CI
 	$(BIN)/sphinx-build -b linkcheck -D plot_gallery=0 docs docs/_build/linkcheck
 
-bench: $(STAMP)  ## paired benchmarks; prints ratios
+bench: $(STAMP)  ## paired benchmarks; prints ratios, tables and plots go to build/bench
 	$(BIN)/python tests/benchmarks/eight_schools.py
 	$(BIN)/python tests/benchmarks/analytic_kl.py
+	$(BIN)/python tests/benchmarks/scaling.py
+	$(MAKE) bench-peers
+
+# PEERS_PYTHON names an interpreter that has the peers already; BENCH passes options, as BENCH=--quick.
+bench-peers: $(if $(PEERS_PYTHON),$(STAMP),$(PEERS))  ## time to accuracy beside NumPyro, PyMC and Pyro; an hour or two
+	$(BIN)/python tests/benchmarks/time_to_accuracy.py $(BENCH)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
@@ -51,6 +58,10 @@ format: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,docs]"
+	@touch $@
+
+$(PEERS): $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[peers]"
 	@touch $@
 
 clean:
