@@ -128,8 +128,7 @@ class Deterministic:
         """Each compiled row's part of the ELBO, in nats."""
         moments = self.moments(phi, theta)
         found = {}
-        for name, term in self.compiled.terms.items():
-            value = term.expectation(moments)
+        for name, value in self.compiled.values(moments).items():
             if name in self.weights:  # a latent: E[log p] on the unconstrained scale, plus the entropy
                 value = value + (self.weights[name] * normal_entropy(moments.scale[name])).sum()
             found[name] = value
@@ -137,8 +136,7 @@ class Deterministic:
 
     def total(self, moments: Moments) -> Tensor:
         """The sum of all compiled rows, with the terms of one family evaluated together."""
-        blocks, alone = self.compiled.merged
-        parts = [term.expectation(moments) for term in (*blocks, *alone.values())]
+        parts = self.compiled.merged.values(moments)
         parts += self._divergences(moments).values()
         weight = self._entropy_weights()
         parts.append((weight * normal_entropy(moments.scale.flat)).sum())

@@ -15,7 +15,7 @@ from .state import State
 
 RECHECK_SEED = 104_729
 CHECK_DRAWS = 1024
-MOST_CHECKED = 5_000_000  # densities evaluated for that check
+MOST_CHECKED = 1_000_000  # densities evaluated for that check
 CHECK_LIMIT = 5.0  # standard errors, of each term
 
 
@@ -107,7 +107,7 @@ def _gap_to_draws(setup: Setup, state: State) -> str | None:
     objective, values = setup.objective, _values(setup, state.phi, state.theta)
     assert objective.exact is not None
     rows = objective.exact.compiled.rows
-    draws = min(CHECK_DRAWS, max(32, MOST_CHECKED // max(1, rows)))
+    draws = min(CHECK_DRAWS, max(64, MOST_CHECKED // max(1, rows)))
     found = objective.sample(*values, draws, RECHECK_SEED, ("densities", "terms"))
     with torch.no_grad():
         pairs = {

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,6 +35,27 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
 def product(first: Tensor, *others: Tensor) -> Tensor:
     """Product of some factors."""
     return functools.reduce(torch.mul, others, first)
+
+
+def compact(values: Tensor) -> Tensor:
+    """One element where all rows have the same but for rounding: the rest is left to broadcasting."""
+    if not len(values):
+        return values
+    low, high = values.aminmax()
+    return values[:1] if bool(high - low <= 1e-13 * high.abs()) else values
+
+
+@runtime_checkable
+class Scaled(Protocol):
+    """Parts of a slot whose coefficients depend on conditions, see `Local`."""
+
+    @property
+    def rate(self) -> dict[str, Tensor]:
+        """By an exponential."""
+
+    @property
+    def slope(self) -> dict[str, Tensor]:
+        """Linearly."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +120,7 @@ class AffineSlot:
         """Variables that the slot depends on."""
         return (*self.conditions, *self.locals, *self.denses)
 
-    def factors(self, part: Local | Dense, given: Values) -> list[Tensor]:
+    def factors(self, part: "Scaled", given: Values) -> list[Tensor]:
         """What a coefficient is multiplied by at values of the conditions, (..., rows) each."""
         rates = [
             torch.exp(rate * self.conditions[name].shift(given[name])) for name, rate in part.rate.items()
@@ -108,22 +129,27 @@ class AffineSlot:
             1 + slope * self.conditions[name].shift(given[name]) for name, slope in part.slope.items()
         ]
 
-    def mean(self, given: Values, centre: Values) -> Tensor:
-        """The slot's mean: conditions at `given` (per row), the rest at `centre` (flat)."""
+    def alone(self, given: Values) -> Tensor:
+        """The offset, with what the conditions add at values of theirs, (..., rows)."""
         total = self.offset
         for name, condition in self.conditions.items():
             total = total + condition.offset(given[name])
         for name, part in self.locals.items():
-            at = given[name] if name in given else pick(centre[name], part.index)
-            total = total + product(at, part.coefficient, *self.factors(part, given))
-        for name, dense in self.denses.items():
-            total = total + product(centre[name] @ dense.matrix.mT, *self.factors(dense, given))
+            if name in given:  # another slot's condition, which this one is affine in
+                total = total + product(given[name], part.coefficient, *self.factors(part, given))
         return total
 
     def at(self, values: Values) -> Tensor:
         """The slot's value at one point, or at a batch of them."""
         given = {name: pick(values[name], c.index) for name, c in self.conditions.items()}
-        return self.mean(given, values)
+        total = self.alone(given)
+        for name, part in self.locals.items():
+            if name not in given:
+                at = pick(values[name], part.index)
+                total = total + product(at, part.coefficient, *self.factors(part, given))
+        for name, dense in self.denses.items():
+            total = total + product(values[name] @ dense.matrix.mT, *self.factors(dense, given))
+        return total
 
 
 def differs(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import distributions as td
 
 from .affine import AffineSlot, Local
 from .expect import CompiledTerm
@@ -33,7 +34,7 @@ def merge(
     for name, term in terms.items():
         if _is_mergeable(term):
             spec = term.spec
-            key = (spec.family, spec.slots, spec.is_log, spec.latent is None, *_layout(term))
+            key = (spec.family, spec.slots, spec.is_log and spec.latent is None, *_layout(term))
             groups.setdefault(key, []).append(name)
     blocks = []
     for names in groups.values():
@@ -55,8 +56,11 @@ def _is_mergeable(term: CompiledTerm) -> bool:
 
 
 def _layout(term: CompiledTerm) -> tuple[object, ...]:
-    """What must agree beside the family: which slots are random, and the nodes."""
-    return term.random_slots, term.condition_nodes, term.slot_nodes
+    """What must agree beside the family: in quadratures the random slots, and the nodes."""
+    spec = term.spec
+    if term.form.dims == 0 and spec.slots[0] in (RESIDUAL, RATIO) and spec.family is not td.Laplace:
+        return ()
+    return spec.latent is None, term.random_slots, term.condition_nodes, term.slot_nodes
 
 
 def _columns(term: CompiledTerm) -> tuple[list[str], list[str]]:
@@ -84,10 +88,10 @@ def _block(terms: list[CompiledTerm], where: Where) -> CompiledTerm:
         name=f"{len(terms)} terms",
         shape=(sum(len(s.weight) for s in specs),),
         weight=torch.cat([s.weight for s in specs]),
-        value=torch.cat(values) if values else None,
+        value=torch.cat(values) if len(values) == len(specs) else None,
     )
     latents = frozenset(column for column in columns if column.startswith(LATENTS))
-    return replace(first, spec=spec, slots=slots, latents=latents, _squares={})
+    return replace(first, spec=spec, slots=slots, latents=latents)
 
 
 def _column(terms: list[CompiledTerm], slot: str, names: list[str | None], where: Where) -> Local:

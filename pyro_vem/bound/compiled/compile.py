@@ -1,6 +1,6 @@
 """Compiling a problem: which terms have slots, what they are, and the bound as their sum."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ from .expect import CompiledTerm
 from .fit_slots import SlotFitter, worst_gap
 from .moments import Moments, slices
 from .slots import Spec, read, spec_of
+from .stack import Stack
 
 FINAL_DRAWS = 256  # of the fitted guide, at which compiled slots are held against the model again
-MOST_FINAL = 10_000_000  # slots read for that
+MOST_FINAL = 2_000_000  # slots read for that
 MOST_PARTS, FEW_PARTS = 150, 4  # of all terms together, and of one term that is kept regardless
 FINAL_GAP = 1e-6
 
@@ -75,7 +76,7 @@ class Compiled:
     def __init__(self, run: Any, variables: Variables, held: Mapping[str, Tensor], seed: int) -> None:
         self.variables, self._run, self._held = variables, run, held
         self.where = slices(variables.sizes)
-        self._merged: tuple[list[CompiledTerm], dict[str, CompiledTerm]] | None = None
+        self._merged: Stack | None = None
         self.specs: dict[str, Spec] = {}
         self.refused: dict[str, str] = {}
         self.terms: dict[str, CompiledTerm] = {}
@@ -145,11 +146,19 @@ class Compiled:
                 self.refused[name] = problem
 
     @property
-    def merged(self) -> tuple[list[CompiledTerm], dict[str, CompiledTerm]]:
-        """Blocks of rows of one family, and the terms that stay alone."""
+    def merged(self) -> Stack:
+        """All terms, with those of one family as blocks of rows."""
         if self._merged is None:
-            self._merged = merge(self.terms, self.where)
+            blocks, alone = merge(self.terms, self.where)
+            self._merged = self._stack((*blocks, *alone.values()))
         return self._merged
+
+    def _stack(self, terms: Iterable[CompiledTerm]) -> Stack:
+        return Stack(terms, self.where, sum(self.variables.sizes[name] for name in self.variables.latents))
+
+    def values(self, moments: Moments) -> dict[str, Tensor]:
+        """Weighted sum over rows of E[log p] of each term by itself, in nats."""
+        return dict(zip(self.terms, self._stack(self.terms.values()).values(moments), strict=True))
 
     def _drop_long(self) -> None:
         """Many unmerged terms of many parts each cost more than the model on draws."""
@@ -198,8 +207,9 @@ class Compiled:
     def refine(self, moments: Moments) -> bool:
         """Double nodes where they are too few at these moments; True if something grew or was refused."""
         grew = False
-        for name, term in list(self.terms.items()):
-            finer = term.refined(moments)
+        inputs = self._stack(self.terms.values()).inputs(moments)
+        for (name, term), x in zip(list(self.terms.items()), inputs, strict=True):
+            finer = term.refined(x)
             if isinstance(finer, str):
                 self.refused[name] = finer
                 del self.terms[name]

@@ -1,22 +1,28 @@
 """E[log p] of a compiled term under a factorised Gaussian: closed forms, else quadrature over slots.
 
-Given its conditions at quadrature nodes, a term's slots are jointly Gaussian, row by row: their
-means, variances and covariances follow from the coefficients. Nodes are doubled until the value
-stands still.
+Given its conditions, a term's slots are jointly Gaussian, row by row. What their means, variances
+and covariances need of the guide is linear in its means and variances: the inputs of the term.
+Random conditions are integrated at quadrature nodes, which are doubled until the value stands
+still; where only the residual of a Normal is conditional, its second moment is closed.
 """
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch import distributions as td
 
-from .affine import AffineSlot, Dense, Local, pick, product
-from .forms import BOUNDED, Form, form_of, gauss_hermite
-from .moments import Moments
+from .affine import AffineSlot, Dense, Local, compact, product
+from .conditional import Group, conditional_normal, grouped, is_conditional_normal
+from .forms import BOUNDED, Form, form_of, gauss_hermite, root
+from .linear import Input
 from .slots import POSITIVE, RATIO, RESIDUAL, Spec
+
+Key: TypeAlias = tuple[str, ...]
+Inputs: TypeAlias = Mapping[Key, Tensor]
 
 FIRST_NODES = 8
 MOST_NODES = {"conditions": 64, 1: 128, 2: 32, 3: 16}
@@ -40,7 +46,6 @@ class CompiledTerm:
     latents: frozenset[str]
     condition_nodes: int = FIRST_NODES
     slot_nodes: int = FIRST_NODES
-    _squares: dict[tuple[str, str, str], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
     def conditions(self) -> dict[str, Tensor]:
@@ -109,40 +114,75 @@ class CompiledTerm:
                     return c
         return None
 
-    def expectation(self, moments: Moments) -> Tensor:
-        """Sum over rows of weight * E[log p], in nats."""
-        given, weights = self._grid(moments)
-        mean, cov = self._slot_moments(moments, given)
+    @functools.cached_property
+    def groups(self) -> dict[str, list[Group]]:
+        """The unconditioned parts of each slot, those with the same factors together."""
+        return {name: grouped(slot, self.conditions) for name, slot in self.slots.items()}
+
+    @functools.cached_property
+    def is_second_moment(self) -> bool:
+        """True if the conditions enter the residual of a Normal only, so that no nodes are needed."""
+        return is_conditional_normal(self.spec, self.slots, self.groups, self.conditions, self.latents)
+
+    @functools.cached_property
+    def inputs(self) -> dict[Key, Input]:
+        """What the term needs of the guide, by key: linear in its means, or in its variances."""
+        found: dict[Key, Input] = {}
+        for name, index in self.conditions.items():
+            found["condition", name] = _local_input(name, index, torch.ones(len(index)).double(), False)
+            if name in self.latents:
+                found["spread", name] = _local_input(name, index, torch.ones(len(index)).double(), True)
+        for slot, groups in self.groups.items():
+            for g, group in enumerate(groups):
+                found["mean", slot, str(g)] = _mean_input(group, len(self.spec.weight))
+        random = self.random_slots
+        for i, a in enumerate(random):
+            for b in random[i:]:
+                for g, one in enumerate(self.groups[a]):
+                    for h, other in enumerate(self.groups[b]):
+                        shared = [k for k in one.parts if k in other.parts and k in self.latents]
+                        if shared:
+                            entry = _variance_input(one, other, shared, len(self.spec.weight))
+                            found["cov", a, str(g), b, str(h)] = entry
+        return found
+
+    def expectation(self, x: Inputs) -> Tensor:
+        """Sum over rows of weight * E[log p], in nats, given the values of the inputs."""
+        if self.is_second_moment:
+            rows = conditional_normal(self.spec, self.slots, self.groups, x)
+            return (self.spec.weight * rows).sum()
+        given, weights = self._grid(x)
+        mean, cov = self._slot_moments(x, given)
         rows = self.form.rows(mean, cov, self.slot_nodes)
         if weights is not None:
             rows = (weights.unsqueeze(-1) * rows).sum(0)
         return (self.spec.weight * rows).sum()
 
-    def refined(self, moments: Moments) -> "CompiledTerm | str":
+    def refined(self, x: Inputs) -> "CompiledTerm | str":
         """The term with enough nodes at these moments; or why there are not enough."""
         with torch.no_grad():
             term = self
             for what in ("condition_nodes", "slot_nodes"):
-                grown = term._doubled(moments, what)
+                grown = term._doubled(x, what)
                 if isinstance(grown, str):
                     return grown
                 term = grown
             return term
 
-    def _doubled(self, moments: Moments, what: str) -> "CompiledTerm | str":
+    def _doubled(self, x: Inputs, what: str) -> "CompiledTerm | str":
         if what == "condition_nodes":
-            is_needed, most = bool(self.random_conditions), MOST_NODES["conditions"]
+            is_needed, most = self.has_grid, MOST_NODES["conditions"]
         else:
             is_needed, most = self.form.dims > 0, MOST_NODES.get(self.form.dims, 0)
         if not is_needed:
             return self
-        term, value = self, float(self.expectation(moments))
+        term, value = self, float(self.expectation(x))
         while True:
             n = getattr(term, what)
             if n >= most or self._points(what, 2 * n) > MOST_POINTS:
                 return f"{n} quadrature nodes are not enough: the expectation is rough, or infinite"
             finer = replace(term, **{what: 2 * n})
-            now = float(finer.expectation(moments))
+            now = float(finer.expectation(x))
             if abs(now - value) <= SETTLED * (1 + abs(now)):
                 return term
             term, value = finer, now
@@ -153,61 +193,43 @@ class CompiledTerm:
         grid = counts["condition_nodes"] ** len(self.random_conditions)
         return int(grid * self.form.points(counts["slot_nodes"]) * len(self.spec.weight))
 
-    def _grid(self, moments: Moments) -> tuple[dict[str, Tensor], Tensor | None]:
+    @property
+    def has_grid(self) -> bool:
+        """True if conditions are integrated at nodes."""
+        return bool(self.random_conditions) and not self.is_second_moment
+
+    def _grid(self, x: Inputs) -> tuple[dict[str, Tensor], Tensor | None]:
         """Values of the conditions by row, at nodes if they are random; and the nodes' weights."""
-        index = self.conditions
-        given = {name: pick(moments.centre[name], i) for name, i in index.items()}
+        given = {name: x["condition", name] for name in self.conditions}
         names = self.random_conditions
         if not names:
             return given, None
-        x, w = gauss_hermite(self.condition_nodes)
-        grids = torch.meshgrid([x] * len(names), indexing="ij")
+        nodes, w = gauss_hermite(self.condition_nodes)
+        grids = torch.meshgrid([nodes] * len(names), indexing="ij")
         weights = functools.reduce(torch.mul, torch.meshgrid([w] * len(names), indexing="ij")).reshape(-1)
-        for name, nodes in zip(names, grids, strict=True):
-            sd = pick(moments.scale[name], index[name])
-            given[name] = given[name] + nodes.reshape(-1, 1) * sd
+        for name, grid in zip(names, grids, strict=True):
+            given[name] = given[name] + grid.reshape(-1, 1) * root(x["spread", name])
         return given, weights
 
     def _slot_moments(
-        self, moments: Moments, given: dict[str, Tensor]
+        self, x: Inputs, given: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[tuple[str, str], Tensor]]:
-        mean = {name: slot.mean(given, moments.centre) for name, slot in self.slots.items()}
-        random = self.random_slots
-        cov = {}
-        for i, a in enumerate(random):
-            for b in random[i:]:
-                parts = list(self._covariances(a, b, moments, given))
-                cov[a, b] = (
-                    functools.reduce(torch.add, parts) if parts else torch.zeros((), dtype=torch.float64)
-                )
+        factors = {
+            s: [slot.factors(group, given) for group in self.groups[s]] for s, slot in self.slots.items()
+        }
+        mean: dict[str, Tensor] = {}
+        for s, slot in self.slots.items():
+            total = slot.alone(given)
+            for g in range(len(self.groups[s])):
+                total = total + product(x["mean", s, str(g)], *factors[s][g])
+            mean[s] = total
+        cov: dict[tuple[str, str], Tensor] = {}
+        for key, value in x.items():
+            if key[0] == "cov":
+                _, a, one, b, other = key
+                part = product(value, *factors[a][int(one)], *factors[b][int(other)])
+                cov[a, b] = cov[a, b] + part if (a, b) in cov else part
         return mean, cov
-
-    def _covariances(self, a: str, b: str, moments: Moments, given: dict[str, Tensor]) -> Iterator[Tensor]:
-        one, other = self.slots[a], self.slots[b]
-        for name in (*one.locals, *one.denses):
-            if name not in self.latents or name in given:
-                continue
-            first, second = _part(one, name), _part(other, name)
-            if first is None or second is None:
-                continue
-            variance = moments.scale[name] ** 2
-            factors = one.factors(first, given) + other.factors(second, given)
-            yield product(self._product(a, b, name, first, second, variance), *factors)
-
-    def _product(
-        self, a: str, b: str, name: str, first: Local | Dense, second: Local | Dense, variance: Tensor
-    ) -> Tensor:
-        """Sum over elements of both coefficients times the variance, row by row."""
-        key = a, b, name
-        if isinstance(first, Dense) and isinstance(second, Dense):
-            if key not in self._squares:
-                self._squares[key] = first.matrix * second.matrix
-            return self._squares[key] @ variance
-        local = first if isinstance(first, Local) else second
-        assert isinstance(local, Local)
-        if key not in self._squares:
-            self._squares[key] = _at(first, local.index) * _at(second, local.index)
-        return self._squares[key] * pick(variance, local.index)
 
     @property
     def is_alone(self) -> bool:
@@ -218,7 +240,7 @@ class CompiledTerm:
     @property
     def method(self) -> str:
         """What the plan says: exact, or quadrature."""
-        return "quadrature" if self.random_conditions or self.form.dims else "closed form"
+        return "quadrature" if self.has_grid or self.form.dims else "closed form"
 
     @property
     def proof(self) -> str:
@@ -232,8 +254,43 @@ class CompiledTerm:
         return f"affine in {', '.join(free)}{given}, checked against the model"
 
 
-def _part(slot: AffineSlot, name: str) -> Local | Dense | None:
-    return slot.locals.get(name) or slot.denses.get(name)
+def _local_input(name: str, index: Tensor, coefficient: Tensor, of_variance: bool) -> Input:
+    """Rows of one variable; one row where they are all the same."""
+    if len(compact(index)) == 1 and len(compact(coefficient)) == 1:
+        index, coefficient = index[:1], coefficient[:1]
+    return Input(len(index), of_variance, [(name, index, coefficient)])
+
+
+def _mean_input(group: Group, rows: int) -> Input:
+    parts = list(group.parts.items())
+    if len(parts) == 1 and isinstance(parts[0][1], Local):
+        name, part = parts[0]
+        assert isinstance(part, Local)
+        return _local_input(name, part.index, part.coefficient, False)
+    entry = Input(rows, False)
+    for name, part in parts:
+        if isinstance(part, Local):
+            entry.locals.append((name, part.index, part.coefficient))
+        else:
+            entry.denses.append((name, part.matrix))
+    return entry
+
+
+def _variance_input(one: Group, other: Group, shared: list[str], rows: int) -> Input:
+    """Sum over the shared latents of both coefficients times the variance."""
+    entry = Input(rows, True)
+    for name in shared:
+        first, second = one.parts[name], other.parts[name]
+        if isinstance(first, Dense) and isinstance(second, Dense):
+            entry.denses.append((name, first.matrix * second.matrix))
+            continue
+        local = first if isinstance(first, Local) else second
+        assert isinstance(local, Local)
+        together = _at(first, local.index) * _at(second, local.index)
+        if len(shared) == 1:
+            return _local_input(name, local.index, together, True)
+        entry.locals.append((name, local.index, together))
+    return entry
 
 
 def _at(part: Local | Dense, index: Tensor) -> Tensor:

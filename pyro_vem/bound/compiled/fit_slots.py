@@ -17,6 +17,7 @@ from .affine import (
     Local,
     Probe,
     Values,
+    compact,
     dependence_on,
     differs,
     pick,
@@ -193,9 +194,9 @@ class SlotFitter:
             if bool(((r1 - 1).abs() <= 1e-8).all() and ((r2 - 1).abs() <= 1e-8).all()):
                 continue
             if bool(((r2 - r1**2).abs() <= tol * r1**2).all()) and bool((r1 > 0).all()):
-                rates[c] = r1.log() / SHIFT
+                rates[c] = compact(r1.log() / SHIFT)
             elif bool(((r2 - 1 - 2 * (r1 - 1)).abs() <= tol * (1 + r1.abs())).all()):
-                slopes[c] = (r1 - 1) / SHIFT
+                slopes[c] = compact((r1 - 1) / SHIFT)
             else:
                 raise NotAffine(f"its coefficients of {k} are no simple function of {c}")
         return rates, slopes
@@ -218,6 +219,8 @@ class SlotFitter:
                     factor = 1 + part.slope[c] * SHIFT * t
                 rest = rest - (factor - 1) * _contribution(part, probe.base[name])
             own.append(rest)
+        dust = 1e-13 * (probe.here[key].abs() + self.shifted[c][key].abs().amax(0))
+        own = [torch.where(part.abs() <= dust, zero, part) for part in own]  # rounding is no dependence
         d1, d2, d3 = own[0], own[1] - own[0], own[2] - own[1]
         size = own[0].abs() + own[1].abs()
         tol = 1e-7 * size + 1e-9 * (size.max() + probe.here[key].abs().max())
@@ -229,7 +232,8 @@ class SlotFitter:
             raise NotAffine(f"its offset is no simple function of {c}")
         rate = torch.where(is_linear, zero, ratio.log() / SHIFT)
         size = torch.where(is_linear, zero, d1 / torch.where(is_linear, 1.0, ratio - 1))
-        return Condition(index, base, torch.where(is_linear, d1 / SHIFT, zero), size, rate)
+        linear = torch.where(is_linear, d1 / SHIFT, zero)
+        return Condition(index, *(compact(part) for part in (base, linear, size, rate)))
 
 
 def _contribution(part: Local | Dense, base: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from .reduced import mean_softplus, scaled_square
 from .slots import RATIO, RESIDUAL, Spec
-from .softplus import mean_softplus_rows
 
 Mean: TypeAlias = Mapping[str, Tensor]
 Cov: TypeAlias = Mapping[tuple[str, str], Tensor]
@@ -114,7 +114,7 @@ def _normal(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rul
     v_r, v_l, c = (
         _of(cov, *pair) for pair in ((RESIDUAL, RESIDUAL), ("scale", "scale"), (RESIDUAL, "scale"))
     )
-    square = torch.exp(2 * v_l - 2 * m_l) * ((m_r - 2 * c) ** 2 + v_r)
+    square = scaled_square(v_l - m_l, m_r - 2 * c if c.dim() else m_r, v_r)
     return spec.jacobian - 0.5 * math.log(2 * math.pi) - m_l - 0.5 * square
 
 
@@ -138,7 +138,7 @@ def _exponential(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule
 
 def _half_cauchy(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
     m, v = mean[RATIO], _of(cov, RATIO, RATIO)
-    above = mean_softplus_rows(2 * m, 2 * root(v), *rule)
+    above = mean_softplus(2 * m, 2 * root(v), *rule)
     return spec.jacobian + math.log(2 / math.pi) + m - above
 
 
@@ -169,7 +169,7 @@ def _logit(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule
     """E log p of a family whose log density is linear in the logit and its softplus."""
     y, m, family = spec.value, mean["logits"], spec.family
     assert y is not None
-    above = mean_softplus_rows(m, root(cov["logits", "logits"]), *rule)
+    above = mean_softplus(m, root(cov["logits", "logits"]), *rule)
     if family is td.Bernoulli:
         return y * m - above
     if family is td.Geometric:
@@ -208,7 +208,7 @@ def _cholesky(names: tuple[str, ...], cov: Cov) -> dict[tuple[int, int], Tensor]
             rest = rest - lower[j, k] ** 2
         lower[j, j] = root(rest)
         for i in range(j + 1, len(names)):
-            part = cov[b, names[i]]
+            part = _of(cov, b, names[i])
             for k in range(j):
                 part = part - lower[i, k] * lower[j, k]
             lower[i, j] = part / lower[j, j]

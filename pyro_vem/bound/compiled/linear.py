@@ -1,0 +1,102 @@
+"""The linear part of all compiled terms: two sparse maps, from means and from variances to rows.
+
+Everything that a term's rows need is linear in the means of the variables or in the variances of
+the latents. One product with each map serves the whole model, and its adjoint is the backward pass,
+so that the cost of autograd does not grow with the number of sites.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Input:
+    """Rows that are linear in the flat vector of means, or of variances.
+
+    Attributes:
+        rows: how many; 1 where all rows of the term share one value.
+        of_variance: whether the vector is that of variances.
+        locals: variable, its element for each row, and its coefficient.
+        denses: variable, and a matrix with a column for each of its elements.
+    """
+
+    rows: int
+    of_variance: bool
+    locals: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    denses: list[tuple[str, Tensor]] = field(default_factory=list)
+
+
+class Linear:
+    """x -> sparse @ x + dense blocks, differentiable as often as needed.
+
+    Args:
+        size: length of x.
+        inputs: rows, one after the other.
+        starts: where each variable begins in x; names with a ``*`` stand for the whole of x.
+    """
+
+    def __init__(self, size: int, inputs: Sequence[Input], starts: dict[str, int]) -> None:
+        rows, columns, values = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
+        self._denses: list[tuple[slice, slice, Tensor]] = []
+        self.ends = np.cumsum([0] + [entry.rows for entry in inputs])
+        for start, entry in zip(self.ends, inputs, strict=False):
+            here = np.arange(start, start + entry.rows)
+            for name, index, coefficient in entry.locals:
+                live = coefficient.numpy() != 0
+                rows.append(here[live])
+                columns.append(index.numpy()[live] + starts.get(name, 0))
+                values.append(coefficient.numpy()[live])
+            for name, matrix in entry.denses:
+                first = starts[name]
+                span = slice(int(start), int(start) + entry.rows)
+                self._denses.append((span, slice(first, first + matrix.shape[1]), matrix))
+        triplets = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
+        self._sparse = sparse.csr_matrix(triplets, shape=(int(self.ends[-1]), size))
+        self._transposed = self._sparse.T
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The rows at x."""
+        result: Tensor = _Apply.apply(x, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The rows at x, without a graph."""
+        result = torch.from_numpy(self._sparse @ x.numpy())
+        for rows, columns, matrix in self._denses:
+            result[rows] += matrix @ x[columns]
+        return result
+
+    def adjoint(self, r: Tensor) -> Tensor:
+        """The transposed map, without a graph."""
+        result = torch.from_numpy(self._transposed @ r.contiguous().numpy())
+        for rows, columns, matrix in self._denses:
+            result[columns] += r[rows] @ matrix
+        return result
+
+
+class _Apply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: Linear) -> Tensor:
+        ctx.linear = linear
+        return linear.apply(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Adjoint.apply(grad, ctx.linear), None  # type: ignore[no-untyped-call]
+
+
+class _Adjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, r: Tensor, linear: Linear) -> Tensor:
+        ctx.linear = linear
+        return linear.adjoint(r.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Apply.apply(grad.contiguous(), ctx.linear), None  # type: ignore[no-untyped-call]
