@@ -202,7 +202,7 @@ def test_autonormal_agrees_with_ours(fit):
     ours = fit(zoo.eight_schools, zoo.SCHOOLS)
     theirs = fit(zoo.eight_schools, zoo.SCHOOLS, guide=AutoNormal(zoo.eight_schools))
     assert theirs.converged
-    assert theirs.plan.exact == ours.plan.exact == ("mu", "tau", "t")
+    assert theirs.plan.exact == ours.plan.exact == ("mu", "tau", "t", "y")
     assert theirs.elbo == pytest.approx(ours.elbo, abs=1e-5)
     for site in ("mu", "tau", "t"):
         ours_loc = ours.guide_params[f"guide.loc.{site}"]

@@ -15,6 +15,7 @@ from ..bound.elbo import AnalyticKL_ELBO
 from ..errors import ModelError
 from ..model.runtime import isolated
 from ..model.sites import init_strategy
+from .capture import Compile
 from .exactness import compile_terms, settle, settle_nodes
 from .result import VEMResult, disagreement
 from .scales import Scales
@@ -46,6 +47,7 @@ def fit_vem(
     tol: float = 1e-8,
     max_iter: int = 1000,
     init: Any = None,
+    compile: Compile = "auto",
     callbacks: Sequence[Callback] = (),
     progress: bool | None = None,
     seed: int = 0,
@@ -74,6 +76,9 @@ def fit_vem(
         max_iter: most E/M rounds.
         init: initial values on the constrained scale by site and parameter name, a Pyro init
             strategy, or an earlier result (warm start).
+        compile: whether a bound that runs the model is traced once and compiled (by inductor, which
+            needs a C++ compiler): True at once, False never, "auto" when a fit has taken as long
+            as compiling does. The plan says what was done.
         callbacks: each is called as ``callback(step, params)`` after every step, with the row of
             history and the parameters so far; raising KeyboardInterrupt in one ends the fit
             with `Status.interrupted`.
@@ -113,7 +118,9 @@ def fit_vem(
     # Trial points may lie anywhere: what overflows there is +inf, and is not stepped to.
     with isolated(torch.float64, seed, _threads(data)), np.errstate(over="ignore", invalid="ignore"):
         warm = init if isinstance(init, VEMResult) else None
-        setup = set_up(model, data, guide, elbo, _warm_strategy(warm) if warm else init, options, seed)
+        setup = set_up(
+            model, data, guide, elbo, _warm_strategy(warm) if warm else init, options, seed, compile
+        )
         run = _Run(setup, options, tol, (e_step, m_step), begin, tuple(callbacks), progress)
         run.start(warm)
         try:
@@ -254,6 +261,7 @@ class _Run:
 
     def _changed(self, change: str) -> None:
         """Record that the bound itself is another one from here on."""
+        self.setup.captures.forget()
         before = self.state.elbo
         with torch.no_grad():
             phi, theta = torch.from_numpy(self.state.phi), torch.from_numpy(self.state.theta)

@@ -19,6 +19,7 @@ from ..model.parameters import Block, Parameter
 from ..model.prototype import Prototype, discover_modules, parameters_of, prototype
 from ..model.roles import roles_of
 from ..model.runtime import Program, copied
+from .capture import Captures, Compile
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Setup:
         guide: the guide as a Pyro callable; None when no latent is left for it.
         analytic: what the caller's ELBO says of closed forms.
         bounds: what it says of upper bounds of a KL.
+        captures: blocks that run as compiled graphs.
     """
 
     problem: Problem
@@ -74,6 +76,7 @@ class Setup:
     guide: Callable[..., Any] | None
     analytic: str
     bounds: bool
+    captures: Captures
 
     @property
     def is_our_code(self) -> bool:
@@ -104,6 +107,7 @@ def set_up(
     init: Any,
     options: FitOptions,
     seed: int,
+    compile: Compile = "auto",
 ) -> Setup:
     """Run the model a few times, check everything, and choose the method of each term."""
     if not callable(model):
@@ -137,7 +141,7 @@ def set_up(
     analytic, bounds = (elbo.analytic, elbo.bounds) if elbo is not None else ("auto", False)
     plan, specs = plan_problem(problem, {p.name: p.init for p in phi.parameters}, values, analytic, bounds)
     objective = Objective(problem, plan, specs, options.num_draws, seed)
-    return Setup(problem, objective, phi, theta, held, proto, guide, analytic, bounds)
+    return Setup(problem, objective, phi, theta, held, proto, guide, analytic, bounds, Captures(compile))
 
 
 def _check_guide(guide: Any) -> Any:

@@ -25,10 +25,13 @@ class Loss:
         function: the function, differentiable by autograd.
         is_twice: whether autograd's second derivatives can be believed; if not, Hessian products
             are differences of the gradient.
+        both, product: value and gradient, and Hessian times vector, if they are known as graphs.
     """
 
     function: Callable[[Tensor], Tensor]
     is_twice: bool = True
+    both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    product: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """The value at `x`."""
@@ -78,10 +81,12 @@ class Smooth:
         self.products += 1
         if not self.loss.is_twice:
             return self.difference_product(a, v)
+        direction = torch.from_numpy(self.scale * v)
+        if self.loss.product is not None:
+            return self.scale * self.loss.product(torch.from_numpy(self.point(a)), direction).numpy()
         gradient = self._gradient_tensor(a)
         if not gradient.requires_grad:
             return np.zeros_like(v)
-        direction = torch.from_numpy(self.scale * v)
         (product,) = torch.autograd.grad(
             (gradient * direction).sum(), self._leaf, retain_graph=True, materialize_grads=True
         )
@@ -100,7 +105,10 @@ class Smooth:
             return
         self.evaluations += 1
         self._leaf = torch.from_numpy(self.point(a)).requires_grad_()
-        self._value, self._gradient = self.loss(self._leaf), None
+        if self.loss.both is not None:
+            self._value, self._gradient = self.loss.both(self._leaf.detach())
+        else:
+            self._value, self._gradient = self.loss(self._leaf), None
         self._at = np.array(a)
 
     def _gradient_tensor(self, a: Vector) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .capture import function_of
 from .setup import Setup
 from .smooth import Loss, Vector
 
@@ -31,13 +32,22 @@ def joint_loss(setup: Setup) -> Loss:
 
 def loss_of(setup: Setup, state: State, block: str) -> tuple[Loss, Vector]:
     """Minus the bound as a function of one block, and where that block is now."""
-    if block == "E":
-        theta = torch.from_numpy(state.theta)
-        return Loss(lambda x: -setup.elbo(x, theta), setup.objective.is_twice), state.phi
-    if block == "M":
-        phi = torch.from_numpy(state.phi)
-        return Loss(lambda x: -setup.elbo(phi, x), setup.objective.is_twice), state.theta
-    return joint_loss(setup), state.joint
+    x, other = {
+        "E": (state.phi, state.theta),
+        "M": (state.theta, state.phi),
+        "joint": (state.joint, np.zeros(0)),
+    }[block]
+    rest = torch.from_numpy(other)
+    function, is_twice = function_of(setup, block), setup.objective.is_twice
+    captured = None if setup.is_our_code else setup.captures.of(setup, block, torch.from_numpy(x), rest)
+    if captured is None:
+        return Loss(lambda a: function(a, rest), is_twice), x
+    return Loss(
+        lambda a: function(a, rest),
+        is_twice,
+        lambda a: captured.both(a, rest),
+        (lambda a, v: captured.product(a, rest, v)[0]) if is_twice else None,
+    ), x
 
 
 def moved(setup: Setup, state: State, block: str, x: Vector, elbo: float) -> State:

@@ -47,14 +47,16 @@ def step(
         NonMonotoneError: if the bound fell.
     """
     start = time.perf_counter()
-    loss, x = loss_of(setup, state, block)
     has_lengths = method == "newton" and block != "M" and bool(free_sites(setup.guide))
     most = min(max_iter, RESCALE_AFTER) if has_lengths else max_iter
     new, evaluations, products = state, 0, 0
     for left in range(max_iter, 0, -most):
+        begin = time.perf_counter()
         scale = scales.of(new, block, iteration)
+        loss, x = loss_of(setup, new, block)
         result = minimise(loss, x, scale, gtol=gtol, max_iter=min(most, left), method=method)
-        new, x = moved(setup, state, block, result.x, -result.value), result.x
+        new = moved(setup, new, block, result.x, -result.value)
+        setup.captures.spent += time.perf_counter() - begin
         evaluations, products = evaluations + result.evaluations, products + result.products
         if result.gradient <= gtol or result.iterations < most:
             break

@@ -22,7 +22,7 @@ from .slots import Spec, read, spec_of
 from .stack import Stack
 
 FINAL_DRAWS = 256  # of the fitted guide, at which compiled slots are held against the model again
-MOST_FINAL = 2_000_000  # slots read for that
+MOST_FINAL = 500_000  # slots read for that
 MOST_PARTS, FEW_PARTS = 150, 4  # of all terms together, and of one term that is kept regardless
 FINAL_GAP = 1e-6
 

@@ -5,7 +5,9 @@ the latents. One product with each map serves the whole model, and its adjoint i
 so that the cost of autograd does not grow with the number of sites.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,18 @@ import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
+
+_is_traced: ContextVar[bool] = ContextVar("_is_traced", default=False)
+
+
+@contextmanager
+def as_operations() -> Iterator[None]:
+    """Within it the maps are made of torch's operations, so that a tracer sees them."""
+    token = _is_traced.set(True)
+    try:
+        yield
+    finally:
+        _is_traced.reset(token)
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,20 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The rows at x."""
+        if _is_traced.get():
+            return self._operations(x)
         result: Tensor = _Apply.apply(x, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def _operations(self, x: Tensor) -> Tensor:
+        """The rows at x by operations of torch alone."""
+        triplets = self._sparse.tocoo()
+        rows, columns = (torch.from_numpy(i).long() for i in (triplets.row, triplets.col))
+        parts = torch.from_numpy(triplets.data) * x.index_select(0, columns)
+        result = torch.zeros(self._sparse.shape[0], dtype=x.dtype).index_add(0, rows, parts)
+        for span, where, matrix in self._denses:
+            before, after = span.start, self._sparse.shape[0] - span.stop
+            result = result + torch.nn.functional.pad(matrix @ x[where], (before, after))
         return result
 
     def apply(self, x: Tensor) -> Tensor:
