@@ -90,6 +90,34 @@ def rates():
         pyro.sample("y", dist.Poisson(rate), obs=COUNT)
 
 
+def scales():
+    """Every family of a positive value, with a random scale or rate where that is finite."""
+    s = pyro.sample("s", dist.LogNormal(0.0, 0.3))
+    a = pyro.sample("a", dist.Gamma(3.0, 1.0))
+    half = pyro.sample("half", dist.HalfNormal(s))
+    pyro.sample("cauchy", dist.HalfCauchy(s))
+    pyro.sample("wait", dist.Exponential(s))
+    pyro.sample("inverse", dist.InverseGamma(a, s))
+    pyro.sample("weibull", dist.Weibull(s, 1.5))
+    with pyro.plate("rows", 12):
+        pyro.sample("gamma", dist.Gamma(a, s), obs=COUNT + 0.5)
+        pyro.sample("inverted", dist.InverseGamma(a, half), obs=COUNT + 0.5)
+        pyro.sample("zeros", dist.HalfNormal(s), obs=COUNT)
+        pyro.sample("log", dist.LogNormal(half.log(), s), obs=COUNT + 0.5)
+
+
+def mixed_conditions():
+    """Residuals that a latent scales linearly, by an exponential, and by two at once."""
+    m, b = pyro.sample("m", dist.Normal(0.0, 1.0)), pyro.sample("b", dist.Normal(1.0, 0.5))
+    tau = pyro.sample("tau", dist.LogNormal(-1.0, 0.3))
+    sigma = pyro.sample("sigma", dist.LogNormal(0.0, 0.3))
+    with pyro.plate("groups", 4):
+        t = pyro.sample("t", dist.Normal(0.0, 1.0))
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 12):
+        pyro.sample("y", dist.Normal(m + b * t[GROUP] + tau * u[GROUP], sigma), obs=REAL)
+
+
 def simplex_and_interval():
     p = pyro.sample("p", dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0]).double()))
     u = pyro.sample("u", dist.Uniform(-1.0, 2.0))
@@ -120,6 +148,8 @@ MODELS = {
     "Student": student,
     "weighted": weighted,
     "rates": rates,
+    "scales": scales,
+    "mixed conditions": mixed_conditions,
     "simplex and interval": simplex_and_interval,
 }
 PARTLY = {"simplex and interval": {"w"}}

@@ -8,7 +8,8 @@ no graph.
 """
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -130,7 +131,7 @@ def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype)
 
 
-def _gap(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
+def _gap(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     worst = 0.0
     for a, b in zip(found, wanted, strict=True):
         gap = float((a - b).abs().max() / (b.abs().max() + 1e-300)) if b.numel() else 0.0
@@ -139,13 +140,17 @@ def _gap(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
 
 
 def _compiled(eager: Callable[..., Any], arguments: list[Tensor]) -> Graph:
-    import torch._inductor as inductor  # here: they load dynamo and sympy, seconds that few fits need
-    from torch.fx.experimental.proxy_tensor import make_fx
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's of itself
+        # Here: they load dynamo and sympy, seconds that few fits need.
+        import torch._inductor as inductor
+        from torch.fx.experimental.proxy_tensor import make_fx
 
-    with as_operations():
+    with as_operations(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's of itself
         module = make_fx(eager)(*arguments)
-    constants = _lift(module)
-    graph = inductor.compile(module, [*arguments, *constants])
+        constants = _lift(module)
+        graph = inductor.compile(module, [*arguments, *constants])
     return lambda *given: graph(*given, *constants)
 
 

@@ -113,7 +113,7 @@ def fit_vem(
         ('converged', 3.0)
     """
     options = options or FitOptions()
-    _check_settings(schedule, e_step, m_step, tol, max_iter, elbo)
+    _check_settings(schedule, e_step, m_step, tol, max_iter, elbo, compile)
     begin = time.perf_counter()
     # Trial points may lie anywhere: what overflows there is +inf, and is not stepped to.
     with isolated(torch.float64, seed, _threads(data)), np.errstate(over="ignore", invalid="ignore"):
@@ -354,7 +354,9 @@ def _bar(progress: bool | None) -> Any:
     return tqdm(desc="fit_vem", unit=" steps", disable=None if progress is None else not progress)
 
 
-def _check_settings(schedule: str, e_step: str, m_step: str, tol: float, max_iter: int, elbo: Any) -> None:
+def _check_settings(
+    schedule: str, e_step: str, m_step: str, tol: float, max_iter: int, elbo: Any, compile: Any
+) -> None:
     def one_of(name: str, value: str, known: Iterable[str]) -> Iterator[str]:
         if value not in known:
             yield f"{name}={value!r}: choose one of {', '.join(map(repr, known))}"
@@ -364,6 +366,8 @@ def _check_settings(schedule: str, e_step: str, m_step: str, tol: float, max_ite
         *one_of("e_step", e_step, ("auto", "newton", "lbfgs")),
         *one_of("m_step", m_step, ("auto", "newton", "lbfgs")),
     ]
+    if not (isinstance(compile, bool) or compile == "auto"):
+        problems.append(f"compile={compile!r}: choose 'auto', True or False")
     if not tol > 0:
         problems.append(f"tol={tol}: give a positive number of nats")
     if max_iter < 1:

@@ -2,9 +2,9 @@
 
 Target: over all scalar latents the root mean square of (m - m*)/s* and that of log s - log s* are both at
 most 0.05, where m*, s* are the unconstrained means and sds of the optimum of this family. A root mean
-square is the generous reading: some latents may be off by more. The optimum is fit_vem's at tol 1e-10,
-held against L-BFGS on bounds written by hand (`exact`); the gap is printed. The horseshoe has several
-optima: there the target is a bound, by hand, within 0.1 nat of the best found.
+square is the generous reading: worst_error is the largest, of any latent. The optimum is fit_vem's at
+tol 1e-10, held against L-BFGS on bounds written by hand (`exact`); the gap is printed. The horseshoe has
+several optima: there the target is a bound, by hand, within 0.1 nat of the best found.
 
 Both calls of a process must meet the target. A peer has the best of a small grid, tried in order of cost
 until one setting does; the search itself costs it nothing. It ends after three budgets, and a peer that
@@ -46,6 +46,7 @@ RATES = (0.05, 0.1, 0.01)
 GRIDS = {
     "pyro_svi": [{"lr": lr, "steps": n} for n in (1000, 5000, 20000) for lr in RATES],
     "numpyro_svi": [{"lr": lr, "steps": n} for n in (1000, 2000, 5000, 10000, 20000) for lr in RATES],
+    "numpyro_scan": [{"lr": lr, "steps": n} for n in (1000, 2000, 5000, 10000, 20000) for lr in RATES],
     "pymc_advi": [{"steps": n} | o for n in (5000, 10000, 30000) for o in ({}, {"lr": 0.05}, {"lr": 0.01})],
     # The default optimiser is trust-ncg, which has Hessian products to compile.
     "pymc_dadvi": [{"draws": n} | o for n in (30, 1000, 4000) for o in ({"optimizer": "L-BFGS-B"}, {})],
@@ -57,9 +58,11 @@ CONTEXT = {
 CONTEXT_BUDGET = 30
 COLUMNS = (
     "workload", "method", "setting", "outcome", "first_seconds", "first_ratio", "second_seconds",
-    "second_ratio", "import_seconds", "mean_error", "log_sd_error", "nats_below", "peak_mb",
+    "second_ratio", "import_seconds", "mean_error", "log_sd_error", "worst_error", "nats_below", "peak_mb",
 )  # fmt: skip
-COLOURS = dict(zip(["fit_vem", *GRIDS, *CONTEXT], ["C3", "C1", "C0", "C2", "C4", "0.5", "0.5"], strict=True))
+COLOURS = dict(
+    zip(["fit_vem", *GRIDS, *CONTEXT], ["C3", "C1", "C0", "C9", "C2", "C4", "0.5", "0.5"], strict=True)
+)
 
 
 def run(method, workload, setting, budget):
@@ -112,17 +115,19 @@ class Judge:
             self.best, self.elbo = moments, elbo
 
     def errors(self, moments):
-        """Root mean squares of the standardised means and of the log sds."""
+        """Root mean squares of the standardised means and of the log sds, and the largest of all."""
         pairs = [(*(np.ravel(p) for p in moments[s]), *map(np.ravel, self.best[s])) for s in self.best]
         m, s, best_m, best_s = (np.concatenate(part) for part in zip(*pairs, strict=True))
-        return rms((m - best_m) / best_s), rms(np.log(s / best_s))
+        by_mean, by_sd = (m - best_m) / best_s, np.log(s / best_s)
+        return rms(by_mean), rms(by_sd), float(max(np.abs(by_mean).max(), np.abs(by_sd).max()))
 
     def verdict(self, calls):
         """The worse of two calls: errors, nats below the optimum, and whether the target is met."""
-        mean, log_sd = (max(e) for e in zip(*(self.errors(c) for c in calls), strict=True))
+        mean, log_sd, worst = (max(e) for e in zip(*(self.errors(c) for c in calls), strict=True))
         below = max(self.elbo - exact.bound(self.model, self.data, c) for c in calls)
         is_met = below <= NATS if self.model == "horseshoe" else max(mean, log_sd) <= TARGET
-        return {"mean_error": mean, "log_sd_error": log_sd, "nats_below": below}, is_met
+        found = {"mean_error": mean, "log_sd_error": log_sd, "worst_error": worst, "nats_below": below}
+        return found, is_met
 
 
 def measure(method, grid, workload, judge, budget, repeats):
@@ -169,6 +174,9 @@ def compare(workload, options):
     rows = []
     for method, grid in {"fit_vem": [{}], **GRIDS}.items():
         if method in options.methods and (method != "pyro_svi" or judge.latents <= SMALL):
+            known = [row["setting"] for row in rows if row["method"].startswith("numpyro")]
+            if known and method.startswith("numpyro"):  # the same steps: what did well there goes first
+                grid = sorted(grid, key=lambda setting: shown(setting) not in known)
             row = measure(method, grid, workload, judge, options.budget, options.repeats)
             ours = rows[0] if rows else row
             for call in ("first", "second"):

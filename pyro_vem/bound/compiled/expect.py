@@ -173,7 +173,7 @@ class CompiledTerm:
         if what == "condition_nodes":
             is_needed, most = self.has_grid, MOST_NODES["conditions"]
         else:
-            is_needed, most = self.form.dims > 0, MOST_NODES.get(self.form.dims, 0)
+            is_needed, most = self.form.dims > 0, self.form.doubled * MOST_NODES.get(self.form.dims, 0)
         if not is_needed:
             return self
         term, value = self, float(self.expectation(x))

@@ -67,6 +67,11 @@ class Form:
     def _rule(self, nodes: int) -> Rule:
         return trapezoid(nodes) if self.is_bounded and nodes > FEW else gauss_hermite(nodes)
 
+    @property
+    def doubled(self) -> int:
+        """How many nodes count as one: the trapezoid rule may take twice as many."""
+        return 2 if self.is_bounded else 1
+
     def points(self, nodes: int) -> int:
         """Evaluations of the density in each row."""
         return len(self._rule(nodes)[0]) ** self.dims

@@ -1,0 +1,154 @@
+"""What makes fits fast: blocks of rows, linear maps, second moments, Newton at any size, graphs."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import zoo
+
+from pyro_vem.bound.compiled.reduced import scaled_square
+from pyro_vem.fit.capture import capture
+from pyro_vem.model.runtime import isolated
+
+Y = torch.cumsum(0.3 * torch.randn(30, generator=torch.Generator().manual_seed(3)), 0).double()
+
+
+def walk_in_a_loop(y):
+    step = pyro.sample("step", dist.HalfNormal(1.0))
+    noise = pyro.sample("noise", dist.HalfNormal(1.0))
+    x = torch.zeros(())
+    for i in range(len(y)):
+        x = pyro.sample(f"x{i}", dist.Normal(x, step))
+        pyro.sample(f"y{i}", dist.Normal(x, noise), obs=y[i])
+
+
+def walk_as_one_site(y):
+    step = pyro.sample("step", dist.HalfNormal(1.0))
+    noise = pyro.sample("noise", dist.HalfNormal(1.0))
+    x = pyro.sample("x", dist.ImproperUniform(dist.constraints.real_vector, (), (len(y),)))
+    before = torch.cat([torch.zeros(1), x[:-1]])
+    pyro.sample("steps", dist.Normal(torch.zeros(len(y)), step).to_event(1), obs=x - before)
+    pyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
+
+
+def test_a_loop_over_sites_is_a_few_blocks_and_the_same_bound(fit):
+    loop = fit(walk_in_a_loop, {"y": Y})
+    vector = fit(walk_as_one_site, {"y": Y}, init={"x": torch.zeros(len(Y))})
+    assert loop.elbo == pytest.approx(vector.elbo, abs=1e-6)
+    exact = loop.setup.objective.exact
+    assert len(exact.compiled.terms) == 2 * len(Y) + 2
+    assert len(exact.compiled.merged.terms) == 2  # the Normals, and the two scales
+    with isolated(torch.float64):
+        at = loop.guide_params, loop.params
+        together, apart = exact.total(exact.moments(*at)), exact.terms(*at)
+    assert float(together) == pytest.approx(float(sum(apart.values())), abs=1e-10)
+
+
+@pytest.mark.parametrize("name", ["eight schools", "mixed"])
+def test_second_moments_are_what_nodes_give(fit, name):
+    from test_compiled import mixed_conditions
+
+    model, data = {"eight schools": (zoo.eight_schools, zoo.SCHOOLS), "mixed": (mixed_conditions, None)}[name]
+    result = fit(model, data)
+    exact = result.setup.objective.exact
+    term = exact.compiled.terms["y"]
+    assert term.is_second_moment
+    assert result.plan["y"].method == "closed form"
+    with isolated(torch.float64):
+        moments = exact.moments(result.guide_params, result.params)
+        names = list(exact.compiled.terms)
+        x = exact.compiled._stack(exact.compiled.terms.values()).inputs(moments)[names.index("y")]
+        by_nodes = replace(term, condition_nodes=48)
+        by_nodes.__dict__["is_second_moment"] = False
+        assert float(term.expectation(x)) == pytest.approx(float(by_nodes.expectation(x)), rel=1e-9)
+
+
+def test_scaled_square_has_both_derivatives():
+    inputs = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(scaled_square, inputs)
+    assert torch.autograd.gradgradcheck(scaled_square, inputs)
+
+
+def glmm(group, x, y, groups):
+    mu, b = pyro.sample("mu", dist.Normal(0.0, 2.0)), pyro.sample("b", dist.Normal(0.0, 1.0))
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    with pyro.plate("groups", groups):
+        a = pyro.sample("a", dist.Normal(mu, tau))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Poisson((a[group] + b * x).exp()), obs=y)
+
+
+def glmm_data(groups):
+    generator = torch.Generator().manual_seed(0)
+    group, x = torch.arange(5 * groups) % groups, torch.randn(5 * groups, generator=generator)
+    level = 0.5 + 0.5 * torch.randn(groups, generator=generator)
+    y = torch.poisson((level[group] + 0.3 * x).exp(), generator=generator)
+    return {"group": group, "x": x, "y": y, "groups": groups}
+
+
+def test_evaluations_do_not_grow_with_the_number_of_groups(fit):
+    small, large = (fit(glmm, glmm_data(groups)) for groups in (2_000, 20_000))
+    assert small.converged
+    assert large.converged
+    work = [sum(row.evaluations for row in result.history) for result in (small, large)]
+    assert work[1] <= 1.25 * work[0]
+    assert sum(row.products for row in large.history) > 0  # Newton, not L-BFGS
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_starts_far_off_on_log_scales_end_at_the_same_bound(fit, seed):
+    generator = torch.Generator().manual_seed(seed)
+    far = 4 * torch.randn(3, generator=generator)
+    init = {"mu": far[0], "tau": far[1].exp(), "b": far[2]}
+    result = fit(glmm, glmm_data(50), init=init)
+    assert result.converged
+    assert result.elbo == pytest.approx(fit(glmm, glmm_data(50)).elbo, abs=1e-6)
+
+
+def mixture(y):
+    gap = pyro.sample("gap", dist.Normal(2.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        parts = dist.Normal(torch.stack([torch.zeros(()), gap]), 1.0)
+        pyro.sample("y", dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.4, 0.6])), parts), obs=y)
+
+
+def test_a_graph_that_looks_at_values_is_refused():
+    def branch(x, other):
+        return (x**2).sum() if float(x.sum()) > 0 else (x**4).sum()
+
+    def escape(x, other):
+        return (x**2).sum() * float(other.detach().numpy().sum())
+
+    x = torch.ones(2, dtype=torch.float64)
+    assert isinstance(capture(branch, x, x), str)
+    assert isinstance(capture(escape, x, x), str)
+
+
+@pytest.mark.slow
+def test_a_compiled_fit_is_the_same_fit(fit, global_state):
+    snapshot, same = global_state
+    before = snapshot()
+    plain, compiled = (fit(mixture, {"y": Y}, compile=mode) for mode in (False, True))
+    same(before)
+    assert compiled.elbo == pytest.approx(plain.elbo, abs=1e-8)
+    assert any("E-step compiled" in note for note in compiled.plan.notes), compiled.plan.notes
+    assert not plain.plan.notes
+
+
+def test_a_fit_without_a_graph_loads_no_tracer():
+    code = """
+import sys, pyro, torch, pyro.distributions as dist, pyro_vem as vem
+def model(y):
+    gap = pyro.sample("gap", dist.Normal(2.0, 1.0))
+    parts = dist.Normal(torch.stack([torch.zeros(()), gap]), 1.0)
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.4, 0.6])), parts), obs=y)
+fit = vem.fit_vem(model, {"y": torch.tensor([0.1, 2.0, 1.5])}, progress=False)
+print(fit.plan["y"].method, "torch._dynamo" in sys.modules)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["draws", "False"]
