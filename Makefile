@@ -42,7 +42,6 @@ linkcheck: $(STAMP)  ## needs the network; not part of CI
 	$(BIN)/sphinx-build -b linkcheck -D plot_gallery=0 docs docs/_build/linkcheck
 
 bench: $(STAMP)  ## paired benchmarks; prints ratios, tables and plots go to build/bench
-	$(BIN)/python tests/benchmarks/eight_schools.py
 	$(BIN)/python tests/benchmarks/analytic_kl.py
 	$(BIN)/python tests/benchmarks/scaling.py
 	$(MAKE) bench-peers

@@ -1,140 +1,23 @@
 """The plan assembled into one differentiable function of (phi, theta)."""
 
+import copy
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import pyro
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import ModelError, UnsupportedModelError
-from ..model.checks import run_checked
-from ..model.data import Arguments
-from ..model.runtime import Execution, Program, modules_called, repeatable
-from ..model.sites import plates_of
-from .dependence import Pair
+from ..model.runtime import Execution
 from .deterministic import Deterministic
 from .draws import NoiseSpec, independent_noise, matched_noise
-from .plans import make_plan
+from .grids import MOST_DIMENSIONS, Batch, grid, split
+from .problem import Problem
 from .tables import Plan
 from .terms import log_density, site_terms
-from .transport import noise_event, transport
 
 Values = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A model and a guide with their data: everything that a bound needs but the parameters.
-
-    Attributes:
-        guide: None when no latent is left for it (maximum likelihood or MAP).
-        map_sites: latents whose values are parameters of the M-step.
-    """
-
-    model: Program
-    guide: Program | None
-    call: Arguments
-    map_sites: tuple[str, ...]
-
-    def run_guide(self, phi: Values, noise: Values) -> Execution | None:
-        """One guide run at fixed noise."""
-        if self.guide is None:
-            return None
-
-        def choose(site: dict[str, Any]) -> Tensor:
-            name = site["name"]
-            return transport(site["fn"], noise[name] if name in noise else torch.zeros(()))
-
-        return self.guide.run(self.call.args, self.call.kwargs, phi, choose)
-
-    def run_model(self, theta: Values, values: Values) -> Execution:
-        """One model run at given values of its latents."""
-        run = self.model.run(self.call.args, self.call.kwargs, theta, lambda site: values.get(site["name"]))
-        for name, site in run.sites.items():
-            if not site["is_observed"] and name not in values:
-                raise UnsupportedModelError(f"site {name!r} appears in some runs of the model only")
-        return run
-
-    def bound_model(self, theta: Values) -> Callable[[], Any]:
-        """The model with its data and parameters in place, all in float64, for NUTS."""
-        points = {name: theta[name] for name in self.map_sites}
-        params = {name: value for name, value in theta.items() if name not in points}
-
-        def model() -> Any:
-            with pyro.condition(data=points):
-                return self.model.call(params, self.call.args, self.call.kwargs)
-
-        return model
-
-    def run(self, phi: Values, theta: Values, noise: Values) -> tuple[dict[str, Any], Execution]:
-        """Guide sites and the model run against them."""
-        guide = self.run_guide(phi, noise)
-        sites = guide.sites if guide else {}
-        values = {name: site["value"] for name, site in sites.items()}
-        values.update({name: theta[name] for name in self.map_sites})
-        return sites, self.run_model(theta, values)
-
-
-def plan_problem(
-    problem: Problem, phi: Values, theta: Values, analytic: str = "auto", bounds: bool = False
-) -> tuple[Plan, tuple[NoiseSpec, ...]]:
-    """The plan of a problem and the noise that its guide takes, from one checked run."""
-    specs: list[NoiseSpec] = []
-    sites = {}
-    if problem.guide is not None:
-
-        def centre(site: dict[str, Any]) -> Tensor:
-            fn = site["fn"]
-            if not fn.has_rsample:
-                raise UnsupportedModelError(
-                    f"guide site {site['name']!r} ({type(fn).__name__}) is not reparameterised: "
-                    "score-function gradients are not supported yet; use a reparameterised distribution"
-                )
-            event = noise_event(site)
-            if event is None:
-                return transport(fn, torch.zeros(()))
-            specs.append(NoiseSpec(site["name"], tuple(fn.batch_shape), event, plates_of(site)))
-            return transport(fn, torch.zeros(specs[-1].shape))
-
-        # With gradients, so that it shows what a Delta of the guide depends on.
-        leaves = {name: value.detach().clone().requires_grad_() for name, value in phi.items()}
-        sites = run_checked(problem.guide, problem.call, leaves, centre, "guide").sites
-    values = {name: site["value"] for name, site in sites.items()}
-    values.update({name: theta[name] for name in problem.map_sites})
-
-    def replay(site: dict[str, Any]) -> Tensor:
-        if site["name"] not in values:
-            raise ModelError(
-                f"site {site['name']!r} is latent in the model, but the guide does not sample it"
-            )
-        return values[site["name"]]
-
-    model_sites = run_checked(problem.model, problem.call, theta, replay).sites
-    guide = problem.guide.fn if problem.guide else None
-    with repeatable(), modules_called():
-        plan = make_plan(
-            guide, sites, model_sites, _pair(problem, phi, theta),
-            map_sites=problem.map_sites, analytic=analytic, bounds=bounds,
-        )  # fmt: skip
-    return plan, tuple(specs)
-
-
-def _pair(problem: Problem, phi: Values, theta: Values) -> Pair:
-    """Guide and model at fixed parameters, for the proof."""
-    points = {name: theta[name] for name in problem.map_sites}
-    call = problem.call
-
-    def guide(execution: Execution) -> Execution:
-        return problem.guide.under(execution, call.args, call.kwargs, phi) if problem.guide else execution
-
-    def model(execution: Execution) -> Execution:
-        with pyro.condition(data=points):
-            return problem.model.under(execution, call.args, call.kwargs, theta)
-
-    return Pair(guide, model)
 
 
 class Objective:
@@ -157,7 +40,8 @@ class Objective:
         self.exact: Deterministic | None = None
         self._noise: dict[str, Tensor] | None = None
         self._vectorised = True
-        self._is_steady = False  # the rest of the terms are the same at every draw
+        self.is_gridded = False  # whether terms with few numbers may go on a grid
+        self._batches: tuple[Batch, ...] | None = None  # of the terms that run the model
         self.is_twice = True  # second derivatives by autograd are right
 
     @property
@@ -188,17 +72,29 @@ class Objective:
     @property
     def is_exact(self) -> bool:
         """True if no term is evaluated on draws."""
-        return self.exact is not None and (not self.rest.rows or self._is_steady)
+        if not self.rest.rows:
+            return self.exact is not None
+        return bool(self._batches) and not any(batch.scope and not batch.nodes for batch in self.batches)
+
+    @property
+    def batches(self) -> tuple[Batch, ...]:
+        """The terms that run the model, by how they do."""
+        everything = (Batch(self.rest, tuple(spec.name for spec in self.specs)),)
+        return everything if self._batches is None else self._batches
 
     @property
     def shown_plan(self) -> Plan:
         """The plan with the compiled rows' methods and proofs."""
-        if self.exact is None:
-            return self.plan
-        terms, refused = self.exact.compiled.terms, self.exact.compiled.refused
+        terms = self.exact.compiled.terms if self.exact is not None else {}
+        refused = self.exact.compiled.refused if self.exact is not None else {}
+        on_grid = {name: batch for batch in self._batches or () if batch.nodes for name in batch.names}
         rows = []
         for row in self.plan.rows:
             term = terms.get(row.site)
+            if row.site in on_grid:
+                batch = on_grid[row.site]
+                proof = f"sees {', '.join(batch.scope)} only: a grid of {batch.nodes} nodes each"
+                row = replace(row, method="quadrature", proof=proof)
             if term is not None and not (row.kind == "KL" and row.method == "closed form" and term.is_alone):
                 row = replace(row, method=term.method, proof=term.proof)
             elif term is None and row.method == "draws" and row.kind == "likelihood":
@@ -207,30 +103,40 @@ class Objective:
         return replace(self.plan, rows=tuple(rows))
 
     def prepare(self, phi: Values, theta: Values) -> None:
-        """Choose between vmap and a loop over the draws, and record it in the plan."""
+        """Choose grids, draws, and between vmap and a loop over them; the plan says which."""
+        self._batches = None
         if not self.specs or not self.rest.rows:
             return
-        if self.exact is not None:
-            self._is_steady = self._same_at_all_draws(phi, theta)
-        if not self._is_steady:
+        if self.exact is not None or self.is_gridded:
+            self._batches = self._split(phi, theta)
+        if not self.is_exact:
             with torch.no_grad():
                 self.terms(phi, theta)
 
-    def _same_at_all_draws(self, phi: Values, theta: Values) -> bool:
-        """True if no draw enters the rest of the terms: a KL whose prior has no latent parent."""
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        with torch.no_grad():
-            found = [
-                self._once(
-                    phi, theta, {k: v[0] for k, v in independent_noise(self.specs, 1, generator).items()}
-                )
-                for _ in range(2)
-            ]
-        return all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    def _split(self, phi: Values, theta: Values) -> tuple[Batch, ...]:
+        def rows(plan: Plan, noise: dict[str, Tensor]) -> dict[str, Tensor]:
+            return self._each(lambda one: self._once(plan, phi, theta, one), noise)
 
-    def _once(self, phi: Values, theta: Values, noise: Values) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        most = MOST_DIMENSIONS if self.is_gridded else 0
+        with torch.no_grad():
+            return split(rows, self.rest, self.specs, generator, most)
+
+    def regrid(self, phi: Values, theta: Values) -> bool:
+        """Enough nodes of every grid at a point; True if a batch changed."""
+        if not any(batch.nodes for batch in self._batches or ()):
+            return False
+        before, now = self.batches, self._split(phi, theta)
+        if [batch.names for batch in before] == [batch.names for batch in now] and all(
+            new.nodes <= old.nodes for new, old in zip(now, before, strict=True)
+        ):
+            return False
+        self._batches = now
+        return True
+
+    def _once(self, plan: Plan, phi: Values, theta: Values, noise: Values) -> dict[str, Tensor]:
         sites, model = self.problem.run(phi, theta, noise)
-        return site_terms(self.rest, sites, model.sites)
+        return site_terms(plan, sites, model.sites)
 
     def add_note(self, note: str) -> None:
         """Record in the plan what is not as usual."""
@@ -248,20 +154,47 @@ class Objective:
             parts.append(self.exact.total(self.exact.moments(phi, theta)))
         return torch.stack(parts).sum()
 
+    def exact_terms(self, phi: Values, theta: Values) -> dict[str, Tensor]:
+        """The terms that no draw enters, in nats."""
+        found = self.exact.terms(phi, theta) if self.exact is not None else {}
+        if self.specs:
+            for batch in self._batches or ():
+                if batch.nodes or not batch.scope:
+                    found |= self._evaluated(batch, phi, theta)
+        return found
+
     def _rest_terms(self, phi: Values, theta: Values) -> dict[str, Tensor]:
         """The terms that are not compiled."""
         if not self.rest.rows:
             return {}
-
-        def one(noise: Values) -> dict[str, Tensor]:
-            return self._once(phi, theta, noise)
-
         if not self.specs:
-            return one({})
-        if self._is_steady:
-            zero = {spec.name: torch.zeros(spec.shape, dtype=torch.float64) for spec in self.specs}
-            return one(zero)
-        return {name: values.mean(0) for name, values in self._each(one, self.noise).items()}
+            return self._once(self.rest, phi, theta, {})
+        found: dict[str, Tensor] = {}
+        for batch in self.batches:
+            found |= self._evaluated(batch, phi, theta)
+        return found
+
+    def _evaluated(self, batch: Batch, phi: Values, theta: Values) -> dict[str, Tensor]:
+        def one(noise: Values) -> dict[str, Tensor]:
+            return self._once(batch.plan, phi, theta, noise)
+
+        if not batch.scope:
+            return one({spec.name: torch.zeros(spec.shape, dtype=torch.float64) for spec in self.specs})
+        if not batch.nodes:
+            return {name: values.mean(0) for name, values in self._each(one, self.noise).items()}
+        noise, weights = grid(self.specs, batch.scope, batch.nodes)
+        return {name: weights @ values for name, values in self._each(one, noise).items()}
+
+    def with_other_draws(self, num_draws: int) -> "Objective":
+        """The same bound on draws of another seed, and another number of them."""
+        twin = copy.copy(self)
+        twin.seed = self.seed + 15_485_863
+        twin.take_draws(num_draws)
+        return twin
+
+    def take_draws(self, num_draws: int) -> None:
+        """Another number of fixed draws from here on."""
+        self.num_draws, self._noise = num_draws, None
 
     def _each(self, one: Callable[[Any], dict[str, Tensor]], noise: Values) -> dict[str, Tensor]:
         if self._vectorised:

@@ -16,7 +16,7 @@ from ..errors import ModelError
 from ..model.runtime import isolated
 from ..model.sites import init_strategy
 from .capture import Compile
-from .exactness import compile_terms, settle, settle_nodes
+from .exactness import compile_terms, more_draws, settle, settle_nodes
 from .result import VEMResult, disagreement
 from .scales import Scales
 from .setup import FitOptions, Setup, set_up
@@ -254,6 +254,9 @@ class _Run:
     def is_reopened(self) -> bool:
         """True if the bound itself had to change at the point reached: the fit goes on from there."""
         change = settle(self.setup, self.state)
+        if change is None:
+            scale = self.scales.of(self.state, "joint", self.iterations)
+            change = more_draws(self.setup, self.state, scale)
         if change is not None:
             self._changed(change)
             self.next_check = 0

@@ -261,9 +261,7 @@ def _exact_terms(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Te
     """Terms that need no draws, by site."""
     objective = setup.objective
     with isolated(torch.float64), torch.no_grad():
-        if objective.is_exact:
-            return objective.terms(phi, theta)
-        return objective.exact.terms(phi, theta) if objective.exact is not None else {}
+        return objective.exact_terms(phi, theta)
 
 
 def disagreement(parts: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> str | None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bound.elbo import AnalyticKL_ELBO
-from ..bound.objective import Objective, Problem, plan_problem
+from ..bound.objective import Objective
+from ..bound.problem import Problem, plan_problem
 from ..errors import ModelError, unknown_names
 from ..guides.factorised import FactorisedNormal
 from ..guides.mean_field import MeanFieldNormal

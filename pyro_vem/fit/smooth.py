@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import optimize
+from scipy.sparse import linalg as sparse_linalg
 from torch import Tensor
 
 Vector: TypeAlias = NDArray[np.float64]
@@ -309,3 +310,28 @@ def predicted_gain(loss: Loss, x: Vector, scale: Vector, *, tol: float, max_prod
         previous, square = square, float(residual @ residual)
         direction = residual + square / previous * direction
     return gain if square <= target or 0.5 * step * square < 0.01 * tol else float("inf")
+
+
+def newton_step(loss: Loss, x: Vector, scale: Vector, gradient: Vector, max_products: int = 12) -> Vector:
+    """-H^-1 g by conjugate gradients, roughly, in scaled coordinates.
+
+    Args:
+        loss: the function whose Hessian is H.
+        x: the point.
+        scale: lengths of the coordinates.
+        gradient: g, in scaled coordinates.
+        max_products: most Hessian-vector products.
+
+    Returns:
+        The step.
+
+    Example:
+        >>> newton_step(Loss(lambda x: 2 * (x**2).sum()), np.ones(1), np.ones(1), np.ones(1))
+        array([-0.25])
+    """
+    smooth, zero = Smooth(loss, x, scale), np.zeros_like(x)
+    operator = sparse_linalg.LinearOperator(
+        (x.size, x.size), matvec=lambda v: smooth.hessian_product(zero, np.ravel(v)), dtype=float
+    )
+    step, _ = sparse_linalg.cg(operator, -gradient, rtol=0.1, maxiter=max_products)
+    return step

@@ -1,0 +1,135 @@
+"""Terms that run the model but see few numbers of the guide's noise: a tensor grid over those."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .compiled.forms import gauss_hermite
+from .draws import NoiseSpec, independent_noise
+from .tables import Plan
+
+Values = Mapping[str, Tensor]
+Rows = Callable[[Plan, dict[str, Tensor]], dict[str, Tensor]]
+"""Each row's value at a batch of noise, (points,) by site."""
+
+MOST_DIMENSIONS = 3
+FIRST_NODES = 8
+MOST_POINTS = 4096  # of a grid: runs of the model
+MOST_SITES = 64  # of the guide, whose noise is varied one site at a time
+SETTLED = 1e-8  # change of a row, relative, on doubling its nodes
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of the plan that are evaluated together.
+
+    Attributes:
+        plan: the rows.
+        scope: guide sites whose noise they see; empty where none is.
+        nodes: of the grid in each dimension; 0 for fixed draws.
+    """
+
+    plan: Plan
+    scope: tuple[str, ...] = ()
+    nodes: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Sites of the rows."""
+        return tuple(row.site for row in self.plan.rows)
+
+
+def scopes(
+    rows: Rows, plan: Plan, specs: Sequence[NoiseSpec], generator: torch.Generator
+) -> dict[str, tuple[str, ...]]:
+    """Guide sites whose noise each row of a plan changes with, by site; found by redrawing them."""
+    here, there = (
+        {name: value[0] for name, value in independent_noise(specs, 1, generator).items()} for _ in range(2)
+    )
+    points = [here, there]
+    if len(specs) <= MOST_SITES:
+        points += [{**here, spec.name: there[spec.name]} for spec in specs]
+    found = rows(plan, {name: torch.stack([point[name] for point in points]) for name in here})
+    result = {}
+    for name, values in found.items():
+        changed = [not torch.equal(values[0], value) for value in values]
+        is_steady = not any(changed)
+        one_by_one = tuple(spec.name for spec, c in zip(specs, changed[2:], strict=False) if c)
+        all_of_them = tuple(spec.name for spec in specs)
+        result[name] = () if is_steady else one_by_one if len(specs) <= MOST_SITES else all_of_them
+    return result
+
+
+def grid(specs: Iterable[NoiseSpec], scope: tuple[str, ...], n: int) -> tuple[dict[str, Tensor], Tensor]:
+    """A tensor grid of n nodes over the noise of some sites, zero elsewhere; and its weights.
+
+    Example:
+        >>> noise, weights = grid([NoiseSpec("z", (), (2,), ()), NoiseSpec("w", (), (), ())], ("z",), 4)
+        >>> noise["z"].shape, noise["w"].shape, bool((weights @ noise["z"] ** 2 - 1).abs().max() < 1e-9)
+        (torch.Size([16, 2]), torch.Size([16]), True)
+    """
+    specs = list(specs)
+    dimensions = sum(spec.size for spec in specs if spec.name in scope)
+    x, w = gauss_hermite(n)
+    nodes = torch.cartesian_prod(*[x] * dimensions).reshape(-1, dimensions)
+    weights = torch.cartesian_prod(*[w] * dimensions).reshape(-1, dimensions).prod(-1)
+    noise, start = {}, 0
+    for spec in specs:
+        if spec.name in scope:
+            noise[spec.name] = nodes[:, start : start + spec.size].reshape(-1, *spec.shape)
+            start += spec.size
+        else:
+            noise[spec.name] = torch.zeros(len(nodes), *spec.shape, dtype=torch.float64)
+    return noise, weights
+
+
+def split(
+    rows: Rows, plan: Plan, specs: Sequence[NoiseSpec], generator: torch.Generator, most: int
+) -> tuple[Batch, ...]:
+    """The rows of a plan by how they are evaluated: at any noise, on grids of `most` dimensions, on draws.
+
+    Rows that no noise enters go with the draws, where there are any: they cost nothing there.
+    """
+    sizes = {spec.name: spec.size for spec in specs}
+    by_scope: dict[tuple[str, ...], list[str]] = {}
+    for name, scope in scopes(rows, plan, specs, generator).items():
+        by_scope.setdefault(scope, []).append(name)
+    steady = by_scope.pop((), [])
+    batches, drawn = [], []
+    for scope, names in by_scope.items():
+        some = _only(plan, names)
+        nodes = None
+        if sum(sizes[name] for name in scope) <= most:
+            nodes = _enough_nodes(rows, some, specs, scope)
+        if nodes is None:
+            drawn += names
+        else:
+            batches.append(Batch(some, scope, nodes))
+    if drawn:
+        batches.append(Batch(_only(plan, [*steady, *drawn]), tuple(sizes)))
+    elif steady:
+        batches.append(Batch(_only(plan, steady)))
+    return tuple(batches)
+
+
+def _only(plan: Plan, names: Sequence[str]) -> Plan:
+    return replace(plan, rows=tuple(row for row in plan.rows if row.site in names))
+
+
+def _enough_nodes(rows: Rows, plan: Plan, specs: Sequence[NoiseSpec], scope: tuple[str, ...]) -> int | None:
+    """The first count whose double changes no row; None if the grid gets too large."""
+    dimensions = sum(spec.size for spec in specs if spec.name in scope)
+
+    def value(n: int) -> Tensor:
+        noise, weights = grid(specs, scope, n)
+        return torch.stack([weights @ v for v in rows(plan, noise).values()])
+
+    n, before = FIRST_NODES, value(FIRST_NODES)
+    while (2 * n) ** dimensions <= MOST_POINTS:
+        after = value(2 * n)
+        if bool(((after - before).abs() <= SETTLED * (1 + after.abs())).all()):
+            return n
+        n, before = 2 * n, after
+    return None
