@@ -2,7 +2,7 @@
 
 Target: over all scalar latents the root mean square of (m - m*)/s* and that of log s - log s* are both at
 most 0.05, where m*, s* are the unconstrained means and sds of the optimum of this family. A root mean
-square is the generous reading: worst_error is the largest, of any latent. The optimum is fit_vem's at
+square is the generous reading: --worst holds every latent to it. The optimum is fit_vem's at
 tol 1e-10, held against L-BFGS on bounds written by hand (`exact`); the gap is printed. The horseshoe has
 several optima: there the target is a bound, by hand, within 0.1 nat of the best found.
 
@@ -92,9 +92,10 @@ def run(method, workload, setting, budget):
 
 
 class Judge:
-    """Holds moments against the optimum of a workload."""
+    """Holds moments against the optimum of a workload, on average or for each latent."""
 
-    def __init__(self, workload):
+    def __init__(self, workload, is_strict):
+        self.is_strict = is_strict
         model, arrays, sizes = workloads.load(workload)
         self.model, self.data = model, arrays | sizes
         told, calls = run("fit_vem", workload, {"tol": 1e-10}, 1200)
@@ -127,7 +128,8 @@ class Judge:
         """The worse of two calls: errors, nats below the optimum, and whether the target is met."""
         mean, log_sd, worst = (max(e) for e in zip(*(self.errors(c) for c in calls), strict=True))
         below = max(self.elbo - exact.bound(self.model, self.data, c) for c in calls)
-        is_met = below <= NATS if self.model == "horseshoe" else max(mean, log_sd) <= TARGET
+        error = worst if self.is_strict else max(mean, log_sd)
+        is_met = below <= NATS if self.model == "horseshoe" else error <= TARGET
         found = {"mean_error": mean, "log_sd_error": log_sd, "worst_error": worst, "nats_below": below}
         return found, is_met
 
@@ -172,7 +174,7 @@ def context(workload, model, methods):
 
 def compare(workload, options):
     """All rows of a workload, fit_vem first and its peers right after it: what else runs is shared."""
-    judge = Judge(workload)
+    judge = Judge(workload, options.worst)
     rows = []
     for method, grid in {"fit_vem": [{}], **GRIDS}.items():
         if method in options.methods and (method != "pyro_svi" or judge.latents <= SMALL):
@@ -291,6 +293,7 @@ def arguments():
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--budget", type=float, default=120.0, help="seconds a process")
+    parser.add_argument("--worst", action="store_true", help="hold every latent to the target")
     parser.add_argument("--quick", action="store_true", help="two models, no repeats")
     options = parser.parse_args()
     options.methods = ["fit_vem", *options.methods]
