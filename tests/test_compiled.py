@@ -10,6 +10,7 @@ from torch.distributions import constraints
 
 import pyro_vem as vem
 from pyro_vem.bound.compiled.affine import Probe
+from pyro_vem.bound.compiled.compile import Compiled
 from pyro_vem.bound.compiled.fit_slots import SlotFitter
 from pyro_vem.model.runtime import isolated
 
@@ -239,6 +240,20 @@ def test_a_kink_that_no_probe_meets_is_found_at_the_end(fit):
     assert result.plan["y"].method == "draws"
     assert any("sampled from here on" in note and "y" in note for note in result.plan.notes)
     assert any(row.block == "check" for row in result.history)
+
+
+def test_draws_demote_the_term_that_they_disagree_with_and_no_other(fit, monkeypatch):
+    """The same kink, with the comparison of slots switched off."""
+    monkeypatch.setattr(Compiled, "recheck", lambda self, moments, seed: [])
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 30.0))
+        pyro.sample("y", dist.Normal(z.clamp(max=9.0), 1.0), obs=y)
+
+    result = fit(model, {"y": torch.tensor(8.9)})
+    assert "z" in result.setup.objective.exact.compiled.terms
+    assert "standard errors" in result.setup.objective.exact.compiled.refused["y"]
+    assert any(note.startswith("y: sampled from here on") for note in result.plan.notes)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Terms that run the model but see few numbers of the guide's noise: a tensor grid over those."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ Rows = Callable[[Plan, dict[str, Tensor]], dict[str, Tensor]]
 
 MOST_DIMENSIONS = 3
 FIRST_NODES = 8
-MOST_POINTS = 4096  # of a grid: runs of the model
+MOST_POINTS, MOST_NODES = 4096, 128  # of a grid: runs of the model, and nodes of a dimension
 MOST_SITES = 64  # of the guide, whose noise is varied one site at a time
 SETTLED = 1e-8  # change of a row, relative, on doubling its nodes
 
@@ -86,27 +86,28 @@ def grid(specs: Iterable[NoiseSpec], scope: tuple[str, ...], n: int) -> tuple[di
 
 
 def split(
-    rows: Rows, plan: Plan, specs: Sequence[NoiseSpec], generator: torch.Generator, most: int
+    rows: Rows, plan: Plan, specs: Sequence[NoiseSpec], generator: torch.Generator, rough: Collection[str]
 ) -> tuple[Batch, ...]:
-    """The rows of a plan by how they are evaluated: at any noise, on grids of `most` dimensions, on draws.
+    """The rows of a plan by how they are evaluated: at any noise, on grids, on draws.
 
-    Rows that no noise enters go with the draws, where there are any: they cost nothing there.
+    Rows that no noise enters go with the draws, where there are any: they cost nothing there. What is
+    in `rough` is drawn.
     """
     sizes = {spec.name: spec.size for spec in specs}
     by_scope: dict[tuple[str, ...], list[str]] = {}
     for name, scope in scopes(rows, plan, specs, generator).items():
         by_scope.setdefault(scope, []).append(name)
-    steady = by_scope.pop((), [])
-    batches, drawn = [], []
+    quiet = by_scope.pop((), [])
+    steady, drawn = [n for n in quiet if n not in rough], [n for n in quiet if n in rough]
+    batches = []
     for scope, names in by_scope.items():
-        some = _only(plan, names)
-        nodes = None
-        if sum(sizes[name] for name in scope) <= most:
+        smooth = [name for name in names if name not in rough]
+        some, nodes = _only(plan, smooth), None
+        if smooth and sum(sizes[name] for name in scope) <= MOST_DIMENSIONS:
             nodes = _enough_nodes(rows, some, specs, scope)
-        if nodes is None:
-            drawn += names
-        else:
+        if nodes is not None:
             batches.append(Batch(some, scope, nodes))
+        drawn += names if nodes is None else [name for name in names if name in rough]
     if drawn:
         batches.append(Batch(_only(plan, [*steady, *drawn]), tuple(sizes)))
     elif steady:
@@ -127,7 +128,7 @@ def _enough_nodes(rows: Rows, plan: Plan, specs: Sequence[NoiseSpec], scope: tup
         return torch.stack([weights @ v for v in rows(plan, noise).values()])
 
     n, before = FIRST_NODES, value(FIRST_NODES)
-    while (2 * n) ** dimensions <= MOST_POINTS:
+    while 2 * n <= MOST_NODES and (2 * n) ** dimensions <= MOST_POINTS:
         after = value(2 * n)
         if bool(((after - before).abs() <= SETTLED * (1 + after.abs())).all()):
             return n

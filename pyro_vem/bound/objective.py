@@ -12,7 +12,7 @@ from torch import Tensor
 from ..model.runtime import Execution
 from .deterministic import Deterministic
 from .draws import NoiseSpec, independent_noise, matched_noise
-from .grids import MOST_DIMENSIONS, Batch, grid, split
+from .grids import Batch, grid, split
 from .problem import Problem
 from .tables import Plan
 from .terms import log_density, site_terms
@@ -41,6 +41,7 @@ class Objective:
         self._noise: dict[str, Tensor] | None = None
         self._vectorised = True
         self.is_gridded = False  # whether terms with few numbers may go on a grid
+        self.drawn: set[str] = set()  # those that may not
         self._batches: tuple[Batch, ...] | None = None  # of the terms that run the model
         self.is_twice = True  # second derivatives by autograd are right
 
@@ -94,6 +95,7 @@ class Objective:
             if row.site in on_grid:
                 batch = on_grid[row.site]
                 proof = f"sees {', '.join(batch.scope)} only: a grid of {batch.nodes} nodes each"
+                proof += f" ({refused[row.site]})" if row.site in refused else ""
                 row = replace(row, method="quadrature", proof=proof)
             if term is not None and not (row.kind == "KL" and row.method == "closed form" and term.is_alone):
                 row = replace(row, method=term.method, proof=term.proof)
@@ -118,9 +120,11 @@ class Objective:
             return self._each(lambda one: self._once(plan, phi, theta, one), noise)
 
         generator = torch.Generator().manual_seed(self.seed + 1)
-        most = MOST_DIMENSIONS if self.is_gridded else 0
+        drawn = set(self.drawn) if self.is_gridded else {row.site for row in self.rest.rows}
+        if self.exact is not None:
+            drawn |= self.exact.compiled.rough
         with torch.no_grad():
-            return split(rows, self.rest, self.specs, generator, most)
+            return split(rows, self.rest, self.specs, generator, drawn)
 
     def regrid(self, phi: Values, theta: Values) -> bool:
         """Enough nodes of every grid at a point; True if a batch changed."""

@@ -296,7 +296,7 @@ def predicted_gain(loss: Loss, x: Vector, scale: Vector, *, tol: float, max_prod
     residual = -smooth.gradient(zero)
     direction = residual.copy()
     gain, step, square = 0.0, 0.0, float(residual @ residual)
-    target = 1e-8 * square if square > tol else 1e-4 * square  # far below tol a rough figure will do
+    target = 1e-8 * square if square > tol else 1e-2 * square  # far below tol a rough figure will do
     for _ in range(min(max_products, 2 * x.size + 10)):
         if square <= target:
             return gain

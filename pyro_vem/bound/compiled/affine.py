@@ -174,9 +174,16 @@ class Probe:
         points = [self.base]
         for k in sizes:
             points += [self.moved({k: c}) for c in (1.0, 2.0, 3.0)]
-        self._values, self._order = self.at(points), list(sizes)
-        self.here = {key: v[0] for key, v in self._values.items()}
-        self.bits = {k: self._bits(k) for k in sizes}
+        several = [k for k in sizes if sizes[k] > 1]
+        values = self.at(points + [point for k in several for point in self._bit(k, 0)])
+        self._values, self._order = {key: v[: len(points)] for key, v in values.items()}, list(sizes)
+        self.here = {key: v[0] for key, v in values.items()}
+        self.bits = self._bits(
+            {
+                k: {key: v[len(points) + 2 * i :][:2] for key, v in values.items()}
+                for i, k in enumerate(several)
+            }
+        )
 
     def along(self, k: str, key: str) -> Tensor:
         """A slot with one variable moved by one, two and three of its steps, (3, rows)."""
@@ -213,16 +220,33 @@ class Probe:
             parts.append(self.evaluate({k: torch.stack([p[k] for p in chunk]) for k in self.base}))
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
-    def _bits(self, k: str) -> dict[str, Tensor]:
-        """Slots with only those elements of k moved whose bit b is 0, or 1: (2 * bits, rows)."""
-        width = max(1, math.ceil(math.log2(self.sizes[k]))) if self.sizes[k] > 1 else 0
-        elements = torch.arange(self.sizes[k])
-        points = []
-        for b in range(width):
-            for side in (0, 1):
-                chosen = (((elements >> b) & 1) == side).to(torch.float64)
-                points.append(self.moved({k: 1.0}, {k: chosen}))
-        return self.at(points) if points else {}
+    def _bit(self, k: str, b: int) -> list[dict[str, Tensor]]:
+        """Two points: only those elements of k moved whose bit b is 0, or 1."""
+        bit = (torch.arange(self.sizes[k]) >> b) & 1
+        return [self.moved({k: 1.0}, {k: (bit == side).to(torch.float64)}) for side in (0, 1)]
+
+    def _bits(self, first: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Slots at the points of every bit, (2 * bits, rows); of bit 0 only where no row is local."""
+        wanted = {
+            k: range(1, math.ceil(math.log2(self.sizes[k])))
+            for k, values in first.items()
+            if any(self._may_be_local(values[key], key) for key in self.here)
+        }
+        points = [point for k, bits in wanted.items() for b in bits for point in self._bit(k, b)]
+        found = self.at(points) if points else {}
+        result, start = {}, 0
+        for k, values in first.items():
+            result[k] = values
+            if k in wanted and found:
+                stop = start + 2 * len(wanted[k])
+                result[k] = {key: torch.cat([v, found[key][start:stop]]) for key, v in values.items()}
+                start = stop
+        return result
+
+    def _may_be_local(self, sides: Tensor, key: str) -> bool:
+        """False if nothing moves a slot, or some row moves with elements on both sides of bit 0."""
+        moved = sides != self.here[key]
+        return bool(moved.any()) and not bool((moved[0] & moved[1]).any())
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ class Compiled:
     Attributes:
         terms: compiled terms by site.
         refused: why the others are not.
+        rough: those whose expectation may be infinite, or that draws contradict.
         constant: records of latents whose prior is the same wherever latents and parameters are.
     """
 
@@ -81,6 +82,7 @@ class Compiled:
         self.refused: dict[str, str] = {}
         self.terms: dict[str, CompiledTerm] = {}
         self.constant: dict[str, Site] = {}
+        self.rough: set[str] = set()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self._read_specs()
@@ -143,7 +145,7 @@ class Compiled:
             if problem is None:
                 self.terms[name] = term
             else:
-                self.refused[name] = problem
+                self.refuse(name, problem, is_rough=term.grown is not None)
 
     @property
     def merged(self) -> Stack:
@@ -170,8 +172,14 @@ class Compiled:
             return
         for name, count in parts.items():
             if count > FEW_PARTS:
-                self.refused[name] = f"{count} latents in one of many terms: cheaper on draws"
-                del self.terms[name]
+                self.refuse(name, f"{count} latents in one of many terms: cheaper on draws")
+
+    def refuse(self, name: str, reason: str, *, is_rough: bool = False) -> None:
+        """A term is not compiled, or no longer; a rough one has no quadrature of any kind."""
+        self.refused[name], self._merged = reason, None
+        self.terms.pop(name, None)
+        if is_rough:
+            self.rough.add(name)
 
     def _find_constant(self, generator: torch.Generator) -> None:
         """Latents without slots whose prior never changes: its exact KL needs no model run."""
@@ -193,9 +201,8 @@ class Compiled:
             for name, spec in list(self.specs.items()):
                 change = spec.change(spec_of(sites[name], spec.latent))
                 if change is not None:
-                    self.refused[name] = change
+                    self.refuse(name, change)
                     del self.specs[name]
-                    self.terms.pop(name, None)
                     changed.append(name)
         return changed
 
@@ -211,8 +218,7 @@ class Compiled:
         for (name, term), x in zip(list(self.terms.items()), inputs, strict=True):
             finer = term.refined(x)
             if isinstance(finer, str):
-                self.refused[name] = finer
-                del self.terms[name]
+                self.refuse(name, finer, is_rough=True)
                 grew = True
             elif finer is not term:
                 self.terms[name] = finer
@@ -237,9 +243,7 @@ class Compiled:
             for slot, affine in term.slots.items():
                 gap = worst_gap(affine, batch, truth[f"{name}\0{slot}"])
                 if gap > FINAL_GAP:
-                    self.refused[name] = f"{slot} differs from the model by {gap:.1g} at a draw of the guide"
-                    del self.terms[name]
+                    self.refuse(name, f"{slot} differs from the model by {gap:.1g} at a draw of the guide")
                     wrong.append(name)
                     break
-        self._merged = None
         return wrong

@@ -82,16 +82,16 @@ class CompiledTerm:
                     live = slot.locals[name].coefficient != 0
                     if not torch.equal(slot.locals[name].index[live], index[live]):
                         return f"rows see {name} at two elements"
-        grown = self._doubly_exponential()
-        if grown is not None:
-            return f"the exponential of an exponential of {grown} has no finite expectation"
+        if self.grown is not None:
+            return f"the exponential of an exponential of {self.grown} has no finite expectation"
         if self.form.dims and self.form.dims not in MOST_NODES:
             return f"{self.form.dims} random slots together"
         if self.spec.family is td.Laplace and self.random_slots not in ((), (RESIDUAL,)):
             return "a Laplace density with a random scale is not smooth"
         return None
 
-    def _doubly_exponential(self) -> str | None:
+    @property
+    def grown(self) -> str | None:
         """A Gaussian condition whose exponential sits in the exponent of the density, or None.
 
         Nodes would settle on a finite value where there is none.
