@@ -183,15 +183,17 @@ class Compiled:
 
     def _find_constant(self, generator: torch.Generator) -> None:
         """Latents without slots whose prior never changes: its exact KL needs no model run."""
+        missing = [name for name in self.variables.latents if name not in self.terms]
+        if not missing:
+            return
         runs = [
             self._model({k: 0.5 * Probe._normal(generator, n) for k, n in self.variables.sizes.items()}).sites
             for _ in range(3)
         ]
-        for name in self.variables.latents:
-            if name not in self.terms:
-                prints = [fingerprint(run[name]) for run in runs]
-                if not differ(prints[0], prints[1]) and not differ(prints[0], prints[2]):
-                    self.constant[name] = runs[0][name]
+        for name in missing:
+            prints = [fingerprint(run[name]) for run in runs]
+            if not differ(prints[0], prints[1]) and not differ(prints[0], prints[2]):
+                self.constant[name] = runs[0][name]
 
     def _check_static(self, points: list[dict[str, Tensor]]) -> list[str]:
         """Refuse terms whose weights, family or data change from point to point; their names."""
