@@ -31,6 +31,7 @@ StepMethod = Literal["auto", "newton", "lbfgs"]
 Callback = Callable[[Step, Mapping[str, Tensor]], None]
 SERIAL = 10_000_000  # numbers in the data below which a fit runs on one thread
 ROUNDING = 1e3 * float(np.finfo(np.float64).eps)  # of the bound, relative
+SLOW_AFTER = 10  # rounds of EM before a joint step may follow
 SELF_CHECK = 256  # draws that closed forms are held against at the start
 NEWTON_LIMIT = 5_000_000  # parameters in a block beyond which its Krylov vectors outgrow memory
 
@@ -68,8 +69,8 @@ def fit_vem(
             values; a tuple is taken as positional arguments.
         guide: None for `MeanFieldNormal`; an `AmortizedNormal`; or any reparameterised guide.
         elbo: an `AnalyticKL_ELBO`, to require or forbid closed-form KL terms.
-        schedule: "alternate" (EM), "joint" (one Newton problem in phi and theta) or "auto",
-            which is "alternate".
+        schedule: "alternate" (EM), "joint" (one Newton problem in phi and theta) or "auto": EM,
+            with joint steps once its gains shrink slowly.
         e_step: optimiser of the E-step: "newton" (trust region), "lbfgs", or "auto".
         m_step: optimiser of the M-step, likewise.
         tol: predicted remaining gain of the joint problem, in nats, at which the fit stops.
@@ -142,10 +143,8 @@ def _threads(data: Any) -> int | None:
 def _alternate(run: "_Run", max_iter: int, schedule: Schedule) -> Status:
     """E-step and M-step in turn until nothing is left to gain."""
     for iteration in range(1, max_iter + 1):
-        if schedule == "joint":
-            run.step("joint", iteration)
-        else:
-            run.step("E", iteration)
+        is_joint = schedule == "joint" or (schedule == "auto" and run.is_slow())
+        run.step("joint" if is_joint else "E", iteration)
         if run.is_diverged():
             return Status.diverged
         if run.is_converged() and not run.is_reopened():
@@ -250,6 +249,16 @@ class _Run:
     def _final_gtol(self) -> float:
         """Scaled gradient norm at which a block counts as solved; lower after each failed check."""
         return max(1e-10, 0.1 * self._tolerance() ** 0.5 * 0.3**self.failed)
+
+    def is_slow(self) -> bool:
+        """True if EM has become linear: ten rounds, and the last gained over half of the one before."""
+        if self.iterations < SLOW_AFTER or not (self.setup.phi.size and self.setup.theta.size):
+            return False
+        gains = [0.0, 0.0, 0.0]
+        for row in self.history:
+            if 0 <= self.iterations - row.iteration < 3:
+                gains[self.iterations - row.iteration] += row.gain
+        return gains[1] > 0.5 * gains[2] and gains[1] > 10 * self._tolerance()
 
     def is_reopened(self) -> bool:
         """True if the bound itself had to change at the point reached: the fit goes on from there."""
