@@ -78,6 +78,7 @@ class Compiled:
         self.variables, self._run, self._held = variables, run, held
         self.where = slices(variables.sizes)
         self._merged: Stack | None = None
+        self._apart: Stack | None = None
         self.specs: dict[str, Spec] = {}
         self.refused: dict[str, str] = {}
         self.terms: dict[str, CompiledTerm] = {}
@@ -155,12 +156,19 @@ class Compiled:
             self._merged = self._stack((*blocks, *alone.values()))
         return self._merged
 
+    @property
+    def apart(self) -> Stack:
+        """All terms, each by itself."""
+        if self._apart is None:
+            self._apart = self._stack(self.terms.values())
+        return self._apart
+
     def _stack(self, terms: Iterable[CompiledTerm]) -> Stack:
         return Stack(terms, self.where, sum(self.variables.sizes[name] for name in self.variables.latents))
 
     def values(self, moments: Moments) -> dict[str, Tensor]:
         """Weighted sum over rows of E[log p] of each term by itself, in nats."""
-        return dict(zip(self.terms, self._stack(self.terms.values()).values(moments), strict=True))
+        return dict(zip(self.terms, self.apart.values(moments), strict=True))
 
     def _drop_long(self) -> None:
         """Many unmerged terms of many parts each cost more than the model on draws."""
@@ -176,7 +184,7 @@ class Compiled:
 
     def refuse(self, name: str, reason: str, *, is_rough: bool = False) -> None:
         """A term is not compiled, or no longer; a rough one has no quadrature of any kind."""
-        self.refused[name], self._merged = reason, None
+        self.refused[name], self._merged, self._apart = reason, None, None
         self.terms.pop(name, None)
         if is_rough:
             self.rough.add(name)
@@ -216,16 +224,15 @@ class Compiled:
     def refine(self, moments: Moments) -> bool:
         """Double nodes where they are too few at these moments; True if something grew or was refused."""
         grew = False
-        inputs = self._stack(self.terms.values()).inputs(moments)
+        inputs = self.apart.inputs(moments)
         for (name, term), x in zip(list(self.terms.items()), inputs, strict=True):
             finer = term.refined(x)
             if isinstance(finer, str):
                 self.refuse(name, finer, is_rough=True)
                 grew = True
             elif finer is not term:
-                self.terms[name] = finer
+                self.terms[name], self._merged, self._apart = finer, None, None
                 grew = True
-        self._merged = None
         return grew
 
     def recheck(self, moments: Moments, seed: int) -> list[str]:
