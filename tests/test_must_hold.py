@@ -85,7 +85,7 @@ class LinearEncoder(nn.Module):
         return loc, self.log_scale.exp().expand_as(loc)
 
 
-@pytest.mark.parametrize("schedule", ["alternate", "joint"])
+@pytest.mark.parametrize("schedule", ["auto", "joint", pytest.param("alternate", marks=pytest.mark.slow)])
 def test_linear_encoder_reaches_maximum_likelihood_ppca(fit, schedule):
     y = load_iris().data
     exact = zoo.ppca_exact(y)
