@@ -1,16 +1,15 @@
 """Terms that run the model but see few numbers of the guide's noise: a tensor grid over those."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .compiled.forms import gauss_hermite
+from .compiled.forms import tensor_grid
 from .draws import NoiseSpec, independent_noise
 from .tables import Plan
 
-Values = Mapping[str, Tensor]
 Rows = Callable[[Plan, dict[str, Tensor]], dict[str, Tensor]]
 """Each row's value at a batch of noise, (points,) by site."""
 
@@ -72,9 +71,7 @@ def grid(specs: Iterable[NoiseSpec], scope: tuple[str, ...], n: int) -> tuple[di
     """
     specs = list(specs)
     dimensions = sum(spec.size for spec in specs if spec.name in scope)
-    x, w = gauss_hermite(n)
-    nodes = torch.cartesian_prod(*[x] * dimensions).reshape(-1, dimensions)
-    weights = torch.cartesian_prod(*[w] * dimensions).reshape(-1, dimensions).prod(-1)
+    nodes, weights = tensor_grid(n, dimensions)
     noise, start = {}, 0
     for spec in specs:
         if spec.name in scope:

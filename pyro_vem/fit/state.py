@@ -26,8 +26,8 @@ class State:
 
 def joint_loss(setup: Setup) -> Loss:
     """Minus the bound as a function of the joint vector."""
-    size = setup.phi.size
-    return Loss(lambda x: -setup.elbo(x[:size], x[size:]), setup.objective.is_twice)
+    function, nothing = function_of(setup, "joint"), torch.zeros(0)
+    return Loss(lambda x: function(x, nothing), setup.objective.is_twice)
 
 
 def loss_of(setup: Setup, state: State, block: str) -> tuple[Loss, Vector]:

@@ -17,7 +17,7 @@ from torch import distributions as td
 
 from .affine import AffineSlot, Dense, Local, compact, product
 from .conditional import Group, conditional_normal, grouped, is_conditional_normal
-from .forms import BOUNDED, Form, form_of, gauss_hermite, root
+from .forms import BOUNDED, Form, form_of, root, tensor_grid
 from .linear import Input
 from .slots import POSITIVE, RATIO, RESIDUAL, Spec
 
@@ -204,11 +204,9 @@ class CompiledTerm:
         names = self.random_conditions
         if not names:
             return given, None
-        nodes, w = gauss_hermite(self.condition_nodes)
-        grids = torch.meshgrid([nodes] * len(names), indexing="ij")
-        weights = functools.reduce(torch.mul, torch.meshgrid([w] * len(names), indexing="ij")).reshape(-1)
-        for name, grid in zip(names, grids, strict=True):
-            given[name] = given[name] + grid.reshape(-1, 1) * root(x["spread", name])
+        nodes, weights = tensor_grid(self.condition_nodes, len(names))
+        for i, name in enumerate(names):
+            given[name] = given[name] + nodes[:, i : i + 1] * root(x["spread", name])
         return given, weights
 
     def _slot_moments(

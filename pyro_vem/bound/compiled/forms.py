@@ -45,6 +45,12 @@ def trapezoid(n: int) -> Rule:
     return torch.from_numpy(x), torch.from_numpy(w / w.sum())
 
 
+def tensor_grid(n: int, dimensions: int) -> Rule:
+    """Gauss-Hermite nodes (points, dimensions) and weights (points,) of N(0, I), n each way."""
+    nodes, weights = (torch.cartesian_prod(*[part] * dimensions) for part in gauss_hermite(n))
+    return nodes.reshape(-1, dimensions), weights.reshape(-1, dimensions).prod(-1)
+
+
 @dataclass(frozen=True)
 class Form:
     """How the rows of a term are integrated over its random slots.

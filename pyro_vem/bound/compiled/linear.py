@@ -58,8 +58,9 @@ class Linear:
     def __init__(self, size: int, inputs: Sequence[Input], starts: dict[str, int]) -> None:
         rows, columns, values = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
         self._denses: list[tuple[slice, slice, Tensor]] = []
-        self.ends = np.cumsum([0] + [entry.rows for entry in inputs])
-        for start, entry in zip(self.ends, inputs, strict=False):
+        self.lengths = [entry.rows for entry in inputs]
+        start = 0
+        for entry in inputs:
             here = np.arange(start, start + entry.rows)
             for name, index, coefficient in entry.locals:
                 live = coefficient.numpy() != 0
@@ -68,17 +69,18 @@ class Linear:
                 values.append(coefficient.numpy()[live])
             for name, matrix in entry.denses:
                 first = starts[name]
-                span = slice(int(start), int(start) + entry.rows)
+                span = slice(start, start + entry.rows)
                 self._denses.append((span, slice(first, first + matrix.shape[1]), matrix))
+            start += entry.rows
         triplets = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
-        self._sparse = sparse.csr_matrix(triplets, shape=(int(self.ends[-1]), size))
+        self._sparse = sparse.csr_matrix(triplets, shape=(start, size))
         self._transposed = self._sparse.T
 
     def __call__(self, x: Tensor) -> Tensor:
         """The rows at x."""
         if _is_traced.get():
             return self._operations(x)
-        result: Tensor = _Apply.apply(x, self)  # type: ignore[no-untyped-call]
+        result: Tensor = _Map.apply(x, self, False)  # type: ignore[no-untyped-call]
         return result
 
     def _operations(self, x: Tensor) -> Tensor:
@@ -101,29 +103,20 @@ class Linear:
 
     def adjoint(self, r: Tensor) -> Tensor:
         """The transposed map, without a graph."""
-        result = torch.from_numpy(self._transposed @ r.contiguous().numpy())
+        result = torch.from_numpy(self._transposed @ r.numpy())
         for rows, columns, matrix in self._denses:
             result[columns] += r[rows] @ matrix
         return result
 
 
-class _Apply(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: Linear) -> Tensor:
-        ctx.linear = linear
-        return linear.apply(x.detach())
+class _Map(torch.autograd.Function):
+    """A linear map or its adjoint: each is the other's derivative."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Adjoint.apply(grad, ctx.linear), None  # type: ignore[no-untyped-call]
-
-
-class _Adjoint(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, r: Tensor, linear: Linear) -> Tensor:
-        ctx.linear = linear
-        return linear.adjoint(r.detach())
+    def forward(ctx: Any, x: Tensor, linear: Linear, is_adjoint: bool) -> Tensor:
+        ctx.linear, ctx.is_adjoint = linear, is_adjoint
+        return (linear.adjoint if is_adjoint else linear.apply)(x.detach().contiguous())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Apply.apply(grad.contiguous(), ctx.linear), None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Map.apply(grad, ctx.linear, not ctx.is_adjoint), None, None  # type: ignore[no-untyped-call]

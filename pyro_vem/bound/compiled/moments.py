@@ -27,8 +27,6 @@ class Slices(Mapping[str, Tensor]):
         self._cut: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        if name[0] == "*":
-            return self.flat
         if name not in self._cut:
             self._cut[name] = self.flat[self._where[name]]
         return self._cut[name]

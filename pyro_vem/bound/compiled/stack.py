@@ -1,6 +1,5 @@
 """All compiled terms together: their inputs by two linear maps, then their rows one term at a time."""
 
-import itertools
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -37,14 +36,9 @@ class Stack:
         """The inputs of each term at some moments."""
         flats = moments.centre.flat, moments.scale.flat.square()
         rows = [linear(flat) for linear, flat in zip(self._maps, flats, strict=True)]
-        cut = [r.split(_lengths(linear)) for r, linear in zip(rows, self._maps, strict=True)]
+        cut = [r.split(linear.lengths) for r, linear in zip(rows, self._maps, strict=True)]
         return [{key: cut[kind][i] for key, (kind, i) in parts.items()} for parts in self._parts]
 
     def values(self, moments: Moments) -> list[Tensor]:
         """Weighted sum over rows of E[log p] of each term, in nats."""
         return [term.expectation(x) for term, x in zip(self.terms, self.inputs(moments), strict=True)]
-
-
-def _lengths(linear: Linear) -> list[int]:
-    ends = linear.ends.tolist()
-    return [b - a for a, b in itertools.pairwise(ends)]
