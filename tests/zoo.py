@@ -168,3 +168,17 @@ def pumps_log_likelihood(mu, tau):
         value, _ = integrate.quad(density, peak - 8, peak + 8, points=[peak], epsabs=0, epsrel=1e-10)
         total += np.log(value)
     return total
+
+
+def schools_mean_of_tau():
+    """E[tau | y] of `eight_schools` by quadrature: effects and mean integrate out in closed form."""
+    y, sigma = SCHOOLS_Y.numpy().astype(float), SCHOOLS_SIGMA.numpy().astype(float)
+
+    def joint(tau):
+        cov = np.diag(sigma**2 + tau**2) + 25.0
+        return np.exp(stats.multivariate_normal(np.zeros(8), cov).logpdf(y)) * stats.halfcauchy(0, 5).pdf(tau)
+
+    mass, first = (
+        integrate.quad(lambda t, k=k: t**k * joint(t), 0, np.inf, epsabs=0, epsrel=1e-8)[0] for k in (0, 1)
+    )
+    return first / mass

@@ -232,8 +232,9 @@ class Objective:
         seed: int,
         keep: Collection[str] = ("values", "densities"),
         chunk: int = 1024,
+        noise: Values | None = None,
     ) -> dict[str, dict[str, Tensor]]:
-        """Independent draws from the guide, run through the ordinary model.
+        """Independent draws from the guide (or the points that given noise makes), run through the model.
 
         Args:
             phi: the guide's parameters, constrained.
@@ -242,8 +243,10 @@ class Objective:
             seed: of the draws.
             keep: which groups to return: "values" (latents and deterministic sites by name),
                 "densities" (log_p and log_q), "log_likelihood" (each observed site, by row),
-                "terms" (each row of the plan), "observed" (values of the observed sites).
+                "terms" (each row of the plan), "observed" (values of the observed sites),
+                "model_rows" and "guide_rows" (log densities by site, not summed over plates).
             chunk: draws evaluated at a time.
+            noise: standard normal noise of each guide site, (draws, *noise), instead of fresh one.
 
         Returns:
             The groups; each tensor's first dimension runs over the draws.
@@ -253,14 +256,18 @@ class Objective:
         with torch.no_grad():
             for start in range(0, num_draws, chunk):
                 size = min(chunk, num_draws - start)
-                parts.append(self._sample(phi, theta, size, generator, keep))
+                if noise is None:
+                    drawn = independent_noise(self.specs, size, generator)
+                else:
+                    drawn = {name: value[start : start + size] for name, value in noise.items()}
+                parts.append(self._sample(phi, theta, size, drawn, keep))
         return {
             group: {name: torch.cat([part[group][name] for part in parts]) for name in parts[0][group]}
             for group in parts[0]
         }
 
     def _sample(
-        self, phi: Values, theta: Values, size: int, generator: torch.Generator, keep: Collection[str]
+        self, phi: Values, theta: Values, size: int, noise: Values, keep: Collection[str]
     ) -> dict[str, dict[str, Tensor]]:
         plan = self.plan
 
@@ -273,7 +280,7 @@ class Objective:
             return flat
 
         if self.specs:
-            flat = self._each(one, independent_noise(self.specs, size, generator))
+            flat = self._each(one, noise)
         else:
             flat = {name: value.expand(size, *value.shape) for name, value in one({}).items()}
         groups: dict[str, dict[str, Tensor]] = {group: {} for group in keep}
@@ -304,6 +311,10 @@ def _groups(
     if "log_likelihood" in keep:
         observed = {n: s for n, s in model.sites.items() if s["is_observed"]}
         groups["log_likelihood"] = {n: density(s) for n, s in observed.items()}
+    if "model_rows" in keep:
+        groups["model_rows"] = {n: density(s) for n, s in model.sites.items()}
+    if "guide_rows" in keep:
+        groups["guide_rows"] = {n: density(s) for n, s in guide_sites.items()}
     if "observed" in keep:
         groups["observed"] = {n: s["value"] for n, s in model.sites.items() if s["is_observed"]}
     if "terms" in keep:

@@ -17,7 +17,8 @@ from ..model.runtime import isolated
 from ..model.sites import init_strategy
 from .capture import Compile
 from .exactness import compile_terms, more_draws, settle, settle_nodes
-from .result import VEMResult, disagreement
+from .measure import disagreement
+from .result import VEMResult
 from .scales import Scales
 from .setup import FitOptions, Setup, set_up
 from .smooth import Method

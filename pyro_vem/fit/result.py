@@ -1,20 +1,20 @@
 """`VEMResult`: what a fit found, frozen, with everything one does next as a method."""
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
 from torch import Tensor
 
-from ..bound.tables import ElboTerms, Plan, TermRow, text_table
+from ..bound.tables import ElboTerms, Plan, text_table
 from ..errors import ModelError
 from ..model.data import Arguments
 from ..model.runtime import isolated
+from .measure import exact_table, measure
 from .setup import FitOptions, Setup
 from .state import State
 from .status import Status, Step
@@ -147,31 +147,163 @@ class VEMResult:
 
         return guide
 
-    def draw(self, n: int, seed: int, *keep: str) -> dict[str, dict[str, Tensor]]:
+    def draw(
+        self, n: int, seed: int, *keep: str, correction: str | None = None
+    ) -> dict[str, dict[str, Tensor]]:
         """Groups of `pyro_vem.bound.objective.Objective.sample` at the fitted parameters."""
         if n < 1:
             raise ValueError(f"n={n}: at least one draw is needed")
+        if correction is not None:
+            from ..posterior.importance import corrected
+
+            return corrected(self, n, seed, keep, correction)
         with isolated(torch.float64):
             return self.setup.objective.sample(self.guide_params, self.params, n, seed, keep)
 
-    def sample(self, n: int, seed: int = 0) -> dict[str, Tensor]:
-        """Draws from the fitted posterior.
+    def sample(
+        self, n: int, seed: int = 0, correction: Literal["linear_response", "psis"] | None = None
+    ) -> dict[str, Tensor]:
+        """Draws from the fitted posterior, given the parameters at their estimates.
+
+        Args:
+            n: number of draws.
+            seed: of the draws.
+            correction: None for the guide's own draws; "linear_response" for a Normal with the
+                covariance that the bound's curvature implies (mean field ignores correlations,
+                its sds are mostly too small); "psis" for draws resampled by Pareto-smoothed
+                importance weights, the most exact where their k-hat allows them.
 
         Returns:
             Tensors shaped ``(n, *site)`` for each latent site on its constrained scale, MAP sites
             (constant) and deterministic sites included.
-        """
-        return self.draw(n, seed, "values")["values"]
 
-    def diagnose(self, *, num_draws: int = 20_000, seed: int = 1) -> Any:
+        Raises:
+            ModelError: if a correction cannot be had for this fit; the message says why.
+
+        References:
+            Giordano, Broderick and Jordan (2018), Covariances, robustness, and variational
+            Bayes, JMLR 19(51). Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed
+            importance sampling, JMLR 25(72).
+        """
+        return self.draw(n, seed, "values", correction=correction)["values"]
+
+    def covariance(
+        self,
+        of: Literal["latents", "params"] = "latents",
+        method: Literal["linear_response", "psis"] = "linear_response",
+        names: Sequence[str] | None = None,
+    ) -> Any:
+        """Covariance matrix on the constrained scale, as a labelled pandas frame.
+
+        Args:
+            of: "latents" (given the parameters), or "params": of the estimates, from the inverse
+                Hessian of the bound in all its parameters.
+            method: of latents: "linear_response", or "psis" for importance-weighted moments.
+            names: sites (or parameters) to look at; all by default.
+
+        Raises:
+            ModelError: where there is none: the fit has not converged, the Hessian is not
+                definite, or the weights cannot be believed; the message says which.
+
+        References:
+            Giordano, Broderick and Jordan (2018), Covariances, robustness, and variational
+            Bayes, JMLR 19(51).
+
+        Example:
+            >>> import pyro, torch, pyro.distributions as dist
+            >>> import pyro_vem as vem
+            >>> def model(x, y):
+            ...     a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            ...     b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            ...     with pyro.plate("rows", 2):
+            ...         pyro.sample("y", dist.Normal(a + b * x, 1.0), obs=y)
+            >>> data = {"x": torch.tensor([1.0, 1.0]), "y": torch.tensor([2.0, 0.0])}
+            >>> print(vem.fit_vem(model, data, progress=False).covariance().round(3))
+                 a    b
+            a  0.6 -0.4
+            b -0.4  0.6
+        """
+        from ..posterior import covariance
+
+        return covariance.covariance(self, of, method, names)
+
+    def standard_errors(self) -> dict[str, Tensor]:
+        """Standard errors of the parameters on their constrained scale; see `covariance`."""
+        from ..posterior.covariance import standard_errors
+
+        return standard_errors(self)
+
+    def diagnose(self, **kwargs: Any) -> Any:
         """How far the fit can be believed; see `pyro_vem.posterior.diagnose.diagnose`."""
         from ..posterior.diagnose import diagnose
 
-        return diagnose(self, num_draws=num_draws, seed=seed)
+        return diagnose(self, **kwargs)
 
     @functools.cached_property
     def _diagnosis(self) -> Any:
         return self.diagnose()
+
+    @functools.cached_property
+    def _linear_response(self) -> Any:
+        from ..posterior.linear_response import LinearResponse
+
+        return LinearResponse.of(self)
+
+    @functools.cached_property
+    def _pools(self) -> Any:
+        from ..posterior.importance import pools
+
+        return pools(self)
+
+    def predict(
+        self,
+        data: Any = None,
+        *,
+        num_draws: int = 1000,
+        kind: Literal["posterior", "prior"] = "posterior",
+        correction: str | None = None,
+        seed: int = 0,
+    ) -> dict[str, Tensor]:
+        """Predictive draws of every site, observed ones included.
+
+        Args:
+            data: new data, as `fit_vem` takes them, with None (or a default) for what is to be
+                predicted; None for the data of the fit.
+            num_draws: draws.
+            kind: "posterior" or "prior" draws of the latents, at the fitted parameters.
+            correction: as in `sample`.
+            seed: of the draws.
+
+        Returns:
+            Tensors shaped ``(num_draws, *site)``. Where a plate of the new data has another size,
+            the latents inside it are new: they come from their prior given the other latents, or
+            from the guide's encoder.
+
+        Raises:
+            ModelError: if the model does not run on the new data.
+
+        Example:
+            >>> import pyro, torch, pyro.distributions as dist
+            >>> import pyro_vem as vem
+            >>> def model(x, y=None):
+            ...     b = pyro.sample("b", dist.Normal(0.0, 10.0))
+            ...     with pyro.plate("rows", len(x)):
+            ...         pyro.sample("y", dist.Normal(b * x, 0.1), obs=y)
+            >>> x = torch.tensor([1.0, 2.0, 3.0])
+            >>> fit = vem.fit_vem(model, {"x": x, "y": 2 * x}, progress=False)
+            >>> fit.predict({"x": torch.tensor([10.0])})["y"].mean(0).round()
+            tensor([20.], dtype=torch.float64)
+        """
+        from ..posterior.predict import predict
+
+        groups = predict(self, num_draws, data=data, kind=kind, correction=correction, seed=seed)
+        return {**groups["latents"], **groups["observed"]}
+
+    def log_likelihood(self, data: Any = None, **kwargs: Any) -> dict[str, Tensor]:
+        """Pointwise log likelihood; see `pyro_vem.posterior.predict.log_likelihood`."""
+        from ..posterior.predict import log_likelihood
+
+        return log_likelihood(self, data=data, **kwargs)
 
     def to_arviz(self, **kwargs: Any) -> Any:
         """The fit as ArviZ data; see `pyro_vem.posterior.arviz.to_arviz` for the arguments."""
@@ -216,73 +348,14 @@ class VEMResult:
 
         return card(self)
 
+    def _repr_html_(self) -> str:
+        from ..posterior.card import html_card
+
+        return html_card(self)
+
 
 def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in values.items()}
-
-
-def measure(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor], most: int) -> ElboTerms:
-    """The bound on fresh draws; terms that are exact are shown so.
-
-    Draws are added until the standard error is below 0.01 nats or `most` are spent. log p - log q
-    is averaged: its variance vanishes as the guide approaches the posterior.
-    """
-    parts: list[dict[str, dict[str, Tensor]]] = []
-    size = 1024 if setup.objective.is_random else 1
-    while True:
-        keep = ("densities", "terms")
-        parts.append(setup.objective.sample(phi, theta, size, 7919 + len(parts), keep))
-        ratio = torch.cat([p["densities"]["log_p"] - p["densities"]["log_q"] for p in parts])
-        se = float(ratio.std() / len(ratio) ** 0.5) if len(ratio) > 1 else 0.0
-        is_enough = se < 0.01 or not setup.objective.is_random
-        if is_enough or len(ratio) + size > most:
-            break
-    gap = disagreement(parts)
-    if gap is not None:
-        setup.objective.add_note(gap)
-        warnings.warn(gap, stacklevel=4)
-    exact = _exact_terms(setup, phi, theta)
-    rows = []
-    for row in setup.objective.shown_plan.rows:
-        values = exact.get(row.site, torch.cat([part["terms"][row.site] for part in parts]))
-        error = float(values.std() / len(values) ** 0.5) if values.dim() and len(values) > 1 else 0.0
-        rows.append(TermRow.of(row, float(values.mean()), error))
-    return ElboTerms(tuple(rows), float(ratio.mean()), se)
-
-
-def exact_table(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> ElboTerms:
-    """The bound of a problem in which no term needs draws."""
-    values = _exact_terms(setup, phi, theta)
-    rows = tuple(TermRow.of(row, float(values[row.site]), 0.0) for row in setup.objective.shown_plan.rows)
-    return ElboTerms(rows, float(torch.stack(list(values.values())).sum()), 0.0)
-
-
-def _exact_terms(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Terms that need no draws, by site."""
-    objective = setup.objective
-    with isolated(torch.float64), torch.no_grad():
-        return objective.exact_terms(phi, theta)
-
-
-def disagreement(parts: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> str | None:
-    """What to say if the closed forms do not average to what the draws themselves give.
-
-    The draws' log p - log q comes from the ordinary trace, so this checks formulas and proofs
-    together, at 5 standard errors. Where one draw makes most of the variance there is no verdict.
-    """
-    ratio = torch.cat([p["densities"]["log_p"] - p["densities"]["log_q"] for p in parts])
-    exact = torch.cat([torch.stack(list(p["terms"].values())).sum(0) for p in parts])
-    gap = ratio - exact
-    square = (gap - gap.mean()).square()
-    if len(gap) < 2 or float(square.max()) > 0.2 * float(square.sum()):
-        return None
-    off, se = abs(float(gap.mean())), float(gap.std()) / len(gap) ** 0.5
-    if off <= 5 * se + 1e-6 * (1 + abs(float(ratio.mean()))):
-        return None
-    return (
-        f"closed-form KL terms and draws of the same guide differ by {off:.3g} nats ({off / se:.1f} standard "
-        'errors): sample them with elbo=AnalyticKL_ELBO(analytic="never"), and please report the model'
-    )
 
 
 def history_table(history: tuple[Step, ...]) -> str:

@@ -1,5 +1,6 @@
 """The card that ``print(fit)`` shows."""
 
+import html
 import textwrap
 from collections.abc import Iterable
 
@@ -17,6 +18,21 @@ def card(fit: VEMResult) -> str:
     Args:
         fit: the result. Its diagnosis is computed once and kept.
     """
+    return "\n".join(_wrapped(label, text) for label, text in _lines(fit))
+
+
+def html_card(fit: VEMResult) -> str:
+    """The card as an HTML table, for notebooks."""
+    rows = [
+        f'<tr><th style="text-align:left;vertical-align:top">{html.escape(label)}</th>'
+        f'<td style="text-align:left">{html.escape(text)}</td></tr>'
+        for label, text in _lines(fit)
+    ]
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _lines(fit: VEMResult) -> list[tuple[str, str]]:
+    """Labels and texts of the card; a line without a label goes on from the one before."""
     rounds = f"{fit.n_iter} round{'s' if fit.n_iter != 1 else ''}"
     lines = [("VEM fit", f"{fit.status.name} in {rounds}, {fit.seconds:.2f} s")]
     if not fit.converged:
@@ -25,7 +41,7 @@ def card(fit: VEMResult) -> str:
     lines.append(("ELBO", f"{fit.elbo:.3f} {error}"))
     diagnosis = fit._diagnosis if fit._setup is not None and fit.setup.problem.guide is not None else None
     if diagnosis is not None:
-        lines.append(("k-hat", f"{diagnosis.khat:.2f} ({diagnosis.num_draws:,} draws)"))
+        lines.append(("k-hat", diagnosis.numbers.removeprefix("k-hat ")))
     if fit.params:
         lines.append(("params", ", ".join(_value(name, value) for name, value in fit.params.items())))
     exact = [row.site for row in fit.plan.rows if row.method in EXACT]
@@ -34,11 +50,10 @@ def card(fit: VEMResult) -> str:
     lines.append(("sampled", _listing(drawn)))
     lines += [("note", note) for note in fit.plan.notes]
     if diagnosis is not None:
-        lines.append(("verdict", f"{diagnosis.verdict.name.replace('_', ' ')}. {diagnosis.verdict.value}"))
-        lines += [("", f"- {reason}") for reason in diagnosis.reasons]
-        if not diagnosis.reasons:
-            lines.append(("next", "fit.to_arviz() to look at it, fit.compare_nuts() to hold it against NUTS"))
-    return "\n".join(_wrapped(label, text) for label, text in lines)
+        lines.append(("verdict", diagnosis.headline))
+        lines += [("", f"- {text}") for text in (*diagnosis.reasons, *diagnosis.notes)]
+        lines += [("next" if i == 0 else "", text) for i, text in enumerate(diagnosis.actions)]
+    return lines
 
 
 def _wrapped(label: str, text: str) -> str:

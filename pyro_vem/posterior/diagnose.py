@@ -1,19 +1,26 @@
-"""`Diagnosis`: how far a fit can be believed."""
+"""`Diagnosis`: how far a fit can be believed, and what to do about it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from torch import Tensor
 
+from ..errors import ModelError
 from ..fit.result import VEMResult
+from .arrowhead import Vector
+from .checks import latent_scales, one_more_step, other_starts, unmoved
+from .importance import KHAT_LIMIT, NUM_DRAWS, Correction, Pool, at_noise, choose, pools
+from .rows import RowKhat, row_khat
 
-KHAT_LIMIT = 0.7  # Vehtari et al. (2024): above, importance weights have no usable mean
-SHIFT_LIMIT = 0.2  # posterior sds
-SD_LIMIT = 1.6  # ratio of standard deviations
-MOST_SCALARS = 20_000_000  # draws times latents looked at for the shift
+SHIFT_LIMIT = 0.2  # posterior sds that a mean may be off by
+SD_LIMIT = 1.5  # factor that an sd may be off by
+GAIN_LIMIT = 0.01  # nats that one more E-step may gain
+MOST_SCALARS = 20_000_000  # draws times latents looked at for moments
+CORRECTED_DRAWS = 8000  # of the linear response, held against the weighted draws
 
 
 class Verdict(Enum):
@@ -21,14 +28,14 @@ class Verdict(Enum):
 
     Example:
         >>> Verdict.GOOD.value
-        'Use it: the guide is close to the posterior as far as its own draws can tell.'
+        'Use it: means within 0.2 sd and sds within a factor of 1.5 of the importance-weighted posterior.'
     """
 
-    GOOD = "Use it: the guide is close to the posterior as far as its own draws can tell."
-    USE_WITH_CORRECTION = (
-        "Weight the draws by exp(lp - log_q), both in sample_stats of fit.to_arviz(): the guide covers "
-        "the posterior, but its moments are off where the reasons say so."
+    GOOD = (
+        f"Use it: means within {SHIFT_LIMIT} sd and sds within a factor of {SD_LIMIT} of the "
+        "importance-weighted posterior."
     )
+    USE_WITH_CORRECTION = "Use corrected draws; the guide's own moments are off where the reasons say so."
     UNRELIABLE = "Do not use it as it stands."
 
 
@@ -37,45 +44,85 @@ class Diagnosis:
     """How far a fit can be believed.
 
     Attributes:
-        khat: Pareto tail index of the importance weights p / q. Below 0.7 the guide covers the
-            posterior well enough for importance sampling; a joint measure, strict in high
-            dimension.
+        khat: Pareto tail index of the guide's own importance weights p / q. A joint measure, strict
+            in high dimension: a high one alone does not condemn a fit.
+        khat_corrected: the same of draws with the linear-response covariance; nan without one.
+        rows: k-hat of each row of local latents, globals at their medians; None without rows.
         elbo, elbo_se: evidence lower bound in nats and its standard error, from the same draws.
+        gap: importance-weighted bound minus ELBO in nats: about KL(q || p).
+        gradient: norm of the bound's gradient in posterior sds, per square root of dimension.
+        gain: nats that one more exact E-step would gain.
         verdict: what to do with the fit.
+        correction: which draws to use: None (the guide's), "linear_response" or "psis".
         reasons: why, one sentence each; empty for a good fit.
-        num_draws: fresh draws looked at.
+        actions: what to do next, one sentence each.
+        notes: what else was seen.
+        table: for each site the worst scalar: shift of the guide's mean in posterior sds, its sd
+            over the posterior's, the same of the linear response, and linear-response over
+            mean-field sd. None where there is nothing to hold the guide against.
+        num_draws: draws looked at.
 
     References:
         Yao, Vehtari, Simpson and Gelman (2018), Yes, but did it work?, ICML. Vehtari, Simpson,
         Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling, JMLR 25(72).
 
     Example:
-        >>> print(Diagnosis(0.3, -31.6, 0.01, Verdict.GOOD, (), 20000))
-        GOOD. Use it: the guide is close to the posterior as far as its own draws can tell.
-        k-hat 0.30, ELBO -31.600 +- 0.010 (20,000 draws)
+        >>> print(Diagnosis(0.3, -31.6, 0.01, Verdict.UNRELIABLE, reasons=("k-hat is high",)))
+        UNRELIABLE. Do not use it as it stands.
+        k-hat 0.30 (20,000 draws), ELBO -31.600 +- 0.010
+        - k-hat is high
     """
 
     khat: float
     elbo: float
     elbo_se: float
     verdict: Verdict
-    reasons: tuple[str, ...]
-    num_draws: int
+    correction: Correction = None
+    reasons: tuple[str, ...] = ()
+    actions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    num_draws: int = NUM_DRAWS
+    khat_corrected: float = float("nan")
+    rows: RowKhat | None = field(default=None, compare=False)
+    gap: float = float("nan")
+    gradient: float = float("nan")
+    gain: float = float("nan")
+    table: pd.DataFrame | None = field(default=None, compare=False)
+
+    @property
+    def headline(self) -> str:
+        """The verdict in a sentence or two."""
+        name, advice = self.verdict.name.replace("_", " "), self.verdict.value
+        if self.correction:
+            advice = advice.replace("draws;", f"draws, correction={self.correction!r};")
+        return f"{name}. {advice}"
+
+    @property
+    def numbers(self) -> str:
+        """k-hat of all kinds, in a line."""
+        parts = [f"k-hat {self.khat:.2f} ({self.num_draws:,} draws)"]
+        if np.isfinite(self.khat_corrected):
+            parts.append(f"{self.khat_corrected:.2f} with linear response")
+        if self.rows is not None:
+            row, worst = self.rows.worst
+            where = f" (row {row} of {self.rows.plate})" if worst > 0 else ""
+            parts.append(f"at most {worst:.2f} by row{where}")
+        return ", ".join(parts)
 
     def __repr__(self) -> str:
-        lines = [
-            f"{self.verdict.name.replace('_', ' ')}. {self.verdict.value}",
-            f"k-hat {self.khat:.2f}, ELBO {self.elbo:.3f} +- {self.elbo_se:.3f} ({self.num_draws:,} draws)",
-        ]
-        return "\n".join(lines + [f"- {reason}" for reason in self.reasons])
+        lines = [self.headline, f"{self.numbers}, ELBO {self.elbo:.3f} +- {self.elbo_se:.3f}"]
+        lines += [f"- {text}" for text in (*self.reasons, *self.notes)]
+        return "\n".join(lines + [f"next: {text}" for text in self.actions])
 
 
-def diagnose(fit: VEMResult, *, num_draws: int = 20_000, seed: int = 1) -> Diagnosis:
-    """Judge a fit by fresh draws from its guide.
+def diagnose(fit: VEMResult, *, num_draws: int = NUM_DRAWS, restarts: int = 0, seed: int = 1) -> Diagnosis:
+    """Judge a fit by weighted draws from its guide and from its linear response.
 
     Args:
         fit: the result.
-        num_draws: fresh draws; k-hat needs many (with 1,000 the same fit gives .34 to .77).
+        num_draws: draws from each; k-hat needs many (with 1,000 the same fit gives .34 to .77), and
+            they are doubled where it is near its limit and not yet known to 0.1.
+        restarts: fits from other starts (draws from the prior) to hold this one against.
         seed: of the draws.
 
     Returns:
@@ -94,61 +141,175 @@ def diagnose(fit: VEMResult, *, num_draws: int = 20_000, seed: int = 1) -> Diagn
     """
     if num_draws < 100:
         raise ValueError(f"num_draws={num_draws}: k-hat needs at least 100 draws")
-    densities = fit.draw(num_draws, seed, "densities")["densities"]
-    ratio = (densities["log_p"] - densities["log_q"]).numpy()
-    reasons = [] if fit.converged else [f"{fit.status.name}: {fit.status.value}"]
-    elbo, se = float(ratio.mean()), float(ratio.std() / len(ratio) ** 0.5)
-    if not np.isfinite(ratio).all():
-        share = float(np.mean(~np.isfinite(ratio)))
-        reasons.append(f"{share:.1%} of the draws have no finite density: the guide leaves the support")
-        return Diagnosis(np.inf, elbo, se, Verdict.UNRELIABLE, tuple(reasons), num_draws)
-    weights, khat = smoothed_weights(ratio)
-    if khat > KHAT_LIMIT:
+    gradient, gain = one_more_step(fit) if fit.converged else (float("nan"), float("nan"))
+    reasons, actions, notes = _of_the_fit(fit, gain, restarts, seed)
+    if fit.setup.problem.guide is None or not fit.setup.objective.specs:
+        return _without_draws(fit, num_draws, seed, reasons, actions)
+    is_usual = (num_draws, seed) == (NUM_DRAWS, 1)
+    found = fit._pools if is_usual else pools(fit, num_draws, seed)
+    guide, best = found[0], choose(found)
+    ratio = guide.log_ratio
+    finite = np.isfinite(ratio)
+    verdict, correction, table = Verdict.UNRELIABLE, None, None
+    if not finite.all():
         reasons.append(
-            f"k-hat {khat:.2f} is above {KHAT_LIMIT}: some region of the posterior is missed; "
-            "reparameterise the model (pyro.infer.reparam) or hold the fit against NUTS"
+            f"{1 - finite.mean():.1%} of the draws have no finite density: the guide leaves the support"
         )
-    if reasons or fit.setup.problem.guide is None:
-        verdict = Verdict.UNRELIABLE if reasons else Verdict.GOOD
-        return Diagnosis(khat, elbo, se, verdict, tuple(reasons), num_draws)
-    count = sum(value[0].numel() for value in fit.sample(1).values())
-    looked = min(num_draws, max(1, MOST_SCALARS // max(1, count)))
-    shifts = _shifts(fit.draw(looked, seed, "values")["values"], weights[:looked])
-    verdict = Verdict.USE_WITH_CORRECTION if shifts else Verdict.GOOD
-    return Diagnosis(khat, elbo, se, verdict, tuple(shifts), num_draws)
+    elif not best.is_usable:
+        reasons += _uncovered(found)
+        actions += _reparameterise(fit)
+    elif not reasons:
+        table = _moments(fit, guide, best)
+        verdict, correction, wrong = _judge(table)
+        reasons += wrong
+    rows = row_khat(fit, seed=seed) if finite.all() else None
+    notes += unmoved(fit) + _rows_note(rows)
+    if verdict is not Verdict.UNRELIABLE:
+        chosen = f"correction={correction!r}" if correction else ""
+        actions.append(f"fit.to_arviz({chosen}) to look at it, fit.compare_nuts() to hold it against NUTS")
+    return Diagnosis(
+        guide.khat, float(ratio.mean()), float(ratio.std() / len(ratio) ** 0.5), verdict, correction,
+        tuple(reasons), tuple(actions), tuple(notes), len(ratio),
+        found[1].khat if len(found) > 1 else float("nan"), rows, guide.log_evidence - float(ratio.mean()),
+        gradient, gain, table,
+    )  # fmt: skip
 
 
-def smoothed_weights(log_ratio: Any) -> tuple[Any, float]:
-    """Pareto-smoothed normalised weights and k-hat; equal weights and 0 for constant ratios.
+def _of_the_fit(
+    fit: VEMResult, gain: float, restarts: int, seed: int
+) -> tuple[list[str], list[str], list[str]]:
+    """Reasons, actions and notes that need no draws: status, one more E-step, other starts."""
+    reasons, actions, notes = [], [], []
+    if not fit.converged:
+        reasons.append(f"{fit.status.name}: {fit.status.value}")
+    elif gain > GAIN_LIMIT:
+        reasons.append(f"one more E-step would gain {gain:.2g} nats")
+        actions.append("fit again from here: fit_vem(..., init=fit, tol=1e-10)")
+    if restarts:
+        better, spread = other_starts(fit, restarts, seed)
+        notes.append(spread)
+        if better is not None:
+            reasons.append(better)
+            actions.append("start there: fit_vem(..., init={...})")
+    return reasons, actions, notes
 
-    Example:
-        >>> smoothed_weights(np.zeros(200))[1]
-        0.0
-    """
-    import arviz as az
 
-    # A guide that is the posterior has constant ratios: no tail to fit.
-    if np.ptp(log_ratio) < 1e-6 * (1 + abs(log_ratio[0])):
-        return np.full(len(log_ratio), 1 / len(log_ratio)), 0.0
-    log_weights, khat = az.psislw(log_ratio - log_ratio.max())
-    weights = np.exp(np.asarray(log_weights))
-    return weights / weights.sum(), float(khat)
+def _without_draws(
+    fit: VEMResult, num_draws: int, seed: int, reasons: list[str], actions: list[str]
+) -> Diagnosis:
+    """A fit without a guide (maximum likelihood or MAP): there is no q to judge."""
+    densities = fit.draw(1, seed, "densities")["densities"]
+    bound = float(densities["log_p"][0] - densities["log_q"][0])
+    verdict = Verdict.UNRELIABLE if reasons else Verdict.GOOD
+    return Diagnosis(0.0, bound, 0.0, verdict, None, tuple(reasons), tuple(actions), (), num_draws)
 
 
-def _shifts(values: Mapping[str, Tensor], weights: Any) -> list[str]:
-    """Sites whose importance-weighted mean or sd disagrees with the guide's own."""
-    weights = weights / weights.sum()
-    found = []
-    for name, value in values.items():
-        x = value.numpy().reshape(len(value), -1)
-        mean, sd = x.mean(0), x.std(0)
-        better = weights @ x
-        spread = np.sqrt(np.maximum(weights @ x**2 - better**2, 0))
+def _uncovered(found: tuple[Pool, ...]) -> list[str]:
+    """Why no weights can be believed."""
+    texts = []
+    for pool in found:
+        what = "guide" if pool.proposal == "guide" else "linear response"
+        if pool.khat > KHAT_LIMIT:
+            texts.append(f"k-hat {pool.khat:.2f} of the {what} is above {KHAT_LIMIT}: some region is missed")
+        else:
+            texts.append(
+                f"weights of the {what} rest on {pool.effective:.0f} draws (limit {pool.fewest:.0f})"
+            )
+    return texts
+
+
+def _reparameterise(fit: VEMResult) -> list[str]:
+    """LocScaleReparam for the sites whose own scale is latent, else the general advice."""
+    sites = latent_scales(fit)
+    if sites:
+        config = ", ".join(f"{name!r}: LocScaleReparam(0.0)" for name in sites)
+        return [
+            f"the scale of {', '.join(map(repr, sites))} is itself latent: "
+            f"pyro.poutine.reparam(model, config={{{config}}}), from pyro.infer.reparam"
+        ]
+    return ["reparameterise the model (pyro.infer.reparam), or hold the fit against fit.compare_nuts()"]
+
+
+def _rows_note(rows: RowKhat | None) -> list[str]:
+    if rows is None or not rows.num_high:
+        return []
+    row, worst = rows.worst
+    return [
+        f"k-hat above {KHAT_LIMIT} in {rows.num_high} rows of plate {rows.plate!r}: {worst:.2f} in row {row}"
+    ]
+
+
+def _moments(fit: VEMResult, guide: Pool, best: Pool) -> pd.DataFrame:
+    """The guide and its linear response held against weighted draws, site by site."""
+    scalars = sum(spec.size for spec in fit.setup.objective.specs)
+    num = min(len(best.weights), max(1000, MOST_SCALARS // max(1, scalars)))
+
+    def values(pool: Pool) -> dict[str, Tensor]:
+        return at_noise(fit, {name: noise[:num] for name, noise in pool.noise.items()}, "values")["values"]
+
+    weighted, plain = values(best), values(guide)
+    weights = best.weights[:num] / best.weights[:num].sum()
+    response: Mapping[str, Tensor] = {}
+    try:
+        response = fit.sample(min(num, CORRECTED_DRAWS), 2, correction="linear_response")
+    except ModelError:
+        response = {}
+    found = {}
+    for name, draws in weighted.items():
+        x = draws.numpy().reshape(len(draws), -1)
+        mean = weights @ x
+        sd = np.sqrt(np.maximum(weights @ np.square(x - mean), 0))
         moving = sd > 1e-12 * (1 + np.abs(mean))
-        shift = np.max(np.abs(better - mean)[moving] / np.maximum(sd, spread)[moving], initial=0.0)
-        ratio = spread[moving] / sd[moving]
-        if shift > SHIFT_LIMIT:
-            found.append(f"site {name!r}: importance weights move its mean by {shift:.2f} posterior sd")
-        elif np.max(ratio, initial=1.0) > SD_LIMIT or np.min(ratio, initial=1.0) < 1 / SD_LIMIT:
-            found.append(f"site {name!r}: importance weights change its sd by a factor beyond {SD_LIMIT:g}")
-    return found
+        if moving.any():
+            shift, ratio = _against(plain[name], mean, sd, moving)
+            nothing = np.full_like(shift, np.nan)
+            shift_lr, ratio_lr = (
+                _against(response[name], mean, sd, moving) if response else (nothing, nothing)
+            )
+            lifted = ratio_lr / ratio
+            found[name] = (
+                shift.max(), ratio[_farthest(ratio)], shift_lr.max(), ratio_lr[_farthest(ratio_lr)],
+                lifted[_farthest(lifted)],
+            )  # fmt: skip
+    columns = ["mean_shift", "sd_ratio", "mean_shift_lr", "sd_ratio_lr", "lr_over_mean_field"]
+    return pd.DataFrame.from_dict(found, orient="index", columns=columns).rename_axis("site")
+
+
+def _against(values: Tensor, mean: Vector, sd: Vector, moving: Any) -> tuple[Vector, Vector]:
+    """Shifts of the means in sds, and ratios of the sds, scalar by scalar."""
+    x = values.numpy().reshape(len(values), -1)[:, moving]
+    own = x.std(0)
+    return np.abs(x.mean(0) - mean[moving]) / np.maximum(own, sd[moving]), own / sd[moving]
+
+
+def _farthest(ratio: Vector) -> int:
+    """Position of the ratio that is farthest from one."""
+    return int(np.argmax(np.abs(np.log(np.maximum(ratio, 1e-300)))))
+
+
+def _judge(table: pd.DataFrame) -> tuple[Verdict, Correction, list[str]]:
+    """The mildest correction under which every site is within its limits."""
+    own = _wrong(table, "mean_shift", "sd_ratio")
+    if not own:
+        return Verdict.GOOD, None, []
+    has_response = not table["sd_ratio_lr"].isna().any()
+    is_mended = has_response and not _wrong(table, "mean_shift_lr", "sd_ratio_lr")
+    return Verdict.USE_WITH_CORRECTION, "linear_response" if is_mended else "psis", own
+
+
+def _wrong(table: pd.DataFrame, shift: str, ratio: str) -> list[str]:
+    """Sites whose moments are beyond their limits, in a sentence for means and one for sds."""
+    moved = table[table[shift] > SHIFT_LIMIT][shift]
+    scaled = table[~table[ratio].between(1 / SD_LIMIT, SD_LIMIT)][ratio]
+    texts = []
+    if len(moved):
+        texts.append(f"means off by {_listing(moved)} posterior sds")
+    if len(scaled):
+        texts.append(f"sds at worst {_listing(scaled)} of the posterior's")
+    return texts
+
+
+def _listing(values: pd.Series, most: int = 5) -> str:
+    parts = [f"{value:.2f} ({site!r})" for site, value in values.iloc[:most].items()]
+    rest = f" and {len(values) - most} sites more" if len(values) > most else ""
+    return ", ".join(parts) + rest

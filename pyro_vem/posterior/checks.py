@@ -1,0 +1,115 @@
+"""Looks at a fit that need no weights: one more step, other starts, the shape of the model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.infer.autoguide.initialization import init_to_sample
+from torch import Tensor
+
+from ..fit.driver import fit_vem
+from ..fit.result import VEMResult
+from ..fit.scales import Scales
+from ..fit.smooth import Smooth, newton_step
+from ..fit.state import State, joint_loss, loss_of
+from ..guides.factorised import FactorisedNormal
+from ..model.runtime import isolated
+
+PRODUCTS = 50  # Hessian products of the extra E-step
+COLLAPSED = 1e-3  # nats of KL per scalar below which data say nothing of a latent
+START_GAP = 0.1  # nats by which another start may be better
+AGREEMENT = 0.5  # sds by which means of equally good starts may differ
+
+
+def one_more_step(fit: VEMResult) -> tuple[float, float]:
+    """Scaled gradient norm per square root of dimension, and the nats that a Newton E-step would gain.
+
+    References:
+        An ELBO that moves by thousands of nats in one more E-step after "convergence" was seen in
+        other software (PLNmodels issue 91).
+    """
+    setup = fit.setup
+    if not setup.phi.size:
+        return 0.0, 0.0
+    with isolated(torch.float64):
+        state = State(
+            setup.phi.flat(fit.guide_params).numpy(), setup.theta.flat(fit.params).numpy(), fit.elbo
+        )
+        joint = Smooth(joint_loss(setup), state.joint, Scales(setup).of(state, "joint", 0))
+        gradient = np.linalg.norm(joint.gradient(np.zeros(joint.origin.size))) / joint.origin.size**0.5
+        loss, x = loss_of(setup, state, "E")
+        lengths = Scales(setup).of(state, "E", 0)
+        smooth, zero = Smooth(loss, x, lengths), np.zeros_like(x)
+        move = newton_step(loss, x, lengths, smooth.gradient(zero), PRODUCTS)
+        gain = smooth.value(zero) - smooth.value(move)
+    return float(gradient), max(0.0, float(gain))
+
+
+def other_starts(fit: VEMResult, restarts: int, seed: int) -> tuple[str | None, str]:
+    """A reason if a start from the prior does better or ends elsewhere, and the spread of the bounds."""
+    problem, guide = fit.setup.problem, fit.setup.guide
+    given = problem.call.kwargs if not problem.call.args else problem.call.args
+    again = [
+        fit_vem(problem.model.fn, given, guide=guide, init=init_to_sample, seed=seed + i, progress=False)
+        for i in range(restarts)
+    ]
+    bounds = np.array([other.elbo for other in again])
+    spread = f"ELBO over {restarts} other starts: {bounds.min():.3f} to {bounds.max():.3f}"
+    best = again[int(bounds.argmax())]
+    if best.elbo > fit.elbo + START_GAP:
+        return (
+            f"another start (seed {seed + int(bounds.argmax())}) reaches an ELBO of {best.elbo:.3f}",
+            spread,
+        )
+    for other in again:
+        if abs(other.elbo - fit.elbo) < START_GAP and other.converged:
+            name = _differs(fit.sample(1000), other.sample(1000))
+            if name is not None:
+                return f"an equally good optimum has another mean of site {name!r}: several modes", spread
+    return None, spread
+
+
+def _differs(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
+    for name, x in a.items():
+        y, sd = b[name], torch.maximum(x.std(0), b[name].std(0))
+        moving = sd > 1e-9
+        if bool((((x.mean(0) - y.mean(0)).abs() / sd)[moving] > AGREEMENT).any()):
+            return name
+    return None
+
+
+def latent_scales(fit: VEMResult) -> list[str]:
+    """Latent sites of a location-scale family whose scale moves with other latents."""
+    problem, specs = fit.setup.problem, fit.setup.objective.specs
+    found = []
+    with isolated(torch.float64), torch.no_grad():
+        runs = []
+        for shift in (0.0, 0.5):
+            noise = {spec.name: torch.full(spec.shape, shift) for spec in specs}
+            runs.append(problem.run(fit.guide_params, fit.params, noise)[1].sites)
+    latents = {site.name for site in fit.setup.prototype.latents} - set(problem.map_sites)
+    for name in runs[0]:
+        first, second = (getattr(_base(run[name]["fn"]), "scale", None) for run in runs)
+        if name in latents and isinstance(first, Tensor) and not torch.equal(first, torch.as_tensor(second)):
+            found.append(name)
+    return found
+
+
+def _base(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def unmoved(fit: VEMResult) -> list[str]:
+    """Sites whose factor is their prior: the data say nothing of them, or an encoder has collapsed."""
+    guide, notes = fit.setup.guide, []
+    encoded = guide.encoded if isinstance(guide, FactorisedNormal) else ()
+    sizes = {site.name: site.init.numel() for site in fit.setup.prototype.latents}
+    for row in fit.terms.rows:
+        is_exact = row.kind == "KL" and row.method in ("closed form", "quadrature")
+        if is_exact and row.site in sizes and abs(row.value) < COLLAPSED * sizes[row.site]:
+            why = "its encoder has collapsed" if row.site in encoded else "the data say nothing of it"
+            notes.append(f"site {row.site!r}: KL to its prior {abs(row.value):.1g} nats: {why}")
+    return notes

@@ -1,0 +1,136 @@
+"""Covariance matrices of latents and of parameters, on their constrained scale."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.special import gammaln, hermitenorm
+from torch import Tensor
+
+from ..errors import ModelError, unknown_names
+from ..fit.result import VEMResult
+from ..model.runtime import isolated
+from ..model.sites import Latent, plain_parts
+from .arrowhead import Vector
+from .importance import at_noise, best_pool
+from .linear_response import inverse_hessian
+
+NODES, ORDERS = 64, 24  # of the Hermite expansion of a transformed latent
+
+
+def covariance(fit: VEMResult, of: str, method: str, names: Sequence[str] | None) -> pd.DataFrame:
+    """See `pyro_vem.VEMResult.covariance`."""
+    if of not in ("latents", "params"):
+        raise ValueError(f"of={of!r}: choose 'latents' or 'params'")
+    if method not in ("linear_response", "psis"):
+        raise ValueError(f"method={method!r}: choose 'linear_response' or 'psis'")
+    if of == "params":
+        return _of_params(fit, names)
+    return _of_latents(fit, names) if method == "linear_response" else _weighted(fit, names)
+
+
+def standard_errors(fit: VEMResult) -> dict[str, Tensor]:
+    """See `pyro_vem.VEMResult.standard_errors`."""
+    sd = torch.from_numpy(np.sqrt(np.diag(_of_params(fit, None))))
+    values = [fit.params[name] for name in fit.setup.theta.names]
+    pieces = sd.split([value.numel() for value in values])
+    return {
+        name: piece.reshape(value.shape)
+        for name, value, piece in zip(fit.setup.theta.names, values, pieces, strict=True)
+    }
+
+
+def _of_params(fit: VEMResult, names: Sequence[str] | None) -> pd.DataFrame:
+    """The theta block of the inverse joint Hessian, by the delta method."""
+    theta = fit.setup.theta
+    if not theta.size:
+        raise ModelError("the model has no free parameters (pyro.param, or map_sites of vem_model)")
+    _check_names(names, theta.names)
+    inverse, lengths, flat = inverse_hessian(fit, "joint")
+    where = np.arange(len(flat) - theta.size, len(flat))
+    matrix = np.outer(lengths[where], lengths[where]) * inverse.covariance(where)
+    with isolated(torch.float64):
+
+        def constrained(x: Tensor) -> Tensor:
+            return torch.cat([value.reshape(-1) for value in theta.constrained(x).values()])
+
+        jacobian = torch.autograd.functional.jacobian(constrained, torch.from_numpy(flat[where])).numpy()
+    labels = [label for name in theta.names for label in _labels(name, tuple(fit.params[name].shape))]
+    frame = pd.DataFrame(jacobian @ matrix @ jacobian.T, index=labels, columns=labels)
+    wanted = [x for n in names or theta.names for x in _labels(n, tuple(fit.params[n].shape))]
+    return frame.loc[wanted, wanted]
+
+
+def _weighted(fit: VEMResult, names: Sequence[str] | None) -> pd.DataFrame:
+    """Importance-weighted covariance."""
+    pool = best_pool(fit)
+    if not pool.is_usable:
+        raise ModelError(f"no importance weights for this fit: k-hat {pool.khat:.2f}")
+    values = at_noise(fit, pool.noise, "values")["values"]
+    latents = [site.name for site in fit.setup.prototype.latents if site.name not in fit.params]
+    _check_names(names, latents)
+    chosen = [name for name in latents if names is None or name in names]
+    table = np.concatenate([values[name].reshape(len(pool.weights), -1).numpy() for name in chosen], axis=1)
+    labels = [label for name in chosen for label in _labels(name, tuple(values[name].shape[1:]))]
+    matrix = np.atleast_2d(np.cov(table, rowvar=False, aweights=pool.weights, ddof=0))
+    return pd.DataFrame(matrix, index=labels, columns=labels)
+
+
+def _of_latents(fit: VEMResult, names: Sequence[str] | None) -> pd.DataFrame:
+    """Linear response: a Normal on the unconstrained scale, pushed through each site's bijector."""
+    response = fit._linear_response
+    _check_names(names, [site.name for site in response.sites])
+    labels: list[str] = []
+    spans, transformed, start = [], [], 0
+    for site in response.sites:
+        size = site.unconstrained.numel()
+        if names is None or site.name in names:
+            spans.append(np.arange(start, start + size))
+            transformed.append(site)
+            labels += _labels(site.name, tuple(site.unconstrained.shape))
+        start += size
+    at = np.concatenate(spans)
+    matrix = response.covariance(at)
+    sd = np.sqrt(np.diag(matrix))
+    parts = np.split(np.arange(len(at)), np.cumsum([len(span) for span in spans])[:-1])
+    weights = np.concatenate(
+        [
+            _hermite(site, response.loc[at][part], sd[part])
+            for site, part in zip(transformed, parts, strict=True)
+        ]
+    )
+    correlation = matrix / np.outer(sd, sd)
+    result, power = np.zeros_like(matrix), np.ones_like(matrix)
+    for k in range(1, weights.shape[1]):  # Mehler (1866): Cov = sum_k a_ik a_jk rho^k
+        power *= correlation
+        result += np.outer(weights[:, k], weights[:, k]) * power
+    return pd.DataFrame(result, index=labels, columns=labels)
+
+
+def _hermite(site: Latent, loc: Vector, sd: Vector) -> Vector:
+    """Coefficients of T(loc + sd z) in normalised Hermite polynomials, (scalars, orders)."""
+    parts = plain_parts([site.transform])
+    if any(part.domain.event_dim for part in parts):
+        raise ModelError(
+            f"site {site.name!r}: its bijector ties its elements; take draws with "
+            "fit.sample(n, correction='linear_response') instead"
+        )
+    if not parts:
+        return np.stack([loc, sd], axis=1) @ np.eye(2, ORDERS)
+    nodes, mass = np.polynomial.hermite_e.hermegauss(NODES)
+    points = loc + sd * nodes[:, None]
+    values = torch.from_numpy(points).reshape(NODES, *site.unconstrained.shape)
+    shaped = site.transform(values).reshape(NODES, -1).numpy()
+    basis = np.stack([hermitenorm(k)(nodes) / np.exp(0.5 * gammaln(k + 1)) for k in range(ORDERS)], axis=1)
+    return shaped.T @ (basis * (mass / mass.sum())[:, None])
+
+
+def _labels(name: str, shape: tuple[int, ...]) -> list[str]:
+    return [f"{name}[{', '.join(map(str, i))}]" if shape else name for i in np.ndindex(*shape)]
+
+
+def _check_names(names: Sequence[str] | None, known: Sequence[str]) -> None:
+    message = unknown_names("names", names or (), known)
+    if message:
+        raise ModelError(message)

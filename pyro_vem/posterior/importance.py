@@ -1,0 +1,262 @@
+"""Draws with Pareto-smoothed importance weights, and draws corrected by them or by linear response."""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from scipy.linalg import solve_triangular
+from scipy.special import gammaln, logsumexp
+from torch import Tensor
+
+from ..bound.draws import independent_noise
+from ..errors import ModelError
+from ..fit.result import VEMResult
+from ..model.runtime import isolated
+from .arrowhead import Vector
+from .linear_response import MOST_DENSE, LinearResponse, as_noise
+
+Correction: TypeAlias = Literal["linear_response", "psis"] | None
+
+KHAT_LIMIT = 0.7  # Vehtari et al. (2024): above, importance weights have no usable mean
+FEWEST_EFFECTIVE = 200.0  # draws that weighted moments may rest on
+EFFICIENCY = 0.2  # of the effective draws that a Normal posterior would leave: below, k-hat can be lucky
+NUM_DRAWS, MOST_DRAWS = 20_000, 80_000
+SPREAD = 0.1  # standard error of k-hat that is small enough
+MOST_SCALARS = 40_000_000  # draws times latents kept
+MOST_DENSITIES = 300_000_000  # draws times rows evaluated
+TAILS = 7.0  # degrees of freedom of the linear-response proposal: weights need heavier tails than a Normal's
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Draws from a proposal, with weights for the posterior.
+
+    Attributes:
+        proposal: "guide", or "linear_response" (a t with its covariance).
+        log_ratio: log p - log q, (draws,).
+        weights: smoothed and normalised, (draws,).
+        khat: Pareto tail index of the ratios.
+        best: effective number of draws if the posterior were the Normal that the proposal follows.
+        noise: what the guide makes the draws from, by site.
+    """
+
+    proposal: str
+    log_ratio: Vector
+    weights: Vector
+    khat: float
+    best: float
+    noise: Mapping[str, Tensor]
+
+    @property
+    def spread(self) -> float:
+        """Standard error of k-hat: (1 + k) / sqrt(tail), that of a generalised Pareto fit."""
+        n = len(self.log_ratio)
+        return (1 + max(self.khat, 0.0)) / min(n / 5, 3 * n**0.5) ** 0.5
+
+    @property
+    def effective(self) -> float:
+        """Effective number of draws."""
+        return float(1 / np.square(self.weights).sum())
+
+    @property
+    def log_evidence(self) -> float:
+        """Log of the mean ratio: an estimate of log p(data), in nats."""
+        return float(logsumexp(self.log_ratio) - np.log(len(self.log_ratio)))
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether weighted moments can be believed."""
+        return self.khat <= KHAT_LIMIT and self.effective >= self.fewest
+
+    @property
+    def fewest(self) -> float:
+        """Effective draws that are asked for.
+
+        A funnel (a centred hierarchy whose scale piles up at zero) may show a k-hat of 0.6 by luck,
+        and a tenth of the effective draws that it should.
+        """
+        return max(FEWEST_EFFECTIVE, EFFICIENCY * self.best if self.proposal != "guide" else 0.0)
+
+    def resampled(self, num: int, seed: int) -> dict[str, Tensor]:
+        """Noise of `num` draws, each drawn as often as its weight says (systematic resampling)."""
+        generator = np.random.default_rng(seed)
+        points = (np.arange(num) + generator.random()) / num
+        index = np.searchsorted(np.cumsum(self.weights), points * self.weights.sum())
+        chosen = torch.from_numpy(generator.permutation(np.minimum(index, len(self.weights) - 1)))
+        return {name: value.index_select(0, chosen) for name, value in self.noise.items()}
+
+
+def smoothed_weights(log_ratio: Vector) -> tuple[Vector, float]:
+    """Pareto-smoothed normalised weights and k-hat; equal weights and 0 for constant ratios.
+
+    References:
+        Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling,
+        JMLR 25(72).
+
+    Example:
+        >>> smoothed_weights(np.zeros(200))[1]
+        0.0
+    """
+    import arviz as az
+
+    # A guide that is the posterior has constant ratios: no tail to fit.
+    if np.ptp(log_ratio) < 1e-6 * (1 + abs(log_ratio[0])):
+        return np.full(len(log_ratio), 1 / len(log_ratio)), 0.0
+    log_weights, khat = az.psislw(log_ratio - log_ratio.max())
+    weights = np.exp(np.asarray(log_weights))
+    return weights / weights.sum(), float(khat)
+
+
+def guide_pool(fit: VEMResult, num_draws: int, seed: int) -> Pool:
+    """Draws from the guide itself."""
+
+    def noise(num: int) -> tuple[dict[str, Tensor], Vector, float]:
+        generator = torch.Generator().manual_seed(seed)
+        return independent_noise(fit.setup.objective.specs, num, generator), np.zeros(num), float(num)
+
+    return _pool(fit, "guide", noise, num_draws)
+
+
+def response_pool(fit: VEMResult, response: LinearResponse, num_draws: int, seed: int) -> Pool:
+    """Draws from a t distribution with the linear-response covariance.
+
+    Raises:
+        ModelError: where the latents are too many for their joint density.
+    """
+    proposal = _Elliptic.of(response, TAILS)
+    normal = replace(proposal, tails=np.inf)
+
+    def noise(num: int) -> tuple[dict[str, Tensor], Vector, float]:
+        points, log_q = proposal.draw(num, np.random.default_rng(seed))
+        log_ratio = normal.density(points) - log_q
+        best = np.exp(2 * logsumexp(log_ratio) - logsumexp(2 * log_ratio))
+        return as_noise(fit, response, points), log_q - _factor_density(response, points), float(best)
+
+    return _pool(fit, "linear_response", noise, num_draws)
+
+
+def _pool(fit: VEMResult, name: str, noise: Any, num_draws: int) -> Pool:
+    """Twice as many draws until k-hat is known well enough, or its spread does not matter."""
+    most = affordable(fit, MOST_DRAWS)
+    num = min(num_draws, most)
+    while True:
+        drawn, extra, best = noise(num)
+        densities = at_noise(fit, drawn, "densities")["densities"]
+        ratio = (densities["log_p"] - densities["log_q"]).numpy() - extra
+        weights, khat = smoothed_weights(ratio) if np.isfinite(ratio).all() else (np.ones(num) / num, np.inf)
+        pool = Pool(name, ratio, weights, khat, best, drawn)
+        is_known = pool.spread < SPREAD or abs(khat - KHAT_LIMIT) > 4 * pool.spread
+        if is_known or num_draws < NUM_DRAWS or 2 * num > most:
+            return pool
+        num *= 2
+
+
+def affordable(fit: VEMResult, num_draws: int) -> int:
+    """As many draws as memory and time allow, at least 1,000."""
+    objective = fit.setup.objective
+    scalars = sum(spec.size for spec in objective.specs)
+    one = objective.sample(fit.guide_params, fit.params, 1, 0, ("log_likelihood",))["log_likelihood"]
+    rows = sum(value.numel() for value in one.values())
+    most = min(MOST_SCALARS // max(1, scalars), MOST_DENSITIES // max(1, rows))
+    return min(num_draws, max(1000, most))
+
+
+def at_noise(fit: VEMResult, noise: Mapping[str, Tensor], *keep: str) -> dict[str, dict[str, Tensor]]:
+    """Groups of `pyro_vem.bound.objective.Objective.sample` at given noise."""
+    num = len(next(iter(noise.values())))
+    with isolated(torch.float64):
+        return fit.setup.objective.sample(fit.guide_params, fit.params, num, 0, keep, noise=noise)
+
+
+def corrected(
+    fit: VEMResult, num: int, seed: int, keep: tuple[str, ...], correction: str
+) -> dict[str, dict[str, Tensor]]:
+    """Groups at corrected draws; their log_q is the density that the draws follow.
+
+    Raises:
+        ValueError: for an unknown correction.
+        ModelError: if the correction cannot be had for this fit; the message says why.
+    """
+    if correction == "linear_response":
+        response = fit._linear_response
+        points = response.draws(num, np.random.default_rng(seed))
+        groups = at_noise(fit, as_noise(fit, response, points), *keep)
+        if "densities" in groups:
+            log_q = _Elliptic.of(response, np.inf).density(points) - _factor_density(response, points)
+            groups["densities"]["log_q"] = groups["densities"]["log_q"] + torch.from_numpy(log_q)
+        return groups
+    if correction == "psis":
+        pool = best_pool(fit)
+        if not pool.is_usable:
+            raise ModelError(
+                f"no importance weights for this fit: k-hat {pool.khat:.2f} (limit {KHAT_LIMIT}), "
+                f"{pool.effective:.0f} effective draws (limit {pool.fewest:.0f})"
+            )
+        groups = at_noise(fit, pool.resampled(num, seed), *keep)
+        if "densities" in groups:
+            groups["densities"]["log_q"] = groups["densities"]["log_p"] - pool.log_evidence
+        return groups
+    raise ValueError(f"correction={correction!r}: choose None, 'linear_response' or 'psis'")
+
+
+def best_pool(fit: VEMResult) -> Pool:
+    """The pool to weight: usable before not, then the lower k-hat."""
+    return choose(fit._pools)
+
+
+def choose(found: tuple[Pool, ...]) -> Pool:
+    """The best of some pools."""
+    return min(found, key=lambda pool: (not pool.is_usable, pool.khat))
+
+
+def pools(fit: VEMResult, num_draws: int = NUM_DRAWS, seed: int = 1) -> tuple[Pool, ...]:
+    """Weighted draws from the guide and, where there is one, from its linear response."""
+    found = [guide_pool(fit, num_draws, seed)]
+    with contextlib.suppress(ModelError):  # diagnose() says why there is none
+        found.append(response_pool(fit, fit._linear_response, num_draws, seed + 1))
+    return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
+class _Elliptic:
+    """A multivariate t (or Normal) with the linear-response covariance matrix as its scale."""
+
+    response: LinearResponse
+    root: Vector  # lower triangular
+    tails: float
+
+    @classmethod
+    def of(cls, response: LinearResponse, tails: float) -> "_Elliptic":
+        if len(response.loc) > MOST_DENSE:
+            raise ModelError(f"no joint density with correlations beyond {MOST_DENSE:,} latents")
+        root: Vector = np.linalg.cholesky(response.covariance()).astype(np.float64)
+        return cls(response, root, tails)
+
+    def draw(self, num: int, generator: np.random.Generator) -> tuple[Vector, Vector]:
+        noise = generator.standard_normal((num, len(self.root)))
+        if np.isfinite(self.tails):
+            noise /= np.sqrt(generator.chisquare(self.tails, num) / self.tails)[:, None]
+        points = self.response.loc + noise @ self.root.T
+        return points, self._density(np.square(noise).sum(1))
+
+    def density(self, points: Vector) -> Vector:
+        noise = solve_triangular(self.root, (points - self.response.loc).T, lower=True)
+        return self._density(np.square(noise).sum(0))
+
+    def _density(self, square: Vector) -> Vector:
+        d, nu = len(self.root), self.tails
+        log_root = np.log(np.diag(self.root)).sum()
+        if not np.isfinite(nu):
+            return -0.5 * square - 0.5 * d * np.log(2 * np.pi) - log_root
+        norm = gammaln((nu + d) / 2) - gammaln(nu / 2) - 0.5 * d * np.log(nu * np.pi)
+        return norm - 0.5 * (nu + d) * np.log1p(square / nu) - log_root
+
+
+def _factor_density(response: LinearResponse, points: Vector) -> Vector:
+    """Density of the guide's own factors on the unconstrained scale."""
+    noise = (points - response.loc) / response.scale
+    constant = np.log(response.scale).sum() + 0.5 * len(response.loc) * np.log(2 * np.pi)
+    return -0.5 * np.square(noise).sum(1) - constant

@@ -1,0 +1,199 @@
+"""Predictive draws and pointwise log likelihoods, at the fitted data or at new ones."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import torch
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
+from torch import Tensor
+
+from ..bound.terms import log_density
+from ..errors import ModelError
+from ..fit.result import VEMResult
+from ..guides.factorised import FactorisedNormal
+from ..model.data import Arguments, arguments
+from ..model.runtime import Site, is_deterministic, isolated
+from ..model.sites import plates_of
+
+Kind: TypeAlias = Literal["posterior", "prior"]
+Draws: TypeAlias = dict[str, dict[str, Tensor]]
+_Sites: TypeAlias = tuple[dict[str, Site], dict[str, Site]]
+
+
+def predict(
+    fit: VEMResult,
+    num_draws: int = 1000,
+    *,
+    data: Any = None,
+    kind: Kind = "posterior",
+    correction: str | None = None,
+    seed: int = 0,
+) -> Draws:
+    """Draws of the latents and of the data that they predict, at the fitted parameters.
+
+    Args:
+        fit: the result.
+        num_draws: draws.
+        data: new data, as `fit_vem` takes them; leave out what is to be predicted if it has a
+            default, or pass None for it. None for the data of the fit.
+        kind: "posterior" or "prior" draws of the latents.
+        correction: as in ``fit.sample``.
+        seed: of the draws.
+
+    Returns:
+        "latents" (deterministic sites included) and "observed" (draws of the observed sites), each
+        shaped (num_draws, *site). Where a plate of the new data has another size than it had,
+        the latents inside it are new ones: they are drawn from their prior given the others, or
+        from the guide's encoder where that makes them.
+
+    Raises:
+        ModelError: if the model does not run on the new data.
+    """
+    if num_draws < 1:
+        raise ValueError(f"num_draws={num_draws}: at least one draw is needed")
+    if kind not in ("posterior", "prior"):
+        raise ValueError(f"kind={kind!r}: choose 'posterior' or 'prior'")
+    call = _call(fit, data)
+    values: Mapping[str, Tensor] = {}
+    if kind == "posterior":
+        values = _latents(fit, call, num_draws, seed, correction)
+
+    def one(draw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        observed, latents = _run(fit, call, draw, is_predicting=True)
+        found = {f"latents\0{name}": site["value"] for name, site in latents.items()}
+        return found | {f"observed\0{name}": site["value"] for name, site in observed.items()}
+
+    return _grouped(_each(one, values, num_draws, seed), ("latents", "observed"))
+
+
+def log_likelihood(
+    fit: VEMResult,
+    num_draws: int = 1000,
+    *,
+    data: Any = None,
+    correction: str | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Log density of every observation under posterior draws.
+
+    Args:
+        fit: the result.
+        num_draws: draws.
+        data: new data, observations included; None for the data of the fit.
+        correction: as in ``fit.sample``.
+        seed: of the draws.
+
+    Returns:
+        A tensor shaped (num_draws, *rows) for each observed site, in nats.
+    """
+    if data is None:
+        return fit.draw(num_draws, seed, "log_likelihood", correction=correction)["log_likelihood"]
+    call = _call(fit, data)
+
+    def one(draw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        observed, _ = _run(fit, call, draw, is_predicting=False)
+        return {name: log_density(site) for name, site in observed.items()}
+
+    return _each(one, _latents(fit, call, num_draws, seed, correction), num_draws, seed)
+
+
+class _Unobserved(UnconditionMessenger):  # type: ignore[misc]
+    """Observed sites are drawn; deterministic ones, which are observed in Pyro's records, stay."""
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if not is_deterministic(msg):
+            super()._pyro_sample(msg)
+
+
+def _run(fit: VEMResult, call: Arguments, values: Mapping[str, Tensor], is_predicting: bool) -> _Sites:
+    """One run of the model: sites of positive size, the observed ones apart."""
+    setup = fit.setup
+    program = copy.copy(setup.problem.model)
+    if is_predicting:
+        program.fn = _Unobserved()(program.fn)
+    given = {**values, **{name: fit.params[name] for name in setup.problem.map_sites}}
+    run = program.run(call.args, call.kwargs, fit.params, lambda site: given.get(site["name"]))
+    sites = {name: site for name, site in (run.sites | run.deterministic).items() if site["value"].numel()}
+    observed = {name: site for name, site in sites.items() if name in setup.prototype.observed}
+    return observed, {name: site for name, site in sites.items() if name not in observed}
+
+
+def _call(fit: VEMResult, data: Any) -> Arguments:
+    problem = fit.setup.problem
+    if data is None:
+        return problem.call
+    return arguments(problem.model.fn, data).cast(torch.float64)
+
+
+def _latents(
+    fit: VEMResult, call: Arguments, num_draws: int, seed: int, correction: str | None
+) -> dict[str, Tensor]:
+    """Posterior draws of the latents that a run on this call still has."""
+    setup = fit.setup
+    if setup.guide is None:
+        return {}
+    guide = setup.guide
+    encoded = guide.encoded if isinstance(guide, FactorisedNormal) else ()
+    names = {site.name for site in setup.prototype.latents} - set(setup.problem.map_sites)
+    drawn = fit.sample(num_draws, seed, correction)  # type: ignore[arg-type]
+    values = {name: value for name, value in drawn.items() if name in names}
+    if call is setup.problem.call:
+        return values
+    sizes = _plate_sizes(fit, call)
+    old = {plate.name: plate.size for site in setup.prototype.latents for plate in site.plates}
+    changed = {name for name, size in sizes.items() if old.get(name, size) != size}
+    for site in setup.prototype.latents:
+        if site.name in values and (changed & {plate.name for plate in site.plates} or site.name in encoded):
+            del values[site.name]
+    return values | _encoded(fit, call, encoded, num_draws, seed)
+
+
+def _plate_sizes(fit: VEMResult, call: Arguments) -> dict[str, int]:
+    """Sizes of the plates at new data, from one run without posterior draws."""
+    try:
+        with isolated(torch.float64, 0), torch.no_grad():
+            observed, latents = _run(fit, call, {}, is_predicting=True)
+    except Exception as error:
+        raise ModelError(
+            f"the model does not run on the new data ({error}); give every argument that has no default, "
+            "and None for observations that are to be predicted"
+        ) from error
+    sites = [*latents.values(), *observed.values()]
+    return {plate.name: plate.size for site in sites for plate in plates_of(site)}
+
+
+def _encoded(
+    fit: VEMResult, call: Arguments, names: tuple[str, ...], num_draws: int, seed: int
+) -> dict[str, Tensor]:
+    """Draws of the sites that an encoder makes, from the new data."""
+    program = fit.setup.problem.guide
+    if not names or program is None:
+        return {}
+
+    def one(_: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            run = program.run(call.args, call.kwargs, fit.guide_params, lambda site: site["fn"].sample())
+        return {name: run.sites[name]["value"] for name in names}
+
+    return _each(one, {}, num_draws, seed + 1)
+
+
+def _each(
+    one: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    values: Mapping[str, Tensor],
+    num_draws: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """`one` at every draw, one after another: many samplers of torch refuse vmap."""
+    with isolated(torch.float64, seed), torch.no_grad():
+        rows = [one({name: value[i] for name, value in values.items()}) for i in range(num_draws)]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _grouped(flat: Mapping[str, Tensor], groups: tuple[str, ...]) -> Draws:
+    found: Draws = {group: {} for group in groups}
+    for key, value in flat.items():
+        group, name = key.split("\0")
+        found[group][name] = value
+    return found

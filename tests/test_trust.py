@@ -1,0 +1,385 @@
+"""What a fit says of itself: linear response, weights, verdict, rows, corrections, predictions."""
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import zoo
+from pyro.infer.reparam import LocScaleReparam
+from scipy import stats
+
+import pyro_vem as vem
+from pyro_vem.posterior.arrowhead import Arrowhead, Layout, NotDefinite, Solver, dense
+from pyro_vem.posterior.importance import guide_pool, response_pool, smoothed_weights
+from pyro_vem.posterior.rows import row_khat
+
+
+def gaussian(cov):
+    """A model whose posterior is N(0, cov): a wide prior, taken back by a factor."""
+    target = dist.MultivariateNormal(torch.zeros(len(cov), dtype=torch.float64), cov)
+
+    def model():
+        prior = dist.Normal(torch.zeros(len(cov), dtype=torch.float64), 100.0)
+        x = pyro.sample("x", prior.to_event(1))
+        pyro.factor("f", target.log_prob(x) - prior.log_prob(x).sum())
+
+    return model
+
+
+def covariances():
+    """Three correlation structures with sds from 0.1 to 10."""
+    sd = torch.linspace(0.1, 10.0, 10, dtype=torch.float64)
+    eye = torch.eye(10, dtype=torch.float64)
+    ar = 0.95 ** (torch.arange(10)[:, None] - torch.arange(10)).abs().double()
+    return [
+        ("diagonal", eye * sd * sd[:, None]),
+        ("equicorrelated", (0.9 + 0.1 * eye) * sd * sd[:, None]),
+        ("autoregressive", ar * sd * sd[:, None]),
+    ]
+
+
+@pytest.mark.parametrize(("name", "cov"), covariances(), ids=lambda x: x if isinstance(x, str) else "")
+def test_linear_response_is_the_covariance_of_a_gaussian(fit, name, cov):
+    result = fit(gaussian(cov))
+    found = result.covariance().to_numpy()
+    scale = np.sqrt(np.outer(cov.diagonal(), cov.diagonal()))
+    assert np.abs((found - cov.numpy()) / scale).max() < 1e-6
+    mean_field = result.guide_params["guide.scale.x"].numpy() ** 2
+    if name != "diagonal":  # the test can fail: the guide's own variances are far off
+        assert np.abs(mean_field / cov.diagonal().numpy() - 1).max() > 0.5
+    draws = result.sample(4000, correction="linear_response")["x"].numpy()
+    error = np.abs(np.cov(draws.T) - cov.numpy()) / scale
+    assert error.max() < 5 * (2 / 4000) ** 0.5
+
+
+def test_linear_response_mends_the_sds_of_a_regression(fit):
+    """Means of the predictors are far from zero: mean field sees a tenth of the intercept's sd."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(5.0, 1.0, (200, 3))
+    y = torch.from_numpy(1.0 + x @ [1.0, -1.0, 0.5] + 0.7 * generator.normal(size=200))
+    design = torch.from_numpy(np.column_stack([np.ones(200), x]))
+
+    def model(y):
+        b = pyro.sample("b", dist.Normal(torch.zeros(4, dtype=torch.float64), 10.0).to_event(1))
+        with pyro.plate("rows", 200):
+            pyro.sample("y", dist.Normal(design @ b, 0.7), obs=y)
+
+    result = fit(model, {"y": y})
+    exact = torch.linalg.inv(design.T @ design / 0.49 + torch.eye(4, dtype=torch.float64) / 100)
+    frame = result.covariance()
+    assert list(frame.columns) == ["b[0]", "b[1]", "b[2]", "b[3]"]
+    assert np.allclose(frame, exact, rtol=1e-6, atol=1e-9)
+    assert float(result.guide_params["guide.scale.b"][0]) < 0.2 * float(exact[0, 0].sqrt())
+    verdict = result.diagnose()
+    assert verdict.verdict is vem.Verdict.USE_WITH_CORRECTION
+    assert verdict.correction == "linear_response"
+    assert verdict.khat > 0.7 > verdict.khat_corrected
+    assert verdict.table.loc["b", "sd_ratio"] < 0.2
+    assert verdict.table.loc["b", "sd_ratio_lr"] == pytest.approx(1.0, abs=0.05)
+
+
+def test_covariances_of_transformed_latents_are_those_of_the_draws(fit):
+    def model(y):
+        a = pyro.sample("a", dist.LogNormal(0.0, 1.0))
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        with pyro.plate("rows", 5):
+            pyro.sample("y", dist.Normal(a * p, 0.3), obs=y)
+
+    result = fit(model, {"y": torch.tensor([0.5, 0.7, 0.6, 0.9, 0.4])})
+    draws = result.sample(200_000, correction="linear_response")
+    table = torch.stack([draws["a"], draws["p"]]).numpy()
+    assert np.allclose(result.covariance(), np.cov(table), rtol=0.03)
+    assert result.covariance(names=["p"]).shape == (1, 1)
+    with pytest.raises(vem.ModelError, match="unknown name 'aa'"):
+        result.covariance(names=["aa"])
+    weighted = result.covariance(method="psis")
+    psis = result.sample(20_000, correction="psis")
+    assert np.allclose(np.diag(weighted), [psis["a"].var(), psis["p"].var()], rtol=0.1)
+
+
+def test_plates_are_eliminated_block_by_block():
+    """An arrowhead of 3 rows of 2 with 2 more; a coupling between rows is refused; CG agrees."""
+    generator = np.random.default_rng(1)
+    rows, rest = np.arange(6).reshape(3, 2), np.array([6, 7])
+    matrix = np.zeros((8, 8))
+    for row in rows:
+        block = generator.normal(size=(2, 2))
+        matrix[np.ix_(row, row)] = block @ block.T + np.eye(2)
+        matrix[np.ix_(row, rest)] = generator.normal(size=(2, 2)) / 3
+    matrix[np.ix_(rest, rest)] = 4 * np.eye(2)
+    matrix = np.triu(matrix) + np.triu(matrix, 1).T
+    count = []
+    inverse = Arrowhead(lambda v: count.append(1) or matrix @ v, 8, Layout(rows, rest))
+    assert len(count) == 5  # four products and one to check them
+    every, truth = np.arange(8), np.linalg.inv(matrix)
+    assert np.allclose(inverse.covariance(every), truth)
+    assert np.allclose(inverse.variances(every), np.diag(truth))
+    assert np.allclose(inverse.covariance(np.array([7, 0])), truth[np.ix_([7, 0], [7, 0])])
+    draws = inverse.draws(100_000, every, np.random.default_rng(0))
+    assert np.allclose(np.cov(draws.T), truth, atol=0.03)
+    assert np.allclose(Arrowhead(lambda v: matrix @ v, 8, dense(8)).covariance(every), truth)
+    assert np.allclose(Solver(lambda v: matrix @ v, 8).covariance(every), truth, atol=1e-7)
+    matrix[0, 3] = matrix[3, 0] = 0.1
+    with pytest.raises(ValueError, match="between the rows"):
+        Arrowhead(lambda v: matrix @ v, 8, Layout(rows, rest))
+    with pytest.raises(NotDefinite):
+        Arrowhead(lambda v: matrix @ v - 3 * v, 8, dense(8))
+    with pytest.raises(NotDefinite):
+        Solver(lambda v: matrix @ v - 3 * v, 8)
+
+
+def hierarchy(groups):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(4, groups, generator=generator, dtype=torch.float64)
+    y = y + 0.8 * torch.randn(groups, generator=generator, dtype=torch.float64)
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("groups", groups):
+            a = pyro.sample("a", dist.Normal(mu, 0.8))
+            with pyro.plate("rows", 4):
+                pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+    return model, {"y": y}
+
+
+def test_many_groups_cost_as_many_products_as_few(fit):
+    """Exact Gaussian answers with 3,000 local latents; the dense matrix would take 6,002 products."""
+    model, data = hierarchy(3000)
+    response = fit(model, data)._linear_response
+    precision = 4 / 1.0 + 1 / 0.64
+    weight = (1 / 0.64) / precision
+    schur = 3000 / 0.64 * (1 - weight) + 0.01
+    sd = dict(zip([site.name for site in response.sites], np.split(response.sd, [1]), strict=True))
+    assert sd["mu"] == pytest.approx(schur**-0.5, rel=1e-6)
+    assert np.allclose(sd["a"], (1 / precision + weight**2 / schur) ** 0.5, rtol=1e-6)
+
+
+def test_standard_errors_are_those_of_maximum_likelihood(fit):
+    """Exact E-step: the profiled bound is the log likelihood, balanced one-way random effects."""
+
+    def model(y):
+        mu = pyro.param("mu", torch.tensor(0.0))
+        between = pyro.param("between", torch.tensor(1.0), constraint=dist.constraints.positive)
+        within = pyro.param("within", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("groups", y.shape[-1]):
+            a = pyro.sample("a", dist.Normal(mu, between))
+            with pyro.plate("rows", y.shape[0]):
+                pyro.sample("y", dist.Normal(a, within), obs=y)
+
+    data = hierarchy(50)[1]
+    result = fit(model, data)
+    y = data["y"]
+
+    def minus_log_likelihood(theta):
+        mu, between, within = theta
+        cov = between**2 * torch.ones(4, 4, dtype=torch.float64) + within**2 * torch.eye(4)
+        return -torch.distributions.MultivariateNormal(mu.expand(4), cov).log_prob(y.T).sum()
+
+    point = torch.stack([result.params[name] for name in ("mu", "between", "within")])
+    exact = torch.linalg.inv(torch.autograd.functional.hessian(minus_log_likelihood, point)).diagonal().sqrt()
+    errors = result.standard_errors()
+    found = torch.stack([errors[name] for name in ("mu", "between", "within")])
+    assert torch.allclose(found, exact, rtol=1e-4)
+    frame = result.covariance("params")
+    assert list(frame.columns) == ["mu", "between", "within"]
+    assert result.covariance("params", names=["within"]).shape == (1, 1)
+
+
+def test_no_covariance_is_made_up(fit):
+    def ridge(y):
+        a, b = pyro.param("a", torch.tensor(0.0)), pyro.param("b", torch.tensor(0.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(a + b, 1.0), obs=y)
+
+    result = fit(ridge, {"y": torch.linspace(1.0, 4.0, 9)})
+    assert result.converged
+    with pytest.raises(vem.ModelError, match="no covariance: the bound"):
+        result.standard_errors()
+    unfinished = fit(zoo.pumps, zoo.PUMPS, max_iter=1)
+    with pytest.raises(vem.ModelError, match="max_iterations"):
+        unfinished.covariance()
+    with pytest.raises(vem.ModelError, match="no free parameters"):
+        fit(zoo.eight_schools, zoo.SCHOOLS).standard_errors()
+
+
+def test_encoders_have_no_linear_response(fit):
+    def model(y):
+        with pyro.plate("rows", 20):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 2)
+
+        def forward(self, y):
+            loc, scale = self.layer(y[:, None]).unbind(-1)
+            return loc, scale.exp()
+
+    guide = vem.AmortizedNormal(model, {"z": Encoder()}, inputs="y")
+    result = fit(model, {"y": torch.linspace(-1, 1, 20)}, guide=guide)
+    with pytest.raises(vem.ModelError, match="encoder ties"):
+        result.covariance()
+
+
+def test_weights_of_a_wide_proposal_find_the_evidence(fit):
+    """Conjugate normal: log evidence in closed form, from both pools."""
+    cov = torch.tensor([[1.0, 0.8], [0.8, 1.0]], dtype=torch.float64)
+    result = fit(gaussian(cov))
+    for pool in (guide_pool(result, 20_000, 3), response_pool(result, result._linear_response, 20_000, 3)):
+        se = pool.log_ratio.std() / pool.effective**0.5
+        assert abs(pool.log_evidence) < 5 * se, pool.proposal
+    assert response_pool(result, result._linear_response, 20_000, 3).khat < 0
+
+
+def test_smoothing_agrees_with_a_pareto_tail():
+    ratio = np.log(stats.pareto(1 / 0.5).rvs(20_000, random_state=0))
+    weights, khat = smoothed_weights(ratio)
+    assert khat == pytest.approx(0.5, abs=0.12)
+    assert weights.sum() == pytest.approx(1.0)
+
+
+def test_psis_mends_eight_schools(fit):
+    """E[tau] by quadrature is 3.62; the guide's own mean is 2.9."""
+    result = fit(zoo.eight_schools, zoo.SCHOOLS)
+    corrected = result.sample(20_000, correction="psis")["tau"]
+    assert float(result.sample(20_000)["tau"].mean()) < 3.1
+    assert float(corrected.mean()) == pytest.approx(zoo.schools_mean_of_tau(), abs=0.15)
+
+
+def centred(sigma, y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("school", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+def test_a_centred_hierarchy_is_told_to_be_reparameterised(fit):
+    result = fit(centred, zoo.SCHOOLS)
+    verdict = result.diagnose()
+    assert verdict.verdict is vem.Verdict.UNRELIABLE
+    assert "LocScaleReparam(0.0)" in verdict.actions[0]
+    assert "'theta'" in verdict.actions[0]
+    with pytest.raises(vem.ModelError, match="no importance weights"):
+        result.sample(10, correction="psis")
+    mended = fit(pyro.poutine.reparam(centred, config={"theta": LocScaleReparam(0.0)}), zoo.SCHOOLS)
+    assert mended.elbo == pytest.approx(zoo.SCHOOLS_BEST_ELBO, abs=1e-3)
+    assert mended.diagnose().verdict is not vem.Verdict.UNRELIABLE
+
+
+@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(3, 20), marks=pytest.mark.slow)])
+def test_the_non_centred_one_is_never_unreliable(fit, seeds):
+    result = fit(zoo.eight_schools, zoo.SCHOOLS)
+    for seed in seeds:
+        assert result.diagnose(seed=100 + seed).verdict is not vem.Verdict.UNRELIABLE
+
+
+def test_rows_are_judged_one_by_one(fit):
+    """A plate of conjugate rows, two of which have a likelihood that no Gaussian follows."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 40):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Cauchy(z, torch.where(torch.arange(40) < 38, 5.0, 0.05)), obs=y)
+
+    y = torch.zeros(40)
+    y[38:] = 3.0
+    rows = row_khat(fit(model, {"y": y}))
+    assert rows.plate == "rows"
+    assert rows.khat.shape == (40,)
+    assert rows.worst[0] >= 38
+    assert rows.khat[:38].max() < 0.5 < rows.khat[38:].min()
+
+
+def test_rows_that_hang_together_have_no_khat_of_their_own(fit):
+    def walk(y):
+        with pyro.plate("time", 10):
+            step = pyro.sample("step", dist.Normal(0.0, 1.0))
+        with pyro.plate("seen", 10):
+            pyro.sample("y", dist.Normal(step.cumsum(-1), 1.0), obs=y)
+
+    assert row_khat(fit(walk, {"y": torch.linspace(0, 3, 10)})) is None
+
+
+def test_other_starts_find_another_mode(fit):
+    def two(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 20):
+            pyro.sample("y", dist.Normal(x**2, 0.3), obs=y)
+
+    result = fit(two, {"y": torch.full((20,), 1.5)}, init={"x": 1.0})
+    verdict = result.diagnose(restarts=4)
+    assert verdict.verdict is vem.Verdict.UNRELIABLE
+    assert "several modes" in verdict.reasons[0]
+
+
+def test_a_latent_that_nothing_depends_on_is_noted(fit):
+    def model(y):
+        pyro.sample("idle", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(b, 1.0), obs=y)
+
+    notes = fit(model, {"y": torch.ones(3)}).diagnose().notes
+    assert any("'idle'" in note and "data say nothing" in note for note in notes)
+
+
+def line(x, y=None):
+    b = pyro.sample("b", dist.Normal(0.0, 10.0))
+    s = pyro.sample("s", dist.HalfCauchy(1.0))
+    with pyro.plate("rows", len(x)):
+        return pyro.sample("y", dist.Normal(b * x, s), obs=y)
+
+
+def test_predictions_at_the_data_and_at_new_ones(fit):
+    x = torch.linspace(-1, 1, 50, dtype=torch.float64)
+    y = 2 * x + 0.5 * torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    result = fit(line, {"x": x, "y": y})
+    state = torch.get_rng_state()
+    own = result.predict(num_draws=500)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert own["y"].shape == (500, 50)
+    assert torch.equal(own["y"], result.predict(num_draws=500)["y"])
+    assert not torch.equal(own["y"], result.predict(num_draws=500, seed=1)["y"])
+    new = result.predict({"x": torch.tensor([3.0])}, num_draws=4000)
+    b, s = new["b"], new["s"]
+    assert float(new["y"].mean()) == pytest.approx(3 * float(b.mean()), abs=0.05)
+    assert float(new["y"].var()) == pytest.approx(9 * float(b.var()) + float((s**2).mean()), rel=0.1)
+    prior = result.predict(num_draws=2000, kind="prior")
+    assert float(prior["b"].std()) == pytest.approx(10.0, rel=0.08)
+    with pytest.raises(vem.ModelError, match="unknown name 'z'"):
+        result.predict({"z": x})
+    with pytest.raises(vem.ModelError, match="missing a required argument"):
+        result.predict({"y": y})
+
+
+def test_pointwise_log_likelihood_at_new_data(fit):
+    x = torch.linspace(-1, 1, 50, dtype=torch.float64)
+    result = fit(line, {"x": x, "y": 2 * x + 0.3})
+    own = result.log_likelihood(num_draws=100)["y"]
+    again = result.log_likelihood({"x": x, "y": 2 * x + 0.3}, num_draws=100)["y"]
+    assert own.shape == (100, 50)
+    assert torch.allclose(own, again)
+
+
+def test_latents_of_a_plate_that_grew_are_new(fit):
+    model, data = zoo.pumps, zoo.PUMPS
+    result = fit(model, data)
+    hours = torch.cat([zoo.PUMP_HOURS, zoo.PUMP_HOURS[:2]])
+    made = result.predict({"hours": hours}, num_draws=2000)
+    assert made["rate"].shape == (2000, 12)
+    log_rate = made["rate"].log()
+    assert float(log_rate[:, 11].std()) == pytest.approx(float(result.params["tau"]), rel=0.08)
+
+
+def test_the_card_reads_the_same_in_a_notebook(fit):
+    result = fit(zoo.eight_schools, zoo.SCHOOLS)
+    text = result._repr_html_()
+    assert text.startswith("<table>")
+    assert "USE WITH CORRECTION" in text
+    assert "correction=&#x27;psis&#x27;" in text
