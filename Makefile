@@ -4,9 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
+# A second environment: ArviZ 1.x needs a later Python than the rest.
+PYTHON312 ?= python3.12
+ARVIZ1 := .venv-arviz1
 DEMO_FILES := tutorials/plot_pumps.py tutorials/plot_eight_schools.py
 
-.PHONY: demo test test-all lint types unit docs linkcheck bench bench-peers format clean
+.PHONY: demo test test-all lint types unit docs linkcheck bench bench-peers format clean test-arviz1
 
 # 2 cores and small tensors: threads would only wait for each other.
 export OMP_NUM_THREADS ?= 1
@@ -22,6 +25,9 @@ test-all: lint types $(STAMP)  ## with tests marked slow and the tutorials at fu
 	rm -rf docs/gallery docs/_build
 	PYRO_VEM_SMOKE= $(MAKE) docs
 	$(MAKE) demo
+
+test-arviz1: $(ARVIZ1)/.installed  ## what touches ArviZ, with ArviZ 1.x on Python 3.12 or later; not part of CI
+	$(ARVIZ1)/bin/pytest tests/test_arviz.py tests/test_result.py pyro_vem/posterior
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -61,6 +67,14 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(PEERS): $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[peers]"
+	@touch $@
+
+# constraints.txt pins ArviZ 0.x; its torch has no CPU build for this Python on PyPI, so CUDA comes along.
+$(ARVIZ1)/.installed: pyproject.toml constraints.txt
+	$(PYTHON312) -m venv $(ARVIZ1)
+	grep -v '^arviz==' constraints.txt > $(ARVIZ1)/constraints.txt
+	$(ARVIZ1)/bin/pip install --quiet --constraint $(ARVIZ1)/constraints.txt --editable ".[test]" \
+	  "arviz[zarr]>=1,<2"
 	@touch $@
 
 clean:

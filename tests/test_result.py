@@ -1,14 +1,12 @@
 """What a fit returns: results as Pyro programs, files, ArviZ data, NUTS beside it, and its verdict."""
 
 import dataclasses
-import json
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -210,65 +208,6 @@ def test_a_kill_while_saving_never_leaves_a_broken_file(tmp_path):
     child.stdout.close()
     back = vem.VEMResult.load(tmp_path / "fit", zoo.normal_mean, {"y": torch.ones(3)})
     assert back.converged
-
-
-@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
-def test_arviz_data(tmp_path, schools):
-    import arviz as az
-
-    names = list("ABCDEFGH")
-    idata = schools.to_arviz(coords={"school": names}, num_draws=500)
-    assert idata.posterior.sizes == {"chain": 1, "draw": 500, "school": 8}
-    assert idata.posterior["theta"].dims == ("chain", "draw", "school")
-    assert list(idata.posterior["school"].values) == names
-    assert set(idata.groups()) >= {
-        "posterior", "sample_stats", "log_likelihood", "observed_data", "constant_data"
-    }  # fmt: skip
-    stats = idata.sample_stats
-    assert {"lp", "log_q"} <= set(stats.data_vars)
-    assert idata.log_likelihood["y"].dims == ("chain", "draw", "school")
-    expected = torch.distributions.Normal(
-        torch.tensor(idata.posterior["theta"].values[0]), zoo.SCHOOLS_SIGMA.double()
-    ).log_prob(zoo.SCHOOLS_Y.double())
-    assert np.allclose(idata.log_likelihood["y"].values[0], expected.numpy())
-    assert np.allclose(idata.observed_data["y"].values, zoo.SCHOOLS_Y.numpy())
-    assert np.allclose(idata.constant_data["sigma"].values, zoo.SCHOOLS_SIGMA.numpy())
-    summary = az.summary(idata, kind="stats")
-    assert "theta[A]" in summary.index
-    assert np.isfinite(az.loo(idata).elpd_loo)
-    idata.to_netcdf(tmp_path / "fit.nc")
-    back = az.from_netcdf(tmp_path / "fit.nc")
-    assert np.array_equal(back.posterior["tau"].values, idata.posterior["tau"].values)
-
-
-def test_importance_weights_travel_and_correct(schools):
-    """exp(lp - log_q) moves tau towards NUTS (mean 3.6 against the fit's 2.9)."""
-    idata = schools.to_arviz(num_draws=20_000)
-    log_weight = (idata.sample_stats["lp"] - idata.sample_stats["log_q"]).values[0]
-    weight = np.exp(log_weight - log_weight.max())
-    tau = idata.posterior["tau"].values[0]
-    assert (weight * tau).sum() / weight.sum() > tau.mean() + 0.2
-
-
-def test_arviz_dims_of_events_and_clashing_names(fit):
-    def model(x, y):
-        beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        with pyro.plate("x", len(x)):  # the plate is called like a data argument
-            pyro.sample("y", dist.Normal(x @ beta, 1.0), obs=y)
-
-    result = fit(model, {"x": torch.randn(4, 2), "y": torch.randn(4)})
-    idata = result.to_arviz(dims={"beta": ["term"]}, coords={"term": ["a", "b"]}, num_draws=20)
-    assert idata.posterior["beta"].dims == ("chain", "draw", "term")
-    assert idata.observed_data["y"].dims == ("x_plate",)
-    with pytest.raises(ValueError, match=r"dims\['beta'\] has 2 names"):
-        result.to_arviz(dims={"beta": ["term", "more"]}, num_draws=20)
-
-
-def test_parameters_travel_in_the_posterior(pumps):
-    idata = pumps.to_arviz(num_draws=20)
-    params = json.loads(idata.posterior.attrs["params"])
-    assert params["tau"] == pytest.approx(float(pumps.params["tau"]))
-    assert idata.posterior.attrs["inference_library"] == "pyro_vem"
 
 
 def test_compare_with_nuts(fit):

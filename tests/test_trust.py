@@ -1,5 +1,7 @@
 """What a fit says of itself: linear response, weights, verdict, rows, corrections, predictions."""
 
+import dataclasses
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -10,6 +12,7 @@ from pyro.infer.reparam import LocScaleReparam
 from scipy import stats
 
 import pyro_vem as vem
+from pyro_vem.posterior import plots
 from pyro_vem.posterior.arrowhead import Arrowhead, Layout, NotDefinite, Solver, dense
 from pyro_vem.posterior.importance import guide_pool, response_pool, smoothed_weights
 from pyro_vem.posterior.rows import row_khat
@@ -383,3 +386,34 @@ def test_the_card_reads_the_same_in_a_notebook(fit):
     assert text.startswith("<table>")
     assert "USE WITH CORRECTION" in text
     assert "correction=&#x27;psis&#x27;" in text
+
+
+def test_plots_draw_into_given_axes(fit):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    result = fit(zoo.pumps, zoo.PUMPS)
+    _, axes = plt.subplots(1, 3)
+    ax = plots.terms_over_steps(result, axes[0])
+    assert ax is axes[0]
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"rate", "failures"}
+    bars = plots.terms(result, axes[1]).patches
+    assert sum(bar.get_width() for bar in bars) == pytest.approx(result.elbo, abs=1e-6)
+    plots.khat_rows(result.diagnose(), axes[2])
+    assert axes[2].get_xlabel() == "row of pump"
+    plt.close("all")
+    with pytest.raises(vem.ModelError, match="no plate of latents"):
+        plots.khat_rows(dataclasses.replace(result.diagnose(), rows=None))
+
+
+def test_what_has_no_random_latent_has_nothing_to_correct(fit):
+    def model(y):
+        m = pyro.param("m", torch.tensor(0.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    result = fit(model, {"y": torch.ones(4)})
+    assert result.diagnose().verdict is vem.Verdict.GOOD
+    assert float(result.standard_errors()["m"]) == pytest.approx(0.5, rel=1e-6)
+    assert result.predict(num_draws=7)["y"].shape == (7, 4)
+    for correction, why in (("psis", "no latent is random"), ("linear_response", "a mean and an sd")):
+        with pytest.raises(vem.ModelError, match=why):
+            result.sample(3, correction=correction)

@@ -34,6 +34,7 @@ SERIAL = 10_000_000  # numbers in the data below which a fit runs on one thread
 ROUNDING = 1e3 * float(np.finfo(np.float64).eps)  # of the bound, relative
 SLOW_AFTER = 10  # rounds of EM before a joint step may follow
 SELF_CHECK = 256  # draws that closed forms are held against at the start
+MOST_KEPT = 100_000  # parameters of which the points after each step are kept, for plots
 NEWTON_LIMIT = 5_000_000  # parameters in a block beyond which its Krylov vectors outgrow memory
 
 
@@ -169,6 +170,7 @@ class _Run:
     callbacks: tuple[Callback, ...]
     progress: bool | None
     history: list[Step] = field(default_factory=list)
+    points: list[State] = field(default_factory=list)
     gtol: float = 1e-2
     failed: int = 0
     next_check: int = 0
@@ -299,7 +301,7 @@ class _Run:
         """The frozen result at the present state."""
         return VEMResult.of(
             self.setup, self.state, status, tuple(self.history), self.iterations,
-            time.perf_counter() - self.begin, self.options,
+            time.perf_counter() - self.begin, self.options, tuple(self.points),
         )  # fmt: skip
 
     def close(self) -> None:
@@ -319,6 +321,8 @@ class _Run:
         if row is None:
             return
         self.history.append(row)
+        if self.state.joint.size <= MOST_KEPT:
+            self.points.append(self.state)
         if self.bar is not None:
             self.bar.set_postfix_str(f"{row.block}-step {row.iteration}, ELBO {row.after:.6f}", refresh=False)
             self.bar.update()

@@ -63,6 +63,7 @@ class VEMResult:
     terms: ElboTerms
     seed: int = 0
     _setup: Setup | None = field(default=None, repr=False)
+    _points: tuple[State, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(
@@ -74,6 +75,7 @@ class VEMResult:
         n_iter: int,
         seconds: float,
         options: FitOptions,
+        points: tuple[State, ...] = (),
     ) -> "VEMResult":
         """Freeze a state; its bound is measured on fresh draws."""
         phi = _detached(setup.phi.constrained(torch.from_numpy(state.phi)))
@@ -87,7 +89,7 @@ class VEMResult:
             status = Status.nonfinite
         return cls(
             theta, phi, terms.elbo, terms.elbo_se, status, n_iter, history, seconds,
-            setup.objective.shown_plan, terms, setup.objective.seed, setup,
+            setup.objective.shown_plan, terms, setup.objective.seed, setup, points,
         )  # fmt: skip
 
     @property
@@ -310,6 +312,12 @@ class VEMResult:
         from ..posterior.arviz import to_arviz
 
         return to_arviz(self, **kwargs)
+
+    def loo(self, **kwargs: Any) -> Any:
+        """Leave-one-out cross-validation; see `pyro_vem.posterior.arviz.loo` for the arguments."""
+        from ..posterior.arviz import loo
+
+        return loo(self, **kwargs)
 
     def compare_nuts(self, **kwargs: Any) -> Any:
         """The fit beside NUTS; see `pyro_vem.posterior.nuts.compare_nuts` for the arguments."""

@@ -1,41 +1,70 @@
-"""A fit as ArviZ data: the one module that knows ArviZ's containers."""
+"""A fit as ArviZ data, and its leave-one-out cross-validation."""
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError, unknown_names
 from ..fit.result import VEMResult
+from .containers import Variables, approximate_loo, container, psis
+from .importance import Correction, best_pool
+from .predict import predict
+
+# Groups of draws, and what `VEMResult.draw` calls them.
+DRAWN = {"posterior": "values", "sample_stats": "densities", "log_likelihood": "log_likelihood"}
+DEFAULT_GROUPS = (*DRAWN, "observed_data", "constant_data")
+ALL_GROUPS = (*DEFAULT_GROUPS, "parameters", "posterior_predictive", "prior", "prior_predictive")
+STATISTICS = ("estimate", "standard_error")
 
 
 def to_arviz(
     fit: VEMResult,
     *,
+    groups: str | Collection[str] = DEFAULT_GROUPS,
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     num_draws: int = 2000,
     seed: int = 0,
+    correction: Correction = None,
 ) -> Any:
-    """The fitted posterior as an ``arviz.InferenceData``.
+    """The fitted posterior as ArviZ data, with dimensions named after plates.
 
-    Groups: posterior (one chain of independent draws; latents and deterministic sites),
-    sample_stats (``lp`` is the log joint density, ``log_q`` the guide's), log_likelihood by
-    observed site, observed_data and constant_data. Dimensions are named after plates. Point
-    estimates of the parameters are in ``posterior.attrs["params"]`` as JSON.
+    ArviZ 0.x has it in an ``arviz.InferenceData``, 1.x in an ``xarray.DataTree``; the groups are
+    the same. By default:
+
+    - posterior: one chain of independent draws of latents and deterministic sites. Attributes
+      tell the ELBO, the status of the fit, the correction, and the parameters (as JSON).
+    - sample_stats: ``lp`` (log joint density), ``log_q`` (density that the draws follow) and
+      ``log_weight`` (Pareto-smoothed log importance weights, normalised), in nats; attribute
+      pareto_k is the k-hat of the weights.
+    - log_likelihood of each observed site, observed_data and constant_data.
+
+    On request, since they take longer:
+
+    - parameters: a variable for each parameter, along the dimension ``statistic`` ("estimate",
+      "standard_error"): one ``sel`` takes all errors, and no name can clash with another's. The
+      errors of held parameters are nan; where there are none at all, attribute standard_error
+      says why.
+    - posterior_predictive, prior and prior_predictive, given the parameters.
 
     Args:
         fit: the result.
+        groups: the groups to have, by name; or "all".
         coords: labels by dimension (plate) name.
-        dims: names for the dimensions that are no plates, by site: of the event dimensions
-            only, or of all.
+        dims: names for the dimensions that are no plates, by site or parameter: of the event
+            dimensions only, or of all.
         num_draws: draws in the chain.
         seed: of the draws.
+        correction: as in ``fit.sample``. Draws corrected by "psis" have equal weights; pareto_k is
+            that of the weights they were resampled by.
 
     Raises:
-        ValueError: if ``dims`` does not fit a site.
+        ValueError: for an unknown group, or if ``dims`` does not fit a site.
+        ModelError: if the correction or a predictive group cannot be had for this fit.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -49,26 +78,22 @@ def to_arviz(
         >>> idata.posterior["z"].dims
         ('chain', 'draw', 'school')
     """
-    import arviz as az
-
-    groups = fit.draw(num_draws, seed, "values", "densities", "log_likelihood")
-    observed = _observed(fit)
-    constant = _constant(fit, observed)
-    names = _dim_names(fit, groups["values"], observed, constant, dims or {})
-    idata = az.from_dict(
-        posterior=_chain(groups["values"]),
-        sample_stats=_chain({"lp": groups["densities"]["log_p"], "log_q": groups["densities"]["log_q"]}),
-        log_likelihood=_chain(groups["log_likelihood"]) or None,
-        observed_data={name: value.numpy() for name, value in observed.items()} or None,
-        constant_data={name: value.numpy() for name, value in constant.items()} or None,
-        coords={_dim(fit, name): list(labels) for name, labels in (coords or {}).items()},
-        dims=names,
-    )
-    params = {name: value.tolist() for name, value in fit.params.items()}
-    idata.posterior.attrs.update(
-        inference_library="pyro_vem", elbo=fit.elbo, status=fit.status.name, params=json.dumps(params)
-    )
-    return idata
+    listed = (groups,) if isinstance(groups, str) else tuple(groups)
+    wanted = ALL_GROUPS if listed == ("all",) else listed
+    message = unknown_names("groups", wanted, ALL_GROUPS)
+    if message:
+        raise ValueError(message)
+    names = _Names(fit, dims or {})
+    found, attrs = _drawn(fit, wanted, names, num_draws, seed, correction)
+    found |= _predicted(fit, wanted, names, num_draws, seed, correction)
+    if "observed_data" in wanted or "constant_data" in wanted:
+        observed = _observed(fit)
+        found["observed_data"] = names.of_values(observed)
+        found["constant_data"] = names.of_data(_constant(fit, observed))
+    if "parameters" in wanted:
+        found["parameters"], attrs["parameters"] = _parameters(fit, names)
+    chosen = {group: found[group] for group in ALL_GROUPS if group in wanted and group in found}
+    return container(chosen, names.coords(coords or {}), attrs)
 
 
 def nuts_data(
@@ -79,26 +104,125 @@ def nuts_data(
     coords: Mapping[str, Sequence[Any]] | None,
 ) -> Any:
     """NUTS draws, shaped (chain, draw, *site), as ArviZ data with the fit's dimension names."""
-    import arviz as az
-
-    flat = {name: value[0] for name, value in chains.items()}
-    return az.from_dict(
-        posterior={name: value.numpy() for name, value in chains.items()},
-        sample_stats={name: value.numpy() for name, value in stats.items()},
-        coords={_dim(fit, name): list(labels) for name, labels in (coords or {}).items()},
-        dims=_dim_names(fit, flat, {}, {}, dims or {}),
-    )
+    names = _Names(fit, dims or {})
+    groups = {"posterior": names.of_chains(chains), "sample_stats": _scalars(stats)}
+    return container(groups, names.coords(coords or {}), {})
 
 
-def _chain(values: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: value.unsqueeze(0).numpy() for name, value in values.items()}
+def loo(
+    fit: VEMResult,
+    *,
+    var_name: str | None = None,
+    num_draws: int = 4000,
+    seed: int = 0,
+    correction: Correction = None,
+) -> Any:
+    """Leave-one-out cross-validation of a fit, for ``arviz.compare``.
+
+    The draws are the guide's, not the posterior's: row i has the weights
+    exp(log p - log q) / p(y_i | draw), Pareto-smoothed. The parameters are held at their estimates,
+    which have seen every row.
+
+    Args:
+        fit: the result.
+        var_name: the observed site; may be left out if there is only one.
+        num_draws: draws from the posterior.
+        seed: of the draws.
+        correction: as in ``fit.sample``: where k-hats are high, better draws lower them.
+
+    Returns:
+        ArviZ's ``ELPDData`` in nats, with pointwise values and k-hats (``pareto_k``) of the rows.
+
+    Raises:
+        ValueError: if ``var_name`` is needed, or not an observed site.
+        ModelError: if the fit has no observed site, or no latent with a posterior.
+
+    References:
+        Magnusson, Riis Andersen, Jonasson and Vehtari (2019), Bayesian leave-one-out
+        cross-validation for large data, ICML. Vehtari, Gelman and Gabry (2017), Practical Bayesian
+        model evaluation using leave-one-out cross-validation and WAIC, Stat. Comput. 27.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> import pyro_vem as vem
+        >>> def model(y):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("rows", len(y)):
+        ...         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> fit = vem.fit_vem(model, {"y": torch.tensor([1.0, 2.0, 2.0, 3.0])}, progress=False)
+        >>> loo(fit).pareto_k.dims
+        ('rows',)
+    """
+    sites = list(fit.setup.prototype.observed)
+    if not sites or fit.setup.problem.guide is None:
+        raise ModelError("nothing to leave out: the fit has no observed site, or no latent with a posterior")
+    if var_name is None and len(sites) > 1:
+        raise ValueError(f"var_name: several sites are observed, choose one of {sites}")
+    name = sites[0] if var_name is None else var_name
+    message = unknown_names("var_name", [name], sites)
+    if message:
+        raise ValueError(message)
+    needed = ("sample_stats", "log_likelihood")
+    data = to_arviz(fit, groups=needed, num_draws=num_draws, seed=seed, correction=correction)
+    return approximate_loo(data, name)
+
+
+def _drawn(
+    fit: VEMResult,
+    wanted: Collection[str],
+    names: "_Names",
+    num_draws: int,
+    seed: int,
+    correction: Correction,
+) -> tuple[dict[str, Variables], dict[str, dict[str, Any]]]:
+    """The groups of draws from the posterior, and their attributes."""
+    keep = [source for group, source in DRAWN.items() if group in wanted]
+    drawn = fit.draw(num_draws, seed, *keep, correction=correction) if keep else {}
+    found: dict[str, Variables] = {}
+    attrs: dict[str, dict[str, Any]] = {}
+    shared = {"correction": correction or "none"}  # files know no None
+    if "posterior" in wanted:
+        found["posterior"] = names.of_draws(drawn["values"])
+        params = {name: value.tolist() for name, value in fit.params.items()}
+        about = {"elbo": fit.elbo, "status": fit.status.name, "params": json.dumps(params)}
+        attrs["posterior"] = {**about, **shared}
+    if "sample_stats" in wanted:
+        log_p, log_q = drawn["densities"]["log_p"], drawn["densities"]["log_q"]
+        log_weight, khat = psis((log_p - log_q).numpy())
+        if correction == "psis":
+            khat = best_pool(fit).khat
+        stats = {"lp": log_p, "log_q": log_q, "log_weight": torch.from_numpy(log_weight)}
+        found["sample_stats"] = _scalars({name: value.unsqueeze(0) for name, value in stats.items()})
+        attrs["sample_stats"] = {"pareto_k": khat, **shared}
+    if "log_likelihood" in wanted:
+        found["log_likelihood"] = names.of_draws(drawn["log_likelihood"], events=False)
+    return found, attrs
+
+
+def _predicted(
+    fit: VEMResult,
+    wanted: Collection[str],
+    names: "_Names",
+    num_draws: int,
+    seed: int,
+    correction: Correction,
+) -> dict[str, Variables]:
+    """Draws of new observations, and of latents from the prior."""
+    found: dict[str, Variables] = {}
+    if "posterior_predictive" in wanted:
+        made = predict(fit, num_draws, kind="posterior", seed=seed, correction=correction)
+        found["posterior_predictive"] = names.of_draws(made["observed"])
+    if "prior" in wanted or "prior_predictive" in wanted:
+        made = predict(fit, num_draws, kind="prior", seed=seed)
+        found["prior"] = names.of_draws(made["latents"])
+        found["prior_predictive"] = names.of_draws(made["observed"])
+    return found
 
 
 def _observed(fit: VEMResult) -> dict[str, Tensor]:
     """Values of the observed sites (factors have none)."""
-    setup = fit.setup
-    one = setup.objective.sample(fit.guide_params, fit.params, 1, 0, ("observed",))
-    return {name: value[0] for name, value in one["observed"].items() if value[0].numel()}
+    one = fit.draw(1, 0, "observed")["observed"]
+    return {name: value[0] for name, value in one.items() if value[0].numel()}
 
 
 def _constant(fit: VEMResult, observed: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -115,50 +239,88 @@ def _constant(fit: VEMResult, observed: Mapping[str, Tensor]) -> dict[str, Tenso
     }
 
 
-def _dim_names(
-    fit: VEMResult,
-    values: Mapping[str, Tensor],
-    observed: Mapping[str, Tensor],
-    constant: Mapping[str, Tensor],
-    given: Mapping[str, Sequence[str]],
-) -> dict[str, list[str]]:
-    proto = fit.setup.prototype
-    plates = {site.name: site.plates for site in proto.latents}
-    plates = {**plates, **proto.deterministic, **proto.observed}
-    names = {}
-    for name, value in {**values, **{n: v.unsqueeze(0) for n, v in observed.items()}}.items():
-        batch = value.dim() - 1 - proto.event_dims[name]
-        by_dim = {plate.dim: plate.name for plate in plates[name]}
-        labels = [
-            _dim(fit, by_dim[i - batch]) if i - batch in by_dim else f"{name}_dim_{i}" for i in range(batch)
-        ]
-        names[name] = _completed(name, labels, value.dim() - 1, given.get(name))
-    sizes = [(p.size, p.name) for p in {p for group in plates.values() for p in group}]
-    for name, value in constant.items():
-        matching = [plate for size, plate in sizes if value.dim() and size == value.shape[0]]
-        if len(matching) == 1:
-            rest = [f"{name}_dim_{i}" for i in range(1, value.dim())]
-            names[name] = list(given.get(name, [_dim(fit, matching[0]), *rest]))
-    return names
+def _parameters(fit: VEMResult, names: "_Names") -> tuple[Variables, dict[str, str]]:
+    """Estimates and standard errors, and why there are none."""
+    errors: dict[str, Tensor] = {}
+    attrs = {}
+    try:
+        errors = fit.standard_errors()
+    except ModelError as error:
+        attrs["standard_error"] = str(error)
+    found = {}
+    for name, value in fit.params.items():
+        rows = [value, errors.get(name, torch.full_like(value, torch.nan))]
+        found[name] = (["statistic", *names.of(name, value.dim())], torch.stack(rows).numpy())
+    return found, attrs
 
 
-def _completed(name: str, labels: list[str], rank: int, given: Sequence[str] | None) -> list[str]:
-    """Plate names, then the user's names for the rest."""
-    if given is None:
-        return labels + [f"{name}_dim_{i}" for i in range(len(labels), rank)]
-    if len(given) == rank:
-        return list(given)
-    if len(labels) + len(given) == rank:
-        return labels + list(given)
-    raise ValueError(
-        f"dims[{name!r}] has {len(given)} names: the site has {rank} dimensions, "
-        f"of which {len(labels)} are plates ({', '.join(labels) or 'none'})"
-    )
+def _scalars(values: Mapping[str, Tensor]) -> Variables:
+    """One number a draw, (chain, draw) each."""
+    return {name: (["chain", "draw"], value.numpy()) for name, value in values.items()}
 
 
-def _dim(fit: VEMResult, plate: str) -> str:
-    """The plate's name; xarray cannot hold a dimension and a variable of one name."""
-    proto = fit.setup.prototype
-    taken = {site.name for site in proto.latents} | set(proto.observed) | set(proto.deterministic)
-    taken |= set(fit.setup.problem.call.names)
-    return f"{plate}_plate" if plate in taken else plate
+class _Names:
+    """Names of dimensions: those of plates, then what the user calls the rest."""
+
+    def __init__(self, fit: VEMResult, given: Mapping[str, Sequence[str]]) -> None:
+        proto = fit.setup.prototype
+        self.plates = {site.name: site.plates for site in proto.latents}
+        self.plates |= {**proto.deterministic, **proto.observed}
+        self.event_dims = proto.event_dims
+        self.taken = {*self.plates, *fit.setup.problem.call.names, "chain", "draw", "statistic"}
+        self.given = given
+
+    def plate(self, name: str) -> str:
+        """The plate's name; xarray cannot hold a dimension and a variable of one name."""
+        return f"{name}_plate" if name in self.taken else name
+
+    def coords(self, given: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+        return {self.plate(name): labels for name, labels in given.items()} | {"statistic": STATISTICS}
+
+    def of(self, name: str, rank: int) -> list[str]:
+        """The dimensions of a site or parameter that has `rank` of them.
+
+        Raises:
+            ValueError: if the user's names do not fit.
+        """
+        batch = rank - self.event_dims.get(name, rank)
+        by_dim = {plate.dim: self.plate(plate.name) for plate in self.plates.get(name, ())}
+        labels = [by_dim.get(i - batch, f"{name}_dim_{i}") for i in range(batch)]
+        given = self.given.get(name)
+        if given is None:
+            return labels + [f"{name}_dim_{i}" for i in range(batch, rank)]
+        if len(given) == rank:
+            return list(given)
+        if len(labels) + len(given) == rank:
+            return labels + list(given)
+        raise ValueError(
+            f"dims[{name!r}] has {len(given)} names: the site has {rank} dimensions, "
+            f"of which {len(labels)} are plates ({', '.join(labels) or 'none'})"
+        )
+
+    def of_chains(self, values: Mapping[str, Tensor], *, events: bool = True) -> Variables:
+        """Draws by site, (chain, draw, *site); without `events` they are log densities of the rows."""
+        found = {}
+        for name, value in values.items():
+            rank = value.dim() - 2
+            full = rank if events else rank + self.event_dims[name]
+            found[name] = (["chain", "draw", *self.of(name, full)[:rank]], value.numpy())
+        return found
+
+    def of_draws(self, values: Mapping[str, Tensor], *, events: bool = True) -> Variables:
+        return self.of_chains({name: value.unsqueeze(0) for name, value in values.items()}, events=events)
+
+    def of_values(self, values: Mapping[str, Tensor]) -> Variables:
+        return {name: (self.of(name, value.dim()), value.numpy()) for name, value in values.items()}
+
+    def of_data(self, values: Mapping[str, Tensor]) -> Variables:
+        """Arguments of the model: the first dimension is the plate of its size, if there is one such."""
+        plates = {plate for group in self.plates.values() for plate in group}
+        found = {}
+        for name, value in values.items():
+            labels = [f"{name}_dim_{i}" for i in range(value.dim())]
+            matching = [plate.name for plate in plates if labels and plate.size == value.shape[0]]
+            if len(matching) == 1:
+                labels = list(self.given.get(name, [self.plate(matching[0]), *labels[1:]]))
+            found[name] = (labels, value.numpy())
+        return found

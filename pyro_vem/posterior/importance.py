@@ -16,6 +16,7 @@ from ..errors import ModelError
 from ..fit.result import VEMResult
 from ..model.runtime import isolated
 from .arrowhead import Vector
+from .containers import psis
 from .linear_response import MOST_DENSE, LinearResponse, as_noise
 
 Correction: TypeAlias = Literal["linear_response", "psis"] | None
@@ -100,14 +101,8 @@ def smoothed_weights(log_ratio: Vector) -> tuple[Vector, float]:
         >>> smoothed_weights(np.zeros(200))[1]
         0.0
     """
-    import arviz as az
-
-    # A guide that is the posterior has constant ratios: no tail to fit.
-    if np.ptp(log_ratio) < 1e-6 * (1 + abs(log_ratio[0])):
-        return np.full(len(log_ratio), 1 / len(log_ratio)), 0.0
-    log_weights, khat = az.psislw(log_ratio - log_ratio.max())
-    weights = np.exp(np.asarray(log_weights))
-    return weights / weights.sum(), float(khat)
+    log_weights, khat = psis(log_ratio)
+    return np.exp(log_weights), khat
 
 
 def guide_pool(fit: VEMResult, num_draws: int, seed: int) -> Pool:
@@ -146,7 +141,7 @@ def _pool(fit: VEMResult, name: str, noise: Any, num_draws: int) -> Pool:
         drawn, extra, best = noise(num)
         densities = at_noise(fit, drawn, "densities")["densities"]
         ratio = (densities["log_p"] - densities["log_q"]).numpy() - extra
-        weights, khat = smoothed_weights(ratio) if np.isfinite(ratio).all() else (np.ones(num) / num, np.inf)
+        weights, khat = smoothed_weights(ratio)
         pool = Pool(name, ratio, weights, khat, best, drawn)
         is_known = pool.spread < SPREAD or abs(khat - KHAT_LIMIT) > 4 * pool.spread
         if is_known or num_draws < NUM_DRAWS or 2 * num > most:
@@ -203,7 +198,13 @@ def corrected(
 
 
 def best_pool(fit: VEMResult) -> Pool:
-    """The pool to weight: usable before not, then the lower k-hat."""
+    """The pool to weight: usable before not, then the lower k-hat.
+
+    Raises:
+        ModelError: if no latent is random.
+    """
+    if not fit.setup.objective.specs:
+        raise ModelError("nothing to weight: no latent is random in this fit")
     return choose(fit._pools)
 
 

@@ -79,9 +79,6 @@ def _smoothed(log_weights: Vector) -> Vector:
     spread = log_weights.std(0)
     for row in np.argsort(-spread, kind="stable")[:MOST_ROWS]:
         ratio = log_weights[:, row]
-        if not np.isfinite(ratio).all():
-            result[row] = np.inf
-            continue
         raw = np.exp(ratio - ratio.max())
         is_equal = raw.sum() ** 2 > NEARLY_EQUAL * len(raw) * np.square(raw).sum()
         result[row] = 0.0 if is_equal else smoothed_weights(ratio)[1]
