@@ -14,7 +14,8 @@ from scipy import stats
 import pyro_vem as vem
 from pyro_vem.posterior import plots
 from pyro_vem.posterior.arrowhead import Arrowhead, Layout, NotDefinite, Solver, dense
-from pyro_vem.posterior.importance import guide_pool, response_pool, smoothed_weights
+from pyro_vem.posterior.importance import at_noise, guide_pool, response_pool, smoothed_weights
+from pyro_vem.posterior.nested import nested_pool
 from pyro_vem.posterior.rows import row_khat
 
 
@@ -157,6 +158,52 @@ def test_many_groups_cost_as_many_products_as_few(fit):
     sd = dict(zip([site.name for site in response.sites], np.split(response.sd, [1]), strict=True))
     assert sd["mu"] == pytest.approx(schur**-0.5, rel=1e-6)
     assert np.allclose(sd["a"], (1 / precision + weight**2 / schur) ** 0.5, rtol=1e-6)
+
+
+def test_globals_are_weighted_with_their_rows_summed_out(fit):
+    """120 conjugate rows: evidence and posterior in closed form; the guide's joint k-hat is no use."""
+    model, data = hierarchy(120)
+    result = fit(model, data)
+    pool = nested_pool(result, result._linear_response, 1, num_draws=500)
+    y = data["y"].numpy().T
+    within, between, prior = 1.0, 0.64, 100.0
+    cov = np.kron(np.eye(120), within * np.eye(4) + between) + prior
+    evidence = stats.multivariate_normal(np.zeros(480), cov).logpdf(y.reshape(-1))
+    assert pool.log_evidence == pytest.approx(evidence, abs=5 / pool.effective**0.5)
+    assert pool.khat < 0.5
+    assert pool.is_usable
+    precision = 120 / (between + within / 4) + 1 / prior
+    mean = y.mean(1).sum() / (between + within / 4) / precision
+    values = at_noise(result, pool.noise, "values")["values"]
+    mu, a = values["mu"].numpy(), values["a"].numpy()
+    found = pool.weights @ mu
+    error = 5 * precision**-0.5 / pool.effective**0.5
+    assert found == pytest.approx(mean, abs=error)
+    assert (pool.weights @ (mu - found) ** 2) ** 0.5 == pytest.approx(precision**-0.5, rel=0.15)
+    row_precision = 4 / within + 1 / between
+    means = (4 * y.mean(1) / within + mean / between) / row_precision
+    sd = (1 / row_precision + (1 / between / row_precision) ** 2 / precision) ** 0.5
+    assert np.abs(pool.weights @ a - means).max() < 6 * sd / pool.effective**0.5
+
+
+def test_a_hierarchy_with_many_groups_gets_a_verdict(fit):
+    """400 groups and a latent spread: no joint weights, but weights of the globals."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.poisson((0.5 + 0.7 * torch.randn(400, generator=generator)).exp().expand(5, 400), generator)
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        with pyro.plate("groups", 400):
+            a = pyro.sample("a", dist.Normal(mu, tau))
+            with pyro.plate("rows", 5):
+                pyro.sample("y", dist.Poisson(a.exp()), obs=y)
+
+    result = fit(model, {"y": y})
+    verdict = result.diagnose(num_draws=2000)
+    assert min(verdict.khat, verdict.khat_corrected) > 0.7 > verdict.khat_globals
+    assert verdict.verdict is not vem.Verdict.UNRELIABLE
+    assert "of the globals" in verdict.numbers
 
 
 def test_standard_errors_are_those_of_maximum_likelihood(fit):

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 from scipy.sparse import linalg as sparse_linalg
 
+from ..model.sites import Plate
+
 Vector: TypeAlias = NDArray[np.float64]
 Indices: TypeAlias = NDArray[np.intp]
 Product: TypeAlias = Callable[[Vector], Vector]
@@ -30,10 +32,12 @@ class Layout:
     Attributes:
         rows: (rows, b) coordinates that are coupled within a row and to `rest` only.
         rest: all others.
+        plate: whose rows they are.
     """
 
     rows: Indices
     rest: Indices
+    plate: Plate | None = None
 
     @property
     def num_products(self) -> int:
@@ -102,7 +106,7 @@ class Arrowhead:
         self._row, self._slot = np.full(size, -1), np.zeros(size, dtype=np.intp)
         self._row[rows] = np.arange(rows.shape[0])[:, None]
         self._slot[rows] = np.arange(rows.shape[1])
-        self._rows = rows
+        self._rows, self.plate = rows, layout.plate
 
     @staticmethod
     def _check(
@@ -132,6 +136,19 @@ class Arrowhead:
         slot = self._slot[where][local]
         result[local] += self._inverse[self._row[where][local], slot, slot]
         return result
+
+    def row_of(self, where: Indices) -> Indices:
+        """Row of each coordinate, -1 for those outside all rows."""
+        return self._row[where]
+
+    def given(self, rows: Indices, rest: Indices) -> tuple[Vector, Vector]:
+        """Conditional of N(0, H^-1) at `rows` (rows, b) given `rest`: gains (rows, b, rest), covariances."""
+        own, other = self._common[rows], self._common[rest]
+        cross = own @ other.T
+        gain = cross @ np.linalg.inv(other @ other.T)
+        slot = self._slot[rows]
+        blocks = self._inverse[self._row[rows][:, :1, None], slot[:, :, None], slot[:, None, :]]
+        return gain, own @ own.swapaxes(1, 2) + blocks - gain @ cross.swapaxes(1, 2)
 
     def draws(self, num: int, where: Indices, generator: np.random.Generator) -> Vector:
         """Draws of N(0, H^-1) at the coordinates `where`, (num, len(where))."""

@@ -47,6 +47,8 @@ class Diagnosis:
         khat: Pareto tail index of the guide's own importance weights p / q. A joint measure, strict
             in high dimension: a high one alone does not condemn a fit.
         khat_corrected: the same of draws with the linear-response covariance; nan without one.
+        khat_globals: the same of the globals alone, rows of local latents summed out; looked at where the
+            others are high and the model has 100 rows or more, else nan.
         rows: k-hat of each row of local latents, globals at their medians; None without rows.
         elbo, elbo_se: evidence lower bound in nats and its standard error, from the same draws.
         gap: importance-weighted bound minus ELBO in nats: about KL(q || p).
@@ -83,6 +85,7 @@ class Diagnosis:
     notes: tuple[str, ...] = ()
     num_draws: int = NUM_DRAWS
     khat_corrected: float = float("nan")
+    khat_globals: float = float("nan")
     rows: RowKhat | None = field(default=None, compare=False)
     gap: float = float("nan")
     gradient: float = float("nan")
@@ -103,6 +106,8 @@ class Diagnosis:
         parts = [f"k-hat {self.khat:.2f} ({self.num_draws:,} draws)"]
         if np.isfinite(self.khat_corrected):
             parts.append(f"{self.khat_corrected:.2f} with linear response")
+        if np.isfinite(self.khat_globals):
+            parts.append(f"{self.khat_globals:.2f} of the globals")
         if self.rows is not None:
             row, worst = self.rows.worst
             where = f" (row {row} of {self.rows.plate})" if worst > 0 else ""
@@ -148,6 +153,7 @@ def diagnose(fit: VEMResult, *, num_draws: int = NUM_DRAWS, restarts: int = 0, s
     is_usual = (num_draws, seed) == (NUM_DRAWS, 1)
     found = fit._pools if is_usual else pools(fit, num_draws, seed)
     guide, best = found[0], choose(found)
+    khats = {pool.proposal: pool.khat for pool in found}
     ratio = guide.log_ratio
     finite = np.isfinite(ratio)
     verdict, correction, table = Verdict.UNRELIABLE, None, None
@@ -168,11 +174,23 @@ def diagnose(fit: VEMResult, *, num_draws: int = NUM_DRAWS, restarts: int = 0, s
         chosen = f"correction={correction!r}" if correction else ""
         actions.append(f"fit.to_arviz({chosen}) to look at it, fit.compare_nuts() to hold it against NUTS")
     return Diagnosis(
-        guide.khat, float(ratio.mean()), float(ratio.std() / len(ratio) ** 0.5), verdict, correction,
-        tuple(reasons), tuple(actions), tuple(notes), len(ratio),
-        found[1].khat if len(found) > 1 else float("nan"), rows, guide.log_evidence - float(ratio.mean()),
-        gradient, gain, table,
-    )  # fmt: skip
+        guide.khat,
+        float(ratio.mean()),
+        float(ratio.std() / len(ratio) ** 0.5),
+        verdict,
+        correction,
+        tuple(reasons),
+        tuple(actions),
+        tuple(notes),
+        num_draws=len(ratio),
+        khat_corrected=khats.get("linear_response", np.nan),
+        khat_globals=khats.get("nested", np.nan),
+        rows=rows,
+        gap=guide.log_evidence - float(ratio.mean()),
+        gradient=gradient,
+        gain=gain,
+        table=table,
+    )
 
 
 def _of_the_fit(
@@ -208,7 +226,7 @@ def _uncovered(found: tuple[Pool, ...]) -> list[str]:
     """Why no weights can be believed."""
     texts = []
     for pool in found:
-        what = "guide" if pool.proposal == "guide" else "linear response"
+        what = {"nested": "globals"}.get(pool.proposal, pool.proposal.replace("_", " "))
         if pool.khat > KHAT_LIMIT:
             texts.append(f"k-hat {pool.khat:.2f} of the {what} is above {KHAT_LIMIT}: some region is missed")
         else:
@@ -242,7 +260,7 @@ def _rows_note(rows: RowKhat | None) -> list[str]:
 def _moments(fit: VEMResult, guide: Pool, best: Pool) -> pd.DataFrame:
     """The guide and its linear response held against weighted draws, site by site."""
     scalars = sum(spec.size for spec in fit.setup.objective.specs)
-    num = min(len(best.weights), max(1000, MOST_SCALARS // max(1, scalars)))
+    num = max(1000, MOST_SCALARS // max(1, scalars))
 
     def values(pool: Pool) -> dict[str, Tensor]:
         return at_noise(fit, {name: noise[:num] for name, noise in pool.noise.items()}, "values")["values"]
@@ -251,7 +269,7 @@ def _moments(fit: VEMResult, guide: Pool, best: Pool) -> pd.DataFrame:
     weights = best.weights[:num] / best.weights[:num].sum()
     response: Mapping[str, Tensor] = {}
     try:
-        response = fit.sample(min(num, CORRECTED_DRAWS), 2, correction="linear_response")
+        response = fit.sample(min(num, len(guide.weights), CORRECTED_DRAWS), 2, correction="linear_response")
     except ModelError:
         response = {}
     found = {}

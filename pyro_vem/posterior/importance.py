@@ -17,7 +17,7 @@ from ..fit.result import VEMResult
 from ..model.runtime import isolated
 from .arrowhead import Vector
 from .containers import psis
-from .linear_response import MOST_DENSE, LinearResponse, as_noise
+from .linear_response import LinearResponse, as_noise
 
 Correction: TypeAlias = Literal["linear_response", "psis"] | None
 
@@ -26,6 +26,8 @@ FEWEST_EFFECTIVE = 200.0  # draws that weighted moments may rest on
 EFFICIENCY = 0.2  # of the effective draws that a Normal posterior would leave: below, k-hat can be lucky
 NUM_DRAWS, MOST_DRAWS = 20_000, 80_000
 SPREAD = 0.1  # standard error of k-hat that is small enough
+MOST_DENSE = 4000  # latents of which the joint density is computed
+MOST_JOINT = 1000  # latents beyond which no joint weights with correlations are tried
 MOST_SCALARS = 40_000_000  # draws times latents kept
 MOST_DENSITIES = 300_000_000  # draws times rows evaluated
 TAILS = 7.0  # degrees of freedom of the linear-response proposal: weights need heavier tails than a Normal's
@@ -36,7 +38,7 @@ class Pool:
     """Draws from a proposal, with weights for the posterior.
 
     Attributes:
-        proposal: "guide", or "linear_response" (a t with its covariance).
+        proposal: "guide", "linear_response" (a t with its covariance) or "nested".
         log_ratio: log p - log q, (draws,).
         weights: smoothed and normalised, (draws,).
         khat: Pareto tail index of the ratios.
@@ -105,6 +107,12 @@ def smoothed_weights(log_ratio: Vector) -> tuple[Vector, float]:
     return np.exp(log_weights), khat
 
 
+def as_pool(proposal: str, log_ratio: Vector, best: float, noise: Mapping[str, Tensor]) -> Pool:
+    """A pool with its smoothed weights."""
+    weights, khat = smoothed_weights(log_ratio)
+    return Pool(proposal, log_ratio, weights, khat, best, noise)
+
+
 def guide_pool(fit: VEMResult, num_draws: int, seed: int) -> Pool:
     """Draws from the guide itself."""
 
@@ -141,9 +149,8 @@ def _pool(fit: VEMResult, name: str, noise: Any, num_draws: int) -> Pool:
         drawn, extra, best = noise(num)
         densities = at_noise(fit, drawn, "densities")["densities"]
         ratio = (densities["log_p"] - densities["log_q"]).numpy() - extra
-        weights, khat = smoothed_weights(ratio)
-        pool = Pool(name, ratio, weights, khat, best, drawn)
-        is_known = pool.spread < SPREAD or abs(khat - KHAT_LIMIT) > 4 * pool.spread
+        pool = as_pool(name, ratio, best, drawn)
+        is_known = pool.spread < SPREAD or abs(pool.khat - KHAT_LIMIT) > 4 * pool.spread
         if is_known or num_draws < NUM_DRAWS or 2 * num > most:
             return pool
         num *= 2
@@ -214,10 +221,17 @@ def choose(found: tuple[Pool, ...]) -> Pool:
 
 
 def pools(fit: VEMResult, num_draws: int = NUM_DRAWS, seed: int = 1) -> tuple[Pool, ...]:
-    """Weighted draws from the guide and, where there is one, from its linear response."""
+    """Weighted draws from the guide, its linear response, and last, if none is usable, nested ones."""
+    from .nested import nested_pool
+
     found = [guide_pool(fit, num_draws, seed)]
-    with contextlib.suppress(ModelError):  # diagnose() says why there is none
-        found.append(response_pool(fit, fit._linear_response, num_draws, seed + 1))
+    with contextlib.suppress(ModelError):  # there is none for this guide; diagnose() says so
+        if len(fit._linear_response.loc) <= MOST_JOINT:
+            found.append(response_pool(fit, fit._linear_response, num_draws, seed + 1))
+    if not any(pool.is_usable for pool in found):
+        with contextlib.suppress(ModelError):
+            nested = nested_pool(fit, fit._linear_response, seed + 2, num_draws // 5)
+            found += [nested] if nested is not None else []
     return tuple(found)
 
 

@@ -18,8 +18,6 @@ from ..model.runtime import isolated
 from ..model.sites import Latent
 from .arrowhead import MOST_PRODUCTS, Arrowhead, Layout, NotDefinite, Product, Solver, Vector, dense
 
-MOST_DENSE = 4000  # latents of which the joint density is computed
-
 
 @dataclass(frozen=True, eq=False)
 class LinearResponse:
@@ -156,7 +154,7 @@ def _layouts(fit: VEMResult, size: int) -> list[Layout]:
                 order = np.moveaxis(np.arange(shape.numel()).reshape(shape), axis, 0)
                 columns += [where[order.reshape(plate.size, -1)] for where in positions]
         rows = np.concatenate(columns, axis=1)
-        found.append(Layout(rows, np.setdiff1d(np.arange(size), rows)))
+        found.append(Layout(rows, np.setdiff1d(np.arange(size), rows), plate))
     return sorted(found, key=lambda layout: layout.num_products)
 
 
