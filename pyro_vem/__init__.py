@@ -25,6 +25,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AmortizedNormal",
     "AnalyticKL_ELBO",
+    "Calibration",
+    "CalibrationVerdict",
     "Comparison",
     "Diagnosis",
     "ElboTerms",
@@ -39,6 +41,7 @@ __all__ = [
     "VEMError",
     "VEMResult",
     "Verdict",
+    "calibrate",
     "fit_vem",
     "plots",
     "register_kl",
@@ -47,6 +50,9 @@ __all__ = [
 
 # The posterior room imports ArviZ, pandas and matplotlib: it is loaded when first asked for.
 _LAZY = {
+    "Calibration": ".posterior.calibration_plot",
+    "CalibrationVerdict": ".posterior.calibration_plot",
+    "calibrate": ".posterior.calibrate",
     "Comparison": ".posterior.nuts",
     "Diagnosis": ".posterior.diagnose",
     "Verdict": ".posterior.diagnose",
