@@ -38,7 +38,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 docs: export PYRO_VEM_SMOKE ?= 1
 docs: $(STAMP)  ## build the pages, tutorials included, in docs/_build/html; warnings are errors

@@ -321,6 +321,29 @@ def test_a_centred_hierarchy_is_told_to_be_reparameterised(fit):
     assert mended.diagnose().verdict is not vem.Verdict.UNRELIABLE
 
 
+@pytest.mark.parametrize("seed", [2, 5, 6])
+def test_funnels_do_not_pass_by_luck(fit, seed):
+    """Centred hierarchies whose k-hat may be below 0.7 by luck, and tau off by 0.3 sd or more."""
+    y = torch.from_numpy(1 + 2.0 * np.random.default_rng(8008 + 10 * seed).normal(size=8))
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfNormal(5.0))
+        with pyro.plate("groups", 8):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, 2.0), obs=y)
+
+    result = fit(model, {"y": y})
+    exact = zoo.mean_and_sd_of_tau(y.numpy(), 2.0, stats.halfnorm(0, 5))
+    tau = result.sample(20_000)["tau"]
+    verdict = result.diagnose()
+    if abs(float(tau.mean()) - exact[0]) > 0.25 * exact[1]:
+        assert verdict.verdict is not vem.Verdict.GOOD
+    if verdict.correction:
+        corrected = result.sample(20_000, correction=verdict.correction)["tau"]
+        assert abs(float(corrected.mean()) - exact[0]) < 0.25 * exact[1]
+
+
 @pytest.mark.parametrize("seeds", [range(3), pytest.param(range(3, 20), marks=pytest.mark.slow)])
 def test_the_non_centred_one_is_never_unreliable(fit, seeds):
     result = fit(zoo.eight_schools, zoo.SCHOOLS)

@@ -170,15 +170,24 @@ def pumps_log_likelihood(mu, tau):
     return total
 
 
-def schools_mean_of_tau():
-    """E[tau | y] of `eight_schools` by quadrature: effects and mean integrate out in closed form."""
-    y, sigma = SCHOOLS_Y.numpy().astype(float), SCHOOLS_SIGMA.numpy().astype(float)
+def mean_and_sd_of_tau(y, sigma, prior):
+    """Posterior mean and sd of a hierarchy's spread by quadrature: effects and mean integrate out.
+
+    y_i ~ N(theta_i, sigma_i), theta_i ~ N(mu, tau), mu ~ N(0, 5), tau ~ prior.
+    """
+    noise = np.broadcast_to(np.asarray(sigma, dtype=float), len(y)) ** 2
 
     def joint(tau):
-        cov = np.diag(sigma**2 + tau**2) + 25.0
-        return np.exp(stats.multivariate_normal(np.zeros(8), cov).logpdf(y)) * stats.halfcauchy(0, 5).pdf(tau)
+        cov = np.diag(noise + tau**2) + 25.0
+        return np.exp(stats.multivariate_normal(np.zeros(len(y)), cov).logpdf(y) + 20) * prior.pdf(tau)
 
-    mass, first = (
-        integrate.quad(lambda t, k=k: t**k * joint(t), 0, np.inf, epsabs=0, epsrel=1e-8)[0] for k in (0, 1)
+    mass, first, second = (
+        integrate.quad(lambda t, k=k: t**k * joint(t), 0, np.inf, epsabs=0, epsrel=1e-8)[0] for k in range(3)
     )
-    return first / mass
+    return first / mass, (second / mass - (first / mass) ** 2) ** 0.5
+
+
+def schools_mean_of_tau():
+    """E[tau | y] of `eight_schools`."""
+    y, sigma = SCHOOLS_Y.numpy().astype(float), SCHOOLS_SIGMA.numpy().astype(float)
+    return mean_and_sd_of_tau(y, sigma, stats.halfcauchy(0, 5))[0]

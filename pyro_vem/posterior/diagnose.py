@@ -227,8 +227,11 @@ def _uncovered(found: tuple[Pool, ...]) -> list[str]:
     texts = []
     for pool in found:
         what = {"nested": "globals"}.get(pool.proposal, pool.proposal.replace("_", " "))
-        if pool.khat > KHAT_LIMIT:
-            texts.append(f"k-hat {pool.khat:.2f} of the {what} is above {KHAT_LIMIT}: some region is missed")
+        if pool.khat > pool.limit:
+            funnel = " where a scale is latent" if pool.limit < KHAT_LIMIT else ""
+            texts.append(
+                f"k-hat {pool.khat:.2f} of the {what} is above {pool.limit}{funnel}: some region is missed"
+            )
         else:
             texts.append(
                 f"weights of the {what} rest on {pool.effective:.0f} draws (limit {pool.fewest:.0f})"

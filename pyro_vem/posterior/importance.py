@@ -22,6 +22,8 @@ from .linear_response import LinearResponse, as_noise
 Correction: TypeAlias = Literal["linear_response", "psis"] | None
 
 KHAT_LIMIT = 0.7  # Vehtari et al. (2024): above, importance weights have no usable mean
+FUNNEL_LIMIT = 0.55  # the same where a scale is latent: a funnel's k-hat is often 0.6, and its means wrong
+NEARLY_EQUAL = 0.8  # effective share of the best possible above which the tail of weights is harmless
 FEWEST_EFFECTIVE = 200.0  # draws that weighted moments may rest on
 EFFICIENCY = 0.2  # of the effective draws that a Normal posterior would leave: below, k-hat can be lucky
 NUM_DRAWS, MOST_DRAWS = 20_000, 80_000
@@ -44,6 +46,7 @@ class Pool:
         khat: Pareto tail index of the ratios.
         best: effective number of draws if the posterior were the Normal that the proposal follows.
         noise: what the guide makes the draws from, by site.
+        limit: of k-hat.
     """
 
     proposal: str
@@ -52,6 +55,7 @@ class Pool:
     khat: float
     best: float
     noise: Mapping[str, Tensor]
+    limit: float = KHAT_LIMIT
 
     @property
     def spread(self) -> float:
@@ -72,7 +76,8 @@ class Pool:
     @property
     def is_usable(self) -> bool:
         """Whether weighted moments can be believed."""
-        return self.khat <= KHAT_LIMIT and self.effective >= self.fewest
+        is_equal = self.effective > NEARLY_EQUAL * self.best
+        return is_equal or (self.khat <= self.limit and self.effective >= self.fewest)
 
     @property
     def fewest(self) -> float:
@@ -194,7 +199,7 @@ def corrected(
         pool = best_pool(fit)
         if not pool.is_usable:
             raise ModelError(
-                f"no importance weights for this fit: k-hat {pool.khat:.2f} (limit {KHAT_LIMIT}), "
+                f"no importance weights for this fit: k-hat {pool.khat:.2f} (limit {pool.limit}), "
                 f"{pool.effective:.0f} effective draws (limit {pool.fewest:.0f})"
             )
         groups = at_noise(fit, pool.resampled(num, seed), *keep)
@@ -222,16 +227,19 @@ def choose(found: tuple[Pool, ...]) -> Pool:
 
 def pools(fit: VEMResult, num_draws: int = NUM_DRAWS, seed: int = 1) -> tuple[Pool, ...]:
     """Weighted draws from the guide, its linear response, and last, if none is usable, nested ones."""
+    from .checks import latent_scales
     from .nested import nested_pool
 
+    limit = FUNNEL_LIMIT if latent_scales(fit) else KHAT_LIMIT
     found = [guide_pool(fit, num_draws, seed)]
     with contextlib.suppress(ModelError):  # there is none for this guide; diagnose() says so
         if len(fit._linear_response.loc) <= MOST_JOINT:
             found.append(response_pool(fit, fit._linear_response, num_draws, seed + 1))
+    found = [replace(pool, limit=limit) for pool in found]
     if not any(pool.is_usable for pool in found):
         with contextlib.suppress(ModelError):
             nested = nested_pool(fit, fit._linear_response, seed + 2, num_draws // 5)
-            found += [nested] if nested is not None else []
+            found += [replace(nested, limit=limit)] if nested is not None else []
     return tuple(found)
 
 

@@ -12,14 +12,13 @@ from ..bound.draws import NoiseSpec, independent_noise
 from ..fit.result import VEMResult
 from ..model.sites import Plate
 from .arrowhead import Vector
-from .importance import KHAT_LIMIT, at_noise, smoothed_weights
+from .importance import KHAT_LIMIT, NEARLY_EQUAL, at_noise, smoothed_weights
 
 # A row's log ratio is close to a cubic in its noise: with fewer draws the tail that is fitted (3 sqrt(n))
 # reaches from the tail of the cubic into the plateau of its hump, and k-hat comes out as 2 or 5.
 NUM_DRAWS = 40_000
 MOST_ROWS = 500  # smoothed; beyond, those whose log weights vary most
 MOST_NUMBERS = 100_000_000  # draws times rows of densities
-NEARLY_EQUAL = 0.8  # effective share of the draws
 TEST = 0.7  # noise by which elements are told apart
 
 
