@@ -53,7 +53,7 @@ _LAZY = {
     "Calibration": ".posterior.calibration_plot",
     "CalibrationVerdict": ".posterior.calibration_plot",
     "calibrate": ".posterior.calibrate",
-    "Comparison": ".posterior.nuts",
+    "Comparison": ".posterior.comparison",
     "Diagnosis": ".posterior.diagnose",
     "Verdict": ".posterior.diagnose",
     "plots": ".posterior.plots",

@@ -1,15 +1,19 @@
 """Plots of a fit: matplotlib axes in, matplotlib axes out; ArviZ draws what it can."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import ModelError
+from ..errors import ModelError, unknown_names
 from ..fit.result import VEMResult
 from ..model.runtime import isolated
+from .comparison import Comparison
 from .diagnose import Diagnosis
 from .importance import KHAT_LIMIT
+
+MOST_ROWS = 40  # of a forest
 
 
 def elbo(fit: VEMResult, ax: Any = None) -> Any:
@@ -139,30 +143,51 @@ def _axes(ax: Any, height: float = 3.5) -> Any:
     return ax
 
 
-def forest(comparison: Any, ax: Any = None, **kwargs: Any) -> Any:
-    """Intervals of the fit and of NUTS side by side, by ``arviz.plot_forest``.
+def forest(
+    comparison: Comparison, ax: Any = None, var_names: Sequence[str] | None = None, scaled: bool = False
+) -> Any:
+    """Intervals of the fit, its corrected draws and NUTS, one above the other.
 
-    Points are medians; thick bars hold 50 %, thin ones 90 % of the draws (highest density).
+    Points are medians; thick lines hold the central 50 %, thin ones the central 90 % of the draws.
 
     Args:
         comparison: what ``fit.compare_nuts()`` returned.
         ax: matplotlib axes; new ones by default.
-        kwargs: passed on, for example ``var_names``.
-    """
-    import arviz as az
-    import matplotlib.pyplot as plt
+        var_names: sites to show; by default all, of many scalars those that differ most.
+        scaled: distances from NUTS's mean in NUTS's sds, so that sites of different scales fit one axis.
 
-    if ax is None:
-        names = kwargs.get("var_names", list(comparison.idata_vem.posterior.data_vars))
-        rows = sum(comparison.idata_vem.posterior[name][0, 0].size for name in names)
-        _, ax = plt.subplots(figsize=(7, 1.2 + 0.32 * rows), layout="constrained")
-    defaults = {"combined": True, "hdi_prob": 0.9, "colors": ["C0", "C1"], "textsize": 10}
-    axes = az.plot_forest(
-        [comparison.idata_vem, comparison.idata_nuts],
-        model_names=["VEM", "NUTS"],
-        ax=ax,
-        **{**defaults, **kwargs},
-    )
-    ax = axes.ravel()[0]
-    ax.set_title("Median, 50 % and 90 % intervals", fontsize=11)
+    Raises:
+        ValueError: if ``var_names`` has a site that is not compared.
+    """
+    table = comparison.table.reset_index(names="scalar")
+    sites = table["scalar"].str.replace(r"\[.*", "", regex=True)
+    if var_names is None:
+        table = table.loc[table["wasserstein_sd"].nlargest(MOST_ROWS).index.sort_values()]
+    else:
+        message = unknown_names("var_names", var_names, list(dict.fromkeys(sites)))
+        if message:
+            raise ValueError(message)
+        table = table[sites.isin(var_names)]
+    ax = _axes(ax, height=1.3 + 0.3 * len(table))
+    at = np.arange(len(table))
+    shift, unit = (table["nuts_mean"], table["nuts_sd"]) if scaled else (0.0, 1.0)
+    draws = comparison.draws
+    for i, (name, values) in enumerate(draws.items()):
+        y = at + 0.24 * (i - (len(draws) - 1) / 2)
+        low, lower, median, upper, high = (
+            (values[table["scalar"]].quantile(p).to_numpy() - shift) / unit
+            for p in (0.05, 0.25, 0.5, 0.75, 0.95)
+        )
+        colour = {"VEM": "C0", "NUTS": "0.25"}.get(name, "C1")
+        ax.hlines(y, low, high, color=colour, linewidth=1)
+        ax.hlines(y, lower, upper, color=colour, linewidth=3)
+        ax.plot(median, y, "o", color=colour, markersize=4, label=name)
+    ax.set_yticks(at, table["scalar"])
+    ax.set_ylim(len(table) - 0.4, -0.6)  # the first row on top
+    for edge in at[1:]:
+        ax.axhline(edge - 0.5, color="0.93", linewidth=0.8, zorder=0)
+    ax.set_xlabel("distance from NUTS's mean, in NUTS's sds" if scaled else "value")
+    doubt = "" if comparison.is_reference else "\nNUTS is no reference here: see reasons"
+    ax.set_title(f"Medians, 50 % and 90 % intervals{doubt}", fontsize=11)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return ax

@@ -43,7 +43,7 @@ def predict(
 
     Returns:
         "latents" (deterministic sites included) and "observed" (draws of the observed sites), each
-        shaped (num_draws, *site). Where a plate of the new data has another size than it had,
+        shaped ``(num_draws, *site)``. Where a plate of the new data has another size than it had,
         the latents inside it are new ones: they are drawn from their prior given the others, or
         from the guide's encoder where that makes them.
 
@@ -85,7 +85,7 @@ def log_likelihood(
         seed: of the draws.
 
     Returns:
-        A tensor shaped (num_draws, *rows) for each observed site, in nats.
+        A tensor shaped ``(num_draws, *rows)`` for each observed site, in nats.
     """
     if data is None:
         return fit.draw(num_draws, seed, "log_likelihood", correction=correction)["log_likelihood"]
