@@ -8,12 +8,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 import zoo
+from pyro.infer.autoguide import AutoDelta
 from pyro.infer.reparam import LocScaleReparam
 from scipy import stats
 
 import pyro_vem as vem
 from pyro_vem.posterior import plots
 from pyro_vem.posterior.arrowhead import Arrowhead, Layout, NotDefinite, Solver, dense
+from pyro_vem.posterior.checks import latent_scales
 from pyro_vem.posterior.importance import at_noise, guide_pool, response_pool, smoothed_weights
 from pyro_vem.posterior.nested import nested_pool
 from pyro_vem.posterior.rows import row_khat
@@ -487,3 +489,115 @@ def test_what_has_no_random_latent_has_nothing_to_correct(fit):
     for correction, why in (("psis", "no latent is random"), ("linear_response", "a mean and an sd")):
         with pytest.raises(vem.ModelError, match=why):
             result.sample(3, correction=correction)
+
+
+def test_a_tail_that_smoothing_levels_is_no_equal_weight(fit):
+    """|z| observed: the other sign is another mode, which few draws see; they hold a tenth of the mass."""
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.5, 1.0))
+        with pyro.plate("rows", 1):
+            pyro.sample("y", dist.Normal(z.abs(), 0.3), obs=y)
+
+    assert fit(model, {"y": torch.ones(1)}).diagnose().verdict is vem.Verdict.UNRELIABLE
+
+
+def test_the_same_funnel_in_another_spelling(fit):
+    """No site has a latent scale here: evidence that the guide's draws miss gives it away."""
+    y = torch.from_numpy(1 + 1.5 * np.random.default_rng(8056).normal(size=8))
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfNormal(5.0))
+        eye = torch.eye(8, dtype=torch.float64)
+        theta = pyro.sample("theta", dist.MultivariateNormal(mu.expand(8), scale_tril=tau * eye))
+        pyro.sample("y", dist.Normal(theta, 1.0).to_event(1), obs=y)
+
+    result = fit(model, {"y": y})
+    exact = zoo.mean_and_sd_of_tau(y.numpy(), 1.0, stats.halfnorm(0, 5))
+    shift = abs(float(result.sample(20_000)["tau"].mean()) - exact[0]) / exact[1]
+    assert shift < 0.25 or result.diagnose().verdict is not vem.Verdict.GOOD
+
+
+def test_points_are_no_posterior(fit):
+    def model(y):
+        s = pyro.sample("s", dist.HalfNormal(1.0))
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(z, s), obs=y)
+
+    def half(y):
+        pyro.sample(
+            "s", dist.Delta(pyro.param("s0", torch.tensor(0.5), constraint=dist.constraints.positive))
+        )
+        loc = pyro.param("loc", torch.tensor(0.0))
+        pyro.sample(
+            "z", dist.Normal(loc, pyro.param("sd", torch.tensor(0.3), constraint=dist.constraints.positive))
+        )
+
+    data = {"y": torch.tensor([0.1, 0.5, -0.3, 0.9])}
+    for guide in (half, AutoDelta(model)):
+        verdict = fit(model, data, guide=guide).diagnose()
+        assert verdict.verdict is vem.Verdict.UNRELIABLE
+        assert "'s'" in verdict.reasons[0]
+        assert "a point, not a posterior" in verdict.reasons[0]
+    both = vem.vem_model(map_sites=("s", "z"))(model)
+    assert "no posterior to judge" in str(fit(both, data).diagnose())
+
+
+def test_moments_that_overflow_are_not_dropped(fit):
+    def model(y):
+        x = pyro.sample("x", dist.Gamma(0.01, 0.01))
+        pyro.sample("y", dist.Poisson(x), obs=y)
+
+    verdict = fit(model, {"y": torch.tensor(0.0)}).diagnose()
+    assert verdict.verdict is not vem.Verdict.GOOD
+
+
+def test_reparameterisation_is_offered_where_it_works(fit):
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(1.0))
+        with pyro.plate("groups", 8):
+            a = pyro.sample("a", dist.LogNormal(mu, tau))
+            pyro.sample("y", dist.Normal(a, 2.0), obs=y)
+
+    assert latent_scales(fit(model, {"y": torch.linspace(0.5, 3.0, 8)})) == {"a": False}
+    assert latent_scales(fit(centred, zoo.SCHOOLS)) == {"theta": True}
+    assert latent_scales(fit(zoo.eight_schools, zoo.SCHOOLS)) == {}
+
+
+def test_priors_in_float32_are_no_matter(fit):
+    prior = dist.HalfCauchy(1.0)
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            s = pyro.sample("s", prior)
+            pyro.sample("y", dist.Normal(0.0, s), obs=y)
+
+    fit(model, {"y": torch.tensor([0.5, 1.0, 2.0])}).diagnose(num_draws=1000)
+
+
+def test_new_data_that_do_not_fit_are_refused(fit):
+    def model(x, y=None):
+        b = pyro.sample("b", dist.Normal(torch.zeros(len(x), dtype=torch.float64), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(b * x, 1.0).to_event(1), obs=y)
+
+    result = fit(model, {"x": torch.ones(3), "y": torch.ones(3)})
+    with pytest.raises(vem.ModelError, match="into a plate"):
+        result.predict({"x": torch.ones(5)})
+    with pytest.raises(vem.ModelError, match="no observation in the new data"):
+        result.log_likelihood({"x": torch.ones(3)})
+
+
+def test_rows_missing_in_new_data_are_predicted(fit):
+    def model(x, y, mask):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(b * x, 0.1), obs=y, obs_mask=mask)
+
+    x, y = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2.0, 4.0, 0.0, 8.0])
+    data = {"x": x, "y": y, "mask": torch.tensor([True, True, False, True])}
+    result = fit(model, data)
+    made = result.predict({**data, "mask": torch.tensor([False, True, True, True])}, num_draws=500)
+    assert float(made["y_unobserved"][:, 0].mean()) == pytest.approx(2.0, abs=0.1)

@@ -278,8 +278,7 @@ class VEMResult:
 
         Returns:
             Tensors shaped ``(num_draws, *site)``. Where a plate of the new data has another size,
-            the latents inside it are new: they come from their prior given the other latents, or
-            from the guide's encoder.
+            the latents inside it are new: they come from their prior given the other latents.
 
         Raises:
             ModelError: if the model does not run on the new data.

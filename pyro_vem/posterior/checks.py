@@ -19,6 +19,8 @@ from ..model.runtime import isolated
 PRODUCTS = 50  # Hessian products of the extra E-step
 COLLAPSED = 1e-3  # nats of KL per scalar below which data say nothing of a latent
 START_GAP = 0.1  # nats by which another start may be better
+LOC_SCALE = ("Normal", "StudentT", "Laplace", "Cauchy", "Gumbel")
+WRAPPERS = ("Independent", "ExpandedDistribution", "MaskedDistribution")
 AGREEMENT = 0.5  # sds by which means of equally good starts may differ
 
 
@@ -79,10 +81,10 @@ def _differs(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def latent_scales(fit: VEMResult) -> list[str]:
-    """Latent sites of a location-scale family whose scale moves with other latents."""
+def latent_scales(fit: VEMResult) -> dict[str, bool]:
+    """Latent sites whose scale moves with other latents, and whether `LocScaleReparam` takes them."""
     problem, specs = fit.setup.problem, fit.setup.objective.specs
-    found = []
+    found = {}
     with isolated(torch.float64), torch.no_grad():
         runs = []
         for shift in (0.0, 0.5):
@@ -92,12 +94,13 @@ def latent_scales(fit: VEMResult) -> list[str]:
     for name in runs[0]:
         first, second = (getattr(_base(run[name]["fn"]), "scale", None) for run in runs)
         if name in latents and isinstance(first, Tensor) and not torch.equal(first, torch.as_tensor(second)):
-            found.append(name)
+            found[name] = type(_base(runs[0][name]["fn"], WRAPPERS)).__name__ in LOC_SCALE
     return found
 
 
-def _base(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
+def _base(fn: Any, wrappers: tuple[str, ...] | None = None) -> Any:
+    """The distribution inside others, or inside those wrappers only that leave its family as it is."""
+    while hasattr(fn, "base_dist") and (wrappers is None or type(fn).__name__ in wrappers):
         fn = fn.base_dist
     return fn
 

@@ -275,6 +275,8 @@ def _labels(draws: Any) -> list[str]:
 def _unconverged(table: pd.DataFrame) -> list[str]:
     """What R-hat and ESS say against a run; nan counts as bad."""
     found = []
+    if table["r_hat"].isna().all():
+        return ["a single chain has no R-hat: run four of them (num_chains)"]
     unmixed = table.loc[~(table["r_hat"] <= RHAT_LIMIT), "r_hat"].sort_values(ascending=False)
     if len(unmixed):
         found.append(

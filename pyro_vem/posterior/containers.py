@@ -112,7 +112,8 @@ def psis(log_ratio: Vector) -> tuple[Vector, float]:
         Log weights, (draws,), whose exponentials sum to one; and the Pareto tail index. Constant
         ratios have equal weights and 0. Where no tail can be fitted (fewer than 25 draws, or one
         value in all of the tail) weights are as they are and the index is infinite; it is so
-        too if a ratio is not finite, and no draw has a weight then (nan).
+        too if a ratio is nan or infinite, and no draw has a weight then (nan). Draws of density zero
+        (log ratio -inf) have weight zero.
 
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling,
@@ -123,7 +124,7 @@ def psis(log_ratio: Vector) -> tuple[Vector, float]:
         >>> float(np.exp(log_weights).sum().round(12)), khat
         (1.0, 0.0)
     """
-    if not np.isfinite(log_ratio).all():
+    if np.isnan(log_ratio).any() or log_ratio.max() in (np.inf, -np.inf):
         return np.full(len(log_ratio), np.nan), np.inf
     plain = log_ratio - logsumexp(log_ratio)
     # A guide that is the posterior has constant ratios: no tail to fit.
@@ -139,7 +140,8 @@ def psis(log_ratio: Vector) -> tuple[Vector, float]:
     else:
         import arviz as az
 
-        log_weights, khat = az.psislw(plain)
+        with np.errstate(over="ignore"):  # its fit of a very long tail overflows to the right answer
+            log_weights, khat = az.psislw(plain)
     return np.asarray(log_weights, dtype=np.float64), float(khat)
 
 

@@ -13,7 +13,7 @@ from ..errors import ModelError
 from ..fit.result import VEMResult
 from .arrowhead import Vector
 from .checks import latent_scales, one_more_step, other_starts, unmoved
-from .importance import KHAT_LIMIT, NUM_DRAWS, Correction, Pool, at_noise, choose, pools
+from .importance import KHAT_LIMIT, MISSING_LIMIT, NUM_DRAWS, Correction, Pool, at_noise, choose, pools
 from .rows import RowKhat, row_khat
 
 SHIFT_LIMIT = 0.2  # posterior sds that a mean may be off by
@@ -96,6 +96,8 @@ class Diagnosis:
     def headline(self) -> str:
         """The verdict in a sentence or two."""
         name, advice = self.verdict.name.replace("_", " "), self.verdict.value
+        if self.num_draws == 1 and self.verdict is Verdict.GOOD:
+            advice = "Converged. No latent is random: there is no posterior to judge."
         if self.correction:
             advice = advice.replace("draws;", f"draws, correction={self.correction!r};")
         return f"{name}. {advice}"
@@ -103,6 +105,8 @@ class Diagnosis:
     @property
     def numbers(self) -> str:
         """k-hat of all kinds, in a line."""
+        if self.num_draws == 1:
+            return "no draws"
         parts = [f"k-hat {self.khat:.2f} ({self.num_draws:,} draws)"]
         if np.isfinite(self.khat_corrected):
             parts.append(f"{self.khat_corrected:.2f} with linear response")
@@ -149,7 +153,7 @@ def diagnose(fit: VEMResult, *, num_draws: int = NUM_DRAWS, restarts: int = 0, s
     gradient, gain = one_more_step(fit) if fit.converged else (float("nan"), float("nan"))
     reasons, actions, notes = _of_the_fit(fit, gain, restarts, seed)
     if fit.setup.problem.guide is None or not fit.setup.objective.specs:
-        return _without_draws(fit, num_draws, seed, reasons, actions)
+        return _without_draws(fit, seed, reasons, actions)
     is_usual = (num_draws, seed) == (NUM_DRAWS, 1)
     found = fit._pools if is_usual else pools(fit, num_draws, seed)
     guide, best = found[0], choose(found)
@@ -166,13 +170,17 @@ def diagnose(fit: VEMResult, *, num_draws: int = NUM_DRAWS, restarts: int = 0, s
         actions += _reparameterise(fit)
     elif not reasons:
         table = _moments(fit, guide, best)
-        verdict, correction, wrong = _judge(table)
-        reasons += wrong
+        reasons += _unjudged(fit, table)
+        if not reasons:
+            verdict, correction, reasons = _judge(table)
     rows = row_khat(fit, seed=seed) if finite.all() else None
     notes += unmoved(fit) + _rows_note(rows)
     if verdict is not Verdict.UNRELIABLE:
         chosen = f"correction={correction!r}" if correction else ""
-        actions.append(f"fit.to_arviz({chosen}) to look at it, fit.compare_nuts() to hold it against NUTS")
+        actions.append(
+            f"fit.to_arviz({chosen}) to look at it, fit.compare_nuts() to hold it against NUTS"
+            + (", fit.diagnose(restarts=4) to look for other modes" if not restarts else "")
+        )
     return Diagnosis(
         guide.khat,
         float(ratio.mean()),
@@ -208,18 +216,21 @@ def _of_the_fit(
         notes.append(spread)
         if better is not None:
             reasons.append(better)
-            actions.append("start there: fit_vem(..., init={...})")
+            actions.append(
+                "fit from several starts and keep the best; modes that are equally good need NUTS or a prior"
+            )
     return reasons, actions, notes
 
 
-def _without_draws(
-    fit: VEMResult, num_draws: int, seed: int, reasons: list[str], actions: list[str]
-) -> Diagnosis:
-    """A fit without a guide (maximum likelihood or MAP): there is no q to judge."""
+def _without_draws(fit: VEMResult, seed: int, reasons: list[str], actions: list[str]) -> Diagnosis:
+    """A fit without a random latent: there is no q to judge."""
     densities = fit.draw(1, seed, "densities")["densities"]
     bound = float(densities["log_p"][0] - densities["log_q"][0])
+    if fit.setup.problem.guide is not None:
+        latents = ", ".join(repr(s.name) for s in fit.setup.prototype.latents if s.name not in fit.params)
+        reasons = [*reasons, f"the guide has no spread at {latents}: a point, not a posterior"]
     verdict = Verdict.UNRELIABLE if reasons else Verdict.GOOD
-    return Diagnosis(0.0, bound, 0.0, verdict, None, tuple(reasons), tuple(actions), (), num_draws)
+    return Diagnosis(np.nan, bound, 0.0, verdict, None, tuple(reasons), tuple(actions), (), num_draws=1)
 
 
 def _uncovered(found: tuple[Pool, ...]) -> list[str]:
@@ -232,6 +243,8 @@ def _uncovered(found: tuple[Pool, ...]) -> list[str]:
             texts.append(
                 f"k-hat {pool.khat:.2f} of the {what} is above {pool.limit}{funnel}: some region is missed"
             )
+        elif pool.missing > MISSING_LIMIT:
+            texts.append(f"draws of the {what} miss {pool.missing:.2f} nats of the evidence that others find")
         else:
             texts.append(
                 f"weights of the {what} rest on {pool.effective:.0f} draws (limit {pool.fewest:.0f})"
@@ -241,12 +254,18 @@ def _uncovered(found: tuple[Pool, ...]) -> list[str]:
 
 def _reparameterise(fit: VEMResult) -> list[str]:
     """LocScaleReparam for the sites whose own scale is latent, else the general advice."""
-    sites = latent_scales(fit)
+    scales = latent_scales(fit)
+    sites = [name for name, is_taken in scales.items() if is_taken]
     if sites:
         config = ", ".join(f"{name!r}: LocScaleReparam(0.0)" for name in sites)
         return [
             f"the scale of {', '.join(map(repr, sites))} is itself latent: "
             f"pyro.poutine.reparam(model, config={{{config}}}), from pyro.infer.reparam"
+        ]
+    if scales:
+        return [
+            f"the scale of {', '.join(map(repr, scales))} is itself latent: write it as a latent of fixed "
+            "scale, scaled in the model (pyro.deterministic)"
         ]
     return ["reparameterise the model (pyro.infer.reparam), or hold the fit against fit.compare_nuts()"]
 
@@ -270,6 +289,8 @@ def _moments(fit: VEMResult, guide: Pool, best: Pool) -> pd.DataFrame:
 
     weighted, plain = values(best), values(guide)
     weights = best.weights[:num] / best.weights[:num].sum()
+    has_weight = weights > 0  # a draw may be infinite where its weight is zero
+    positive = weights[has_weight]
     response: Mapping[str, Tensor] = {}
     try:
         response = fit.sample(min(num, len(guide.weights), CORRECTED_DRAWS), 2, correction="linear_response")
@@ -277,10 +298,10 @@ def _moments(fit: VEMResult, guide: Pool, best: Pool) -> pd.DataFrame:
         response = {}
     found = {}
     for name, draws in weighted.items():
-        x = draws.numpy().reshape(len(draws), -1)
-        mean = weights @ x
-        sd = np.sqrt(np.maximum(weights @ np.square(x - mean), 0))
-        moving = sd > 1e-12 * (1 + np.abs(mean))
+        x = draws.numpy().reshape(len(draws), -1)[has_weight]
+        mean = positive @ x
+        sd = np.sqrt(np.maximum(positive @ np.square(x - mean), 0))
+        moving = ~(sd <= 1e-12 * (1 + np.abs(mean)))  # what is not a number moves too
         if moving.any():
             shift, ratio = _against(plain[name], mean, sd, moving)
             nothing = np.full_like(shift, np.nan)
@@ -294,6 +315,21 @@ def _moments(fit: VEMResult, guide: Pool, best: Pool) -> pd.DataFrame:
             )  # fmt: skip
     columns = ["mean_shift", "sd_ratio", "mean_shift_lr", "sd_ratio_lr", "lr_over_mean_field"]
     return pd.DataFrame.from_dict(found, orient="index", columns=columns).rename_axis("site")
+
+
+def _unjudged(fit: VEMResult, table: pd.DataFrame) -> list[str]:
+    """Latents without a spread, and sites without finite moments."""
+    latents = [site.name for site in fit.setup.prototype.latents if site.name not in fit.params]
+    points = [name for name in latents if name not in table.index]
+    texts = (
+        [f"the guide has no spread at {', '.join(map(repr, points))}: a point, not a posterior"]
+        if points
+        else []
+    )
+    broken = table.index[~np.isfinite(table[["mean_shift", "sd_ratio"]]).all(axis=1)]
+    if len(broken):
+        texts.append(f"moments of {', '.join(map(repr, broken))} are not finite")
+    return texts
 
 
 def _against(values: Tensor, mean: Vector, sd: Vector, moving: Any) -> tuple[Vector, Vector]:

@@ -24,6 +24,9 @@ Correction: TypeAlias = Literal["linear_response", "psis"] | None
 KHAT_LIMIT = 0.7  # Vehtari et al. (2024): above, importance weights have no usable mean
 FUNNEL_LIMIT = 0.55  # the same where a scale is latent: a funnel's k-hat is often 0.6, and its means wrong
 NEARLY_EQUAL = 0.8  # effective share of the best possible above which the tail of weights is harmless
+MISSING_LIMIT = (
+    0.1  # nats of evidence that draws may miss: wrong fits miss 0.12 or more, right ones 0.1 or less
+)
 FEWEST_EFFECTIVE = 200.0  # draws that weighted moments may rest on
 EFFICIENCY = 0.2  # of the effective draws that a Normal posterior would leave: below, k-hat can be lucky
 NUM_DRAWS, MOST_DRAWS = 20_000, 80_000
@@ -47,6 +50,7 @@ class Pool:
         best: effective number of draws if the posterior were the Normal that the proposal follows.
         noise: what the guide makes the draws from, by site.
         limit: of k-hat.
+        missing: nats by which another proposal finds more evidence than this one.
     """
 
     proposal: str
@@ -56,6 +60,7 @@ class Pool:
     best: float
     noise: Mapping[str, Tensor]
     limit: float = KHAT_LIMIT
+    missing: float = 0.0
 
     @property
     def spread(self) -> float:
@@ -70,13 +75,19 @@ class Pool:
 
     @property
     def log_evidence(self) -> float:
-        """Log of the mean ratio: an estimate of log p(data), in nats."""
-        return float(logsumexp(self.log_ratio) - np.log(len(self.log_ratio)))
+        """Log of the mean smoothed ratio: an estimate of log p(data), in nats."""
+        body = int(np.argsort(self.log_ratio)[len(self.log_ratio) // 2])  # smoothing leaves it as it is
+        total = self.log_ratio[body] - np.log(self.weights[body])
+        return float(total - np.log(len(self.log_ratio)))
 
     @property
     def is_usable(self) -> bool:
         """Whether weighted moments can be believed."""
-        is_equal = self.effective > NEARLY_EQUAL * self.best
+        if self.missing > MISSING_LIMIT or not np.isfinite(self.khat):
+            return False
+        # Of raw weights too: smoothing may level a tail in which one draw holds a tenth of the mass.
+        raw = np.exp(2 * logsumexp(self.log_ratio) - logsumexp(2 * self.log_ratio))
+        is_equal = bool(min(raw, self.effective) > NEARLY_EQUAL * self.best)
         return is_equal or (self.khat <= self.limit and self.effective >= self.fewest)
 
     @property
@@ -235,7 +246,10 @@ def pools(fit: VEMResult, num_draws: int = NUM_DRAWS, seed: int = 1) -> tuple[Po
     with contextlib.suppress(ModelError):  # there is none for this guide; diagnose() says so
         if len(fit._linear_response.loc) <= MOST_JOINT:
             found.append(response_pool(fit, fit._linear_response, num_draws, seed + 1))
-    found = [replace(pool, limit=limit) for pool in found]
+    most = max(pool.log_evidence for pool in found)
+    found = [replace(pool, limit=limit, missing=most - pool.log_evidence) for pool in found[:1]] + [
+        replace(pool, limit=limit) for pool in found[1:]
+    ]
     if not any(pool.is_usable for pool in found):
         with contextlib.suppress(ModelError):
             nested = nested_pool(fit, fit._linear_response, seed + 2, num_draws // 5)

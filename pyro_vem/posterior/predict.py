@@ -45,7 +45,8 @@ def predict(
         "latents" (deterministic sites included) and "observed" (draws of the observed sites), each
         shaped ``(num_draws, *site)``. Where a plate of the new data has another size than it had,
         the latents inside it are new ones: they are drawn from their prior given the others, or
-        from the guide's encoder where that makes them.
+        from the guide where that is a function of the data. (An encoder's rows must be as many as
+        they were in the fit.)
 
     Raises:
         ModelError: if the model does not run on the new data.
@@ -93,6 +94,11 @@ def log_likelihood(
 
     def one(draw: Mapping[str, Tensor]) -> dict[str, Tensor]:
         observed, _ = _run(fit, call, draw, is_predicting=False)
+        for name, site in observed.items():
+            if not site["is_observed"]:
+                raise ModelError(
+                    f"site {name!r} has no observation in the new data: there is no likelihood of it"
+                )
         return {name: log_density(site) for name, site in observed.items()}
 
     return _each(one, _latents(fit, call, num_draws, seed, correction), num_draws, seed)
@@ -113,7 +119,18 @@ def _run(fit: VEMResult, call: Arguments, values: Mapping[str, Tensor], is_predi
     if is_predicting:
         program.fn = _Unobserved()(program.fn)
     given = {**values, **{name: fit.params[name] for name in setup.problem.map_sites}}
-    run = program.run(call.args, call.kwargs, fit.params, lambda site: given.get(site["name"]))
+
+    def choose(site: Site) -> Tensor | None:
+        value = given.get(site["name"])
+        if value is not None and value.shape != site["fn"].shape():
+            shapes = f"{tuple(value.shape)} in the fit and {tuple(site['fn'].shape())} with these data"
+            raise ModelError(
+                f"site {site['name']!r} has shape {shapes}: put what grows with the data into a plate, so "
+                "that new elements are new latents"
+            )
+        return value
+
+    run = program.run(call.args, call.kwargs, fit.params, choose)
     sites = {name: site for name, site in (run.sites | run.deterministic).items() if site["value"].numel()}
     observed = {name: site for name, site in sites.items() if name in setup.prototype.observed}
     return observed, {name: site for name, site in sites.items() if name not in observed}
@@ -134,7 +151,9 @@ def _latents(
     if setup.guide is None:
         return {}
     guide = setup.guide
-    encoded = guide.encoded if isinstance(guide, FactorisedNormal) else ()
+    # A guide that is not ours may be a function of the data: it is run on the new ones.
+    latents = [site.name for site in setup.prototype.latents if site.name not in setup.problem.map_sites]
+    encoded = guide.encoded if isinstance(guide, FactorisedNormal) else tuple(latents)
     names = {site.name for site in setup.prototype.latents} - set(setup.problem.map_sites)
     drawn = fit.sample(num_draws, seed, correction)  # type: ignore[arg-type]
     values = {name: value for name, value in drawn.items() if name in names}
@@ -144,9 +163,10 @@ def _latents(
     old = {plate.name: plate.size for site in setup.prototype.latents for plate in site.plates}
     changed = {name for name, size in sizes.items() if old.get(name, size) != size}
     for site in setup.prototype.latents:
-        if site.name in values and (changed & {plate.name for plate in site.plates} or site.name in encoded):
+        is_new = changed & {plate.name for plate in site.plates} or site.idle is not None
+        if site.name in values and (is_new or site.name in encoded):
             del values[site.name]
-    return values | _encoded(fit, call, encoded, num_draws, seed)
+    return values | _encoded(fit, call, tuple(encoded), num_draws, seed)
 
 
 def _plate_sizes(fit: VEMResult, call: Arguments) -> dict[str, int]:
@@ -172,8 +192,10 @@ def _encoded(
         return {}
 
     def one(_: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with torch.no_grad():
+        try:
             run = program.run(call.args, call.kwargs, fit.guide_params, lambda site: site["fn"].sample())
+        except Exception as error:
+            raise ModelError(f"the guide does not run on the new data: {error}") from error
         return {name: run.sites[name]["value"] for name in names}
 
     return _each(one, {}, num_draws, seed + 1)

@@ -78,7 +78,7 @@ def by_owner(
     rows, rest = torch.zeros(num, size, dtype=torch.float64), torch.zeros(num, dtype=torch.float64)
     for group, sign in (("model_rows", 1.0), ("guide_rows", -1.0)):
         for name, value in densities[group].items():
-            owner, flat = owners[f"{group}/{name}"], sign * value.reshape(num, -1)
+            owner, flat = owners[f"{group}/{name}"], sign * value.double().reshape(num, -1)
             rows.index_add_(1, owner[owner >= 0], flat[:, owner >= 0])
             rest += flat[:, owner < 0].sum(1)
     return rows.numpy(), rest.numpy()

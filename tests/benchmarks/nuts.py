@@ -5,15 +5,19 @@ of a cold start with the longest warm-up, and the largest R-hat below 1.01; medi
 start has Pyro's defaults (uniform starts, unit metric, both adapted), on the captured density, so that
 only the start differs. A warm one is compare_nuts'. Both accept 0.8 of their steps, Pyro's default.
 
-Speed: milliseconds of a log density with its gradient, and whole runs, compiling included. Every figure
-is the median of paired repetitions in turns, except for runs with Pyro's own potential: there is one.
+Speed: milliseconds of a log density with its gradient, and whole runs with as much warm-up as they need,
+compiling included, and compare_nuts as it comes (0.95 accepted, 200 steps of warm-up). All in turns;
+medians, and medians of paired ratios. Pyro on its own potential runs once.
 """
 
 import argparse
 import dataclasses
+import os
 import statistics
 import time
 import warnings
+
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # every run pays for its compiler
 
 import data
 import models_pyro
@@ -22,7 +26,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.integrator import potential_grad
-from time_to_accuracy import say, write
+from time_to_accuracy import say, text, write
 
 import pyro_vem as vem
 from pyro_vem.model.runtime import isolated
@@ -30,10 +34,12 @@ from pyro_vem.posterior.arviz import nuts_data
 from pyro_vem.posterior.comparison import diagnostics, frame
 from pyro_vem.posterior.density import Density
 from pyro_vem.posterior.engines import ENGINES, NUTSOptions, Potential
+from pyro_vem.posterior.nuts import sample
 
 CHAINS, ACCEPT = 4, 0.8
 WORKLOADS = ("eight_schools_noncentred", "radon")
 COLUMNS = ("workload", "sampler", "start", "warmup", "ess", "r_hat", "divergences", "gradients", "seconds")
+RUN = ("run", "warmup", "ess", "r_hat", "seconds", "ess_per_second", "times")
 
 
 class Counted:
@@ -137,7 +143,7 @@ def gradients(fit, density, traced, compiled, rounds=25, calls=40):
         {
             "density": name,
             "ms": statistics.median(own),
-            "times_faster": statistics.median(b / a for a, b in zip(own, theirs, strict=True)),
+            "times": statistics.median(b / a for a, b in zip(own, theirs, strict=True)),
         }
         for name, own in times.items()
     ]
@@ -162,63 +168,61 @@ def warmups(workload, fit, densities, options):
         for sampler in options.samplers:
             for start, density in densities.items():
                 runs = [
-                    run(fit, density, sampler, start, options.draws, warmup, seed)
-                    for seed in range(options.seeds)
+                    run(fit, density, sampler, start, options.draws, warmup, n) for n in range(options.seeds)
                 ]
-                rows.append(
-                    {"workload": workload, "sampler": sampler, "start": start, "warmup": warmup}
-                    | medians(runs)
-                )
-                say(" ".join(f"{rows[-1][name]}" for name in COLUMNS))
+                key = {"workload": workload, "sampler": sampler, "start": start, "warmup": warmup}
+                rows.append(key | medians(runs))
+                say(", ".join(text(rows[-1][name]) for name in COLUMNS))
     return rows
 
 
+def whole_runs(fit, density, densities, needed, options):
+    """Seconds and ESS a second, compiling included."""
+    begun = time.perf_counter()
+    density.captured(True)
+    compiling = time.perf_counter() - begun
+    rows = {}
+    if options.alone:
+        warmup = needed["pyro", "cold"]
+        rows["Pyro alone, cold"] = [{"warmup": warmup, **pyro_alone(fit, options.draws, warmup)}]
+    for seed in range(options.seeds):
+        for (sampler, start), warmup in needed.items():
+            row = run(fit, densities[start], sampler, start, options.draws, warmup, seed)
+            row |= {"warmup": warmup, "seconds": row["seconds"] + compiling}
+            rows.setdefault(f"{sampler}, captured, {start}", []).append(row)
+        for sampler in options.samplers:
+            settings, begun = NUTSOptions(progress=False), time.perf_counter()
+            chains, diverging, _ = sample(fit, sampler, settings, seed)
+            row = {"warmup": settings.warmup_steps, "seconds": time.perf_counter() - begun}
+            rows.setdefault(f"compare_nuts(sampler={sampler!r})", []).append(
+                row | told(fit, chains, diverging)
+            )
+    found = []
+    for name, own in rows.items():
+        for row in own:
+            row["ess_per_second"] = row["ess"] / row["seconds"]
+        found.append({"run": name, **medians([{key: row[key] for key in RUN[1:-1]} for row in own])})
+        ratios = [row["ess_per_second"] / next(iter(rows.values()))[0]["ess_per_second"] for row in own]
+        found[-1]["times"] = statistics.median(ratios)
+    return found
+
+
 def compare(workload, options):
-    fit = fitted(workload)
+    fit, longest = fitted(workload), max(options.warmups)
     with isolated(torch.float64, threads=1):
         density = Density.of(fit)
-        begun = time.perf_counter()
-        densities = {"warm": density.captured(True)}
-        compiling = time.perf_counter() - begun
-        densities["cold"] = cold(density).captured(True)
+        densities = {"warm": density.captured(True), "cold": cold(density).captured(True)}
         rows = warmups(workload, fit, densities, options)
-        longest = max(options.warmups)
-        goal = {}
+        needed = {}
         for sampler in options.samplers:
-            at = [
-                row
-                for row in rows
-                if (row["sampler"], row["start"], row["warmup"]) == (sampler, "cold", longest)
-            ]
-            goal[sampler] = at[0]["ess"]
-        needed = {
-            (sampler, start): enough(rows, start, sampler, goal[sampler])
-            for sampler in options.samplers
-            for start in densities
-        }
+            at = {(row["start"], row["warmup"]): row for row in rows if row["sampler"] == sampler}
+            for start in densities:
+                least = enough(rows, start, sampler, at["cold", longest]["ess"])
+                needed[sampler, start] = least or longest
+                if least is None:
+                    say(f"{sampler}, {start}: not even with {longest} steps of warm-up")
         speed = gradients(fit, density, density.captured(False), densities["warm"])
-        alone = pyro_alone(fit, options.draws, needed["pyro", "cold"] or longest) if options.alone else None
-    return rows, needed, speed, compiling, alone
-
-
-def whole_runs(rows, needed, compiling, alone):
-    """Seconds and ESS a second of runs with as much warm-up as each needs; compiling included."""
-    found = []
-    if alone is not None:
-        found.append({"run": "pyro, its own potential, cold", "warmup": needed["pyro", "cold"], **alone})
-    for (sampler, start), warmup in needed.items():
-        at = [
-            row for row in rows if (row["sampler"], row["start"], row["warmup"]) == (sampler, start, warmup)
-        ]
-        found += (
-            [{**at[0], "run": f"{sampler}, captured, {start}", "seconds": at[0]["seconds"] + compiling}]
-            if at
-            else []
-        )
-    for row in found:
-        row["ess_per_second"] = row["ess"] / row["seconds"]
-        row["faster"] = row["ess_per_second"] / found[0]["ess_per_second"]
-    return found
+        return rows, needed, speed, whole_runs(fit, density, densities, needed, options)
 
 
 def main():
@@ -226,24 +230,23 @@ def main():
     parser.add_argument("workloads", nargs="*", default=WORKLOADS)
     parser.add_argument("--draws", type=int, default=1000, help="of each of four chains")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--warmups", type=int, nargs="*", default=(10, 25, 50, 100, 200, 400))
+    parser.add_argument("--warmups", type=int, nargs="*", default=(25, 50, 100, 200, 400))
     parser.add_argument("--samplers", nargs="*", default=("pyro", "nutpie"), choices=sorted(ENGINES))
     parser.add_argument("--no-alone", dest="alone", action="store_false", help="without Pyro's own potential")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    everything, lines = [], []
     for workload in options.workloads:
-        rows, needed, speed, compiling, alone = compare(workload, options)
-        everything += rows
-        say(f"\n{workload}\n\n" + write(rows, lines, f"nuts_{workload}", COLUMNS))
+        rows, needed, speed, whole = compare(workload, options)
+        say(f"\n{workload}\n\n" + write(shown(rows), [], f"nuts_{workload}", COLUMNS))
         for sampler in options.samplers:
             warm, other = needed[sampler, "warm"], needed[sampler, "cold"]
-            ratio = f"{warm / other:.2f}" if warm and other else "not known"
-            say(f"\n{sampler}: warm-up needed, warm start {warm}, cold start {other}, ratio {ratio}")
-        say("\n" + write(speed, lines, f"nuts_{workload}_gradient", ("density", "ms", "times_faster")))
-        whole = whole_runs(rows, needed, compiling, alone)
-        columns = ("run", "warmup", "ess", "r_hat", "seconds", "ess_per_second", "faster")
-        say("\n" + write(whole, lines, f"nuts_{workload}_runs", columns))
+            say(f"\n{sampler}: warm-up needed, warm {warm}, cold {other}, ratio {warm / other:.2f}")
+        say("\n" + write(speed, [], f"nuts_{workload}_gradient", ("density", "ms", "times")))
+        say("\n" + write(shown(whole), [], f"nuts_{workload}_runs", RUN))
+
+
+def shown(rows):
+    return [row | {"ess": f"{row['ess']:.0f}", "r_hat": f"{row['r_hat']:.4f}"} for row in rows]
 
 
 if __name__ == "__main__":
