@@ -338,4 +338,7 @@ def test_psis_where_no_tail_can_be_fitted():
     assert np.allclose(np.exp(log_weights), np.exp(few) / np.exp(few).sum())
     log_weights, khat = psis(np.array([0.0, -np.inf, 1.0]))
     assert khat == np.inf
+    assert np.allclose(np.exp(log_weights), [1 / (1 + np.e), 0, np.e / (1 + np.e)])  # no density, no weight
+    log_weights, khat = psis(np.array([0.0, np.nan, 1.0]))
+    assert khat == np.inf
     assert np.isnan(log_weights).all()

@@ -15,6 +15,9 @@ Vector: TypeAlias = npt.NDArray[np.float64]
 Variables: TypeAlias = Mapping[str, tuple[Sequence[str], Array]]  # names of the dimensions, values
 
 
+FEWEST = 25  # draws of which a tail can be fitted
+
+
 def has_trees() -> bool:
     """Whether the installed ArviZ keeps its data in DataTrees."""
     import arviz as az
@@ -130,6 +133,8 @@ def psis(log_ratio: Vector) -> tuple[Vector, float]:
     # A guide that is the posterior has constant ratios: no tail to fit.
     if np.ptp(log_ratio) < 1e-6 * (1 + abs(log_ratio[0])):
         return plain, 0.0
+    if np.isfinite(log_ratio).sum() < FEWEST:
+        return plain, np.inf
     if has_trees():
         from arviz_stats.base import array_stats
 
