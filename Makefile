@@ -9,7 +9,7 @@ PYTHON312 ?= python3.12
 ARVIZ1 := .venv-arviz1
 DEMO_FILES := tutorials/plot_pumps.py tutorials/plot_eight_schools.py
 
-.PHONY: demo test test-all lint types unit docs linkcheck bench bench-peers format clean test-arviz1
+.PHONY: demo test test-all lint types unit docs linkcheck bench bench-peers bench-nuts format clean test-arviz1
 
 # 2 cores and small tensors: threads would only wait for each other.
 export OMP_NUM_THREADS ?= 1
@@ -55,6 +55,10 @@ bench: $(STAMP)  ## paired benchmarks; prints ratios, tables and plots go to bui
 # PEERS_PYTHON names an interpreter that has the peers already; BENCH passes options, as BENCH=--quick.
 bench-peers: $(if $(PEERS_PYTHON),$(STAMP),$(PEERS))  ## time to accuracy beside NumPyro, PyMC and Pyro; an hour or two
 	$(BIN)/python tests/benchmarks/time_to_accuracy.py $(BENCH)
+
+bench-nuts: $(STAMP)  ## warm and cold starts, Pyro and nutpie; half an hour for each model
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[nutpie]"
+	$(BIN)/python tests/benchmarks/nuts.py $(BENCH)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
