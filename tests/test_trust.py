@@ -452,6 +452,33 @@ def test_latents_of_a_plate_that_grew_are_new(fit):
     assert float(log_rate[:, 11].std()) == pytest.approx(float(result.params["tau"]), rel=0.08)
 
 
+def test_an_encoder_predicts_other_rows_than_it_was_fitted_on(fit):
+    """z ~ N(0, 1), y ~ N(z, 1): the exact posterior of a row is N(y / 2, 1 / 2), seen or not."""
+
+    def model(y=None, rows=None):
+        with pyro.plate("rows", len(y) if rows is None else rows):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+            self.log_scale = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, y):
+            loc = self.layer(y[:, None])[:, 0]
+            return loc, self.log_scale.exp().expand_as(loc)
+
+    y = torch.linspace(-2, 2, 20)
+    result = fit(model, {"y": y}, guide=vem.AmortizedNormal(model, {"z": Encoder()}, inputs="y"))
+    made = result.predict({"y": torch.tensor([-3.0, 0.0, 3.0])}, num_draws=4000)
+    assert made["y"].shape == (4000, 3)
+    error = made["z"].mean(0) - torch.tensor([-1.5, 0.0, 1.5])
+    assert float(error.abs().max()) < 4 * (0.5 / 4000) ** 0.5
+    assert made["z"].std(0).numpy() == pytest.approx(0.5**0.5, rel=0.05)
+
+
 def test_the_card_reads_the_same_in_a_notebook(fit):
     result = fit(zoo.eight_schools, zoo.SCHOOLS)
     text = result._repr_html_()

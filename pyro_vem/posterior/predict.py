@@ -14,7 +14,7 @@ from ..fit.result import VEMResult
 from ..guides.factorised import FactorisedNormal
 from ..model.data import Arguments, arguments
 from ..model.runtime import Site, is_deterministic, isolated
-from ..model.sites import plates_of
+from ..model.sites import latent_of, plates_of
 
 Kind: TypeAlias = Literal["posterior", "prior"]
 Draws: TypeAlias = dict[str, dict[str, Tensor]]
@@ -45,8 +45,7 @@ def predict(
         "latents" (deterministic sites included) and "observed" (draws of the observed sites), each
         shaped ``(num_draws, *site)``. Where a plate of the new data has another size than it had,
         the latents inside it are new ones: they are drawn from their prior given the others, or
-        from the guide where that is a function of the data. (An encoder's rows must be as many as
-        they were in the fit.)
+        from the guide where that is a function of the data, as an encoder is.
 
     Raises:
         ModelError: if the model does not run on the new data.
@@ -187,9 +186,13 @@ def _encoded(
     fit: VEMResult, call: Arguments, names: tuple[str, ...], num_draws: int, seed: int
 ) -> dict[str, Tensor]:
     """Draws of the sites that an encoder makes, from the new data."""
-    program = fit.setup.problem.guide
-    if not names or program is None:
+    if not names or fit.setup.problem.guide is None:
         return {}
+    program, guide = copy.copy(fit.setup.problem.guide), fit.setup.guide
+    if isinstance(guide, FactorisedNormal):  # its sites have the shapes of the fitted data
+        with isolated(torch.float64, seed), torch.no_grad():
+            sites = _run(fit, call, {}, is_predicting=True)[1]
+        program.fn = guide.bind(tuple(latent_of(sites[name]) for name in names))
 
     def one(_: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
