@@ -17,6 +17,7 @@ from .fit.result import VEMResult
 from .fit.setup import FitOptions
 from .fit.status import Status, Step
 from .guides.amortized import AmortizedNormal
+from .guides.conjugate import MeanFieldConjugate
 from .guides.mean_field import MeanFieldNormal
 from .model.roles import vem_model
 
@@ -31,6 +32,7 @@ __all__ = [
     "Diagnosis",
     "ElboTerms",
     "FitOptions",
+    "MeanFieldConjugate",
     "MeanFieldNormal",
     "ModelError",
     "NonMonotoneError",

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.distributions.transforms import Transform
 
-from ..guides.factorised import FactorisedNormal, normal_through
+from ..guides.factorised import Factorised, normal_through
 from ..model.runtime import Site
 from ..model.sites import bijector, plates_of
 from .dependence import Dependence, Graph, is_point, leaves_of, point_of
@@ -165,7 +165,7 @@ def _independence(
     guide: Callable[..., Any], name: str, known: Dependence | None, model_only: frozenset[str]
 ) -> Certificate:
     if known is None:
-        assert isinstance(guide, FactorisedNormal)
+        assert isinstance(guide, Factorised)
         return Certificate(True, "independent factors by construction")
     if name not in known.model.parents or name not in known.guide.parents:
         return Certificate(False, "it appears in some runs only")
@@ -175,7 +175,7 @@ def _independence(
     parents = known.model.parents[name]
     if parents & model_only:
         return Certificate(False, f"depends on {_names(parents & model_only)}, which is summed out")
-    if isinstance(guide, FactorisedNormal):
+    if isinstance(guide, Factorised):
         return Certificate(True, "independent factors by construction")
     descendants = known.guide.descendants(name)
     if parents & descendants:

@@ -1,6 +1,7 @@
 """The part of a bound that needs no draws: compiled terms at the moments of a Gaussian guide."""
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .compiled.compile import Compiled, Variables
 from .compiled.moments import Moments
 from .kl import lookup, negative_entropy
 from .kl.entropy import normal_entropy
+from .tables import PlanRow
 from .terms import site_divergence
 from .weights import same_weights
 
@@ -92,6 +94,44 @@ class Deterministic:
     def names(self) -> frozenset[str]:
         """Rows of the plan that are compiled."""
         return frozenset(self.compiled.terms) | frozenset(self.priors)
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Why the other rows are not compiled."""
+        return self.compiled.refused
+
+    @property
+    def rough(self) -> Collection[str]:
+        """Rows that were compiled, and found to differ from draws."""
+        return self.compiled.rough
+
+    @property
+    def num_elements(self) -> int:
+        """Densities that one draw costs."""
+        return self.compiled.rows
+
+    @property
+    def not_averages(self) -> frozenset[str]:
+        """None: each is the average of its density."""
+        return frozenset()
+
+    def shown(self, row: PlanRow) -> PlanRow:
+        """A row of the plan with the method and the proof of its compiled term."""
+        term = self.compiled.terms.get(row.site)
+        if term is None or (row.kind == "KL" and row.method == "closed form" and term.is_alone):
+            return row
+        return replace(row, method=term.method, proof=term.proof)
+
+    def refuse(self, name: str, reason: str) -> bool:
+        """Sample a row from here on; False if it has no compiled term."""
+        if name not in self.compiled.terms:
+            return False
+        self.compiled.refuse(name, reason, is_rough=True)
+        return True
+
+    def value(self, phi: Values, theta: Values) -> Tensor:
+        """The sum of all compiled rows."""
+        return self.total(self.moments(phi, theta))
 
     def _has_divergence(self, name: str, p: Site) -> bool:
         start = self.variables.latents[name].unconstrained

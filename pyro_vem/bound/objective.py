@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..model.runtime import Execution
-from .deterministic import Deterministic
+from ..model.runtime import Execution, is_summed_out
 from .draws import NoiseSpec, independent_noise, matched_noise
+from .exact import ExactTerms
 from .grids import Batch, grid, split
+from .lifted.marginal import marginal_rows
 from .problem import Problem
 from .tables import Plan
 from .terms import log_density, site_terms
@@ -37,7 +38,7 @@ class Objective:
         self.problem, self.specs, self.seed = problem, specs, seed
         self.num_draws = num_draws
         self.plan = plan
-        self.exact: Deterministic | None = None
+        self.exact: ExactTerms | None = None
         self._noise: dict[str, Tensor] | None = None
         self._vectorised = True
         self.is_gridded = False  # whether terms with few numbers may go on a grid
@@ -86,20 +87,19 @@ class Objective:
     @property
     def shown_plan(self) -> Plan:
         """The plan with the compiled rows' methods and proofs."""
-        terms = self.exact.compiled.terms if self.exact is not None else {}
-        refused = self.exact.compiled.refused if self.exact is not None else {}
+        refused = self.exact.refused if self.exact is not None else {}
+        exact = self.exact.names if self.exact is not None else frozenset()
         on_grid = {name: batch for batch in self._batches or () if batch.nodes for name in batch.names}
         rows = []
         for row in self.plan.rows:
-            term = terms.get(row.site)
             if row.site in on_grid:
                 batch = on_grid[row.site]
                 proof = f"sees {', '.join(batch.scope)} only: a grid of {batch.nodes} nodes each"
                 proof += f" ({refused[row.site]})" if row.site in refused else ""
                 row = replace(row, method="quadrature", proof=proof)
-            if term is not None and not (row.kind == "KL" and row.method == "closed form" and term.is_alone):
-                row = replace(row, method=term.method, proof=term.proof)
-            elif term is None and row.method == "draws" and row.kind == "likelihood":
+            if self.exact is not None and row.site in exact:
+                row = self.exact.shown(row)
+            elif row.method == "draws" and row.kind == "likelihood":
                 row = replace(row, proof=refused.get(row.site, row.proof))
             rows.append(row)
         return replace(self.plan, rows=tuple(rows))
@@ -122,7 +122,7 @@ class Objective:
         generator = torch.Generator().manual_seed(self.seed + 1)
         drawn = set(self.drawn) if self.is_gridded else {row.site for row in self.rest.rows}
         if self.exact is not None:
-            drawn |= self.exact.compiled.rough
+            drawn |= set(self.exact.rough)
         with torch.no_grad():
             return split(rows, self.rest, self.specs, generator, drawn)
 
@@ -155,7 +155,7 @@ class Objective:
         """The ELBO on the fixed draws, in nats."""
         parts = list(self._rest_terms(phi, theta).values())
         if self.exact is not None:
-            parts.append(self.exact.total(self.exact.moments(phi, theta)))
+            parts.append(self.exact.value(phi, theta))
         return torch.stack(parts).sum()
 
     def exact_terms(self, phi: Values, theta: Values) -> dict[str, Tensor]:
@@ -294,15 +294,17 @@ def _groups(
     plan: Plan, guide_sites: Mapping[str, Any], model: Execution, keep: Collection[str]
 ) -> dict[str, dict[str, Tensor]]:
     """What one run tells, by group."""
-    latents = {n: s["value"] for n, s in model.sites.items() if not s["is_observed"]}
+    latents = {n: s["value"] for n, s in model.sites.items() if not (s["is_observed"] or is_summed_out(s))}
     deterministic = {n: s["value"] for n, s in model.deterministic.items()}
     groups = {"values": {**latents, **deterministic}}
     known: dict[int, Tensor] = {}  # by site: several groups need the same densities
 
     def density(site: dict[str, Any]) -> Tensor:
         if id(site) not in known:
-            known[id(site)] = log_density(site)
+            known[id(site)] = rows[site["name"]] if site["name"] in rows else log_density(site)
         return known[id(site)]
+
+    rows = marginal_rows(model)
 
     if "densities" in keep:
         log_p = [density(site).sum() for site in model.sites.values()]

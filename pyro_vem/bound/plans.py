@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import ModelError
-from ..guides.factorised import FactorisedNormal
+from ..guides.factorised import Factorised
 from ..model.runtime import Site
 from ..model.sites import plates_of
 from .certificate import Certificate, View, certify, find_views
@@ -28,6 +28,7 @@ def make_plan(
     analytic: str = "auto",
     bounds: bool = False,
     is_replayed: bool = True,
+    is_lifted: bool = False,
 ) -> Plan:
     """Choose a method for each site of the model and for each auxiliary site of the guide.
 
@@ -41,13 +42,14 @@ def make_plan(
         bounds: whether an upper bound of a KL may stand for it.
         is_replayed: whether the proof may run at the values of these records (not where particles
             are vectorised or sites enumerated: their values have other shapes).
+        is_lifted: whether every term has a closed form already that was found by value.
 
     Raises:
         ModelError: if guide and model do not have the same latent sites, a factor leaves the
             support of its prior, or ``analytic="require"`` and a site cannot be exact.
     """
     check_sites(guide_sites, model_sites, map_sites)
-    known = _dependence(guide, guide_sites, model_sites, pair, is_replayed)
+    known = None if is_lifted else _dependence(guide, guide_sites, model_sites, pair, is_replayed)
     views = find_views(known.guide, guide_sites, model_sites) if known is not None else {}
     seen = {**guide_sites, **{name: v.site(guide_sites, model_sites[name]) for name, v in views.items()}}
     model_only = frozenset(
@@ -99,7 +101,7 @@ def _dependence(
         for site in model_sites.values()
         for key in ("scale", "mask")
     )
-    if isinstance(guide, FactorisedNormal) and not is_weighted:
+    if isinstance(guide, Factorised) and not is_weighted:
         return None
     if not guide_sites:
         return None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ModelError, UnsupportedModelError
 from ..model.checks import run_checked
 from ..model.data import Arguments
-from ..model.runtime import Execution, Program, modules_called, repeatable
+from ..model.runtime import Execution, Program, is_summed_out, modules_called, repeatable
 from ..model.sites import plates_of
 from .dependence import Pair
 from .draws import NoiseSpec
@@ -51,7 +51,7 @@ class Problem:
         """One model run at given values of its latents."""
         run = self.model.run(self.call.args, self.call.kwargs, theta, lambda site: values.get(site["name"]))
         for name, site in run.sites.items():
-            if not site["is_observed"] and name not in values:
+            if not (site["is_observed"] or name in values or is_summed_out(site)):
                 raise UnsupportedModelError(f"site {name!r} appears in some runs of the model only")
         return run
 
@@ -76,7 +76,12 @@ class Problem:
 
 
 def plan_problem(
-    problem: Problem, phi: Values, theta: Values, analytic: str = "auto", bounds: bool = False
+    problem: Problem,
+    phi: Values,
+    theta: Values,
+    analytic: str = "auto",
+    bounds: bool = False,
+    is_lifted: bool = False,
 ) -> tuple[Plan, tuple[NoiseSpec, ...]]:
     """The plan of a problem and the noise that its guide takes, from one checked run."""
     specs: list[NoiseSpec] = []
@@ -114,7 +119,7 @@ def plan_problem(
     with repeatable(), modules_called():
         plan = make_plan(
             guide, sites, model_sites, _pair(problem, phi, theta),
-            map_sites=problem.map_sites, analytic=analytic, bounds=bounds,
+            map_sites=problem.map_sites, analytic=analytic, bounds=bounds, is_lifted=is_lifted,
         )  # fmt: skip
     return plan, tuple(specs)
 

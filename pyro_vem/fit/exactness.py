@@ -27,6 +27,8 @@ MOST_DRAWS = 4096
 def compile_terms(setup: Setup, options: FitOptions) -> None:
     """Replace the terms that have a compiled form; what they are is in the plan."""
     map_names, objective = setup.problem.map_sites, setup.objective
+    if objective.exact is not None:  # lifted
+        return
     if isinstance(setup.guide, FactorisedNormal):  # no factor for idle elements
         latents = {site.name: site for site in setup.guide.latents()}
     else:
@@ -88,7 +90,7 @@ def settle(setup: Setup, state: State) -> str | None:
     wrong = objective.exact.recheck(*values, RECHECK_SEED) if objective.exact is not None else []
     if wrong:
         assert objective.exact is not None
-        reasons = objective.exact.compiled.refused
+        reasons = objective.exact.refused
         for name in wrong:
             objective.add_note(f"{name}: sampled from here on: {reasons[name]}")
         objective.prepare(*values)
@@ -100,8 +102,8 @@ def settle(setup: Setup, state: State) -> str | None:
         return None
     for name, gap in gaps.items():
         objective.add_note(f"{name}: sampled from here on: {gap}")
-        if objective.exact is not None and name in objective.exact.compiled.terms:
-            objective.exact.compiled.refuse(name, gap, is_rough=True)
+        if objective.exact is not None and objective.exact.refuse(name, gap):
+            pass
         elif any(name in batch.names for batch in objective.batches):
             objective.drawn.add(name)
         else:  # it is no one term: nothing is left to believe
@@ -119,13 +121,15 @@ def _gaps_to_draws(setup: Setup, state: State) -> dict[str, str]:
     objective, values = setup.objective, _values(setup, state.phi, state.theta)
     with torch.no_grad():
         exact_terms = objective.exact_terms(*values)
+    not_averages = objective.exact.not_averages if objective.exact is not None else frozenset()
+    exact_terms = {name: term for name, term in exact_terms.items() if name not in not_averages}
     if not exact_terms:
         return {}
-    rows = objective.exact.compiled.rows if objective.exact is not None else 0
+    rows = objective.exact.num_elements if objective.exact is not None else 0
     draws = min(CHECK_DRAWS, max(64, MOST_CHECKED // max(1, rows)))
     found = objective.sample(*values, draws, RECHECK_SEED, ("densities", "terms"))
     pairs = {name: (exact, found["terms"][name]) for name, exact in exact_terms.items()}
-    if objective.is_exact:
+    if objective.is_exact and not not_averages:
         ratio = found["densities"]["log_p"] - found["densities"]["log_q"]
         pairs["the bound"] = torch.tensor(state.elbo), ratio
     gaps = {}

@@ -4,13 +4,13 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
 import torch
 from torch import Tensor
 
-from ..bound.tables import ElboTerms, Plan, text_table
+from ..bound.tables import ElboTerms, Plan
 from ..errors import ModelError
 from ..model.data import Arguments
 from ..model.runtime import isolated
@@ -18,6 +18,9 @@ from .measure import exact_table, measure
 from .setup import FitOptions, Setup
 from .state import State
 from .status import Status, Step
+
+if TYPE_CHECKING:
+    from .starts import Start
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,6 +39,7 @@ class VEMResult:
         seconds: wall time of the fit.
         plan: the method of each term of the bound.
         terms: the bound as a table.
+        starts: where each start ended, if there were several.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -64,6 +68,7 @@ class VEMResult:
     seed: int = 0
     _setup: Setup | None = field(default=None, repr=False)
     _points: tuple[State, ...] = field(default=(), repr=False)
+    starts: tuple["Start", ...] = ()
 
     @classmethod
     def of(
@@ -81,7 +86,7 @@ class VEMResult:
         phi = _detached(setup.phi.constrained(torch.from_numpy(state.phi)))
         theta = _detached(setup.theta_values(torch.from_numpy(state.theta)))
         # A converged exact bound has been held against draws already (`pyro_vem.fit.exactness`).
-        is_settled = status is Status.converged and setup.objective.is_exact
+        is_settled = setup.objective.is_exact and (status is Status.converged or setup.lifted is not None)
         terms = (
             exact_table(setup, phi, theta) if is_settled else measure(setup, phi, theta, options.elbo_draws)
         )
@@ -188,6 +193,38 @@ class VEMResult:
             importance sampling, JMLR 25(72).
         """
         return self.draw(n, seed, "values", correction=correction)["values"]
+
+    def responsibilities(self) -> dict[str, Tensor]:
+        """Marginal probabilities of each discrete site that is summed out.
+
+        Returns:
+            Tensors shaped ``(*plates, values)`` by site name, given the parameters and the factors
+            of the other latents.
+
+        Raises:
+            ModelError: if the model has no such site.
+
+        Example:
+            >>> import pyro, torch, pyro.distributions as dist
+            >>> import pyro_vem as vem
+            >>> def model(y):
+            ...     mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+            ...     with pyro.plate("rows", len(y)):
+            ...         z = pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            ...         pyro.sample("y", dist.Normal(mu[z.long()], 1.0), obs=y)
+            >>> fit = vem.fit_vem(model, {"y": torch.tensor([-3.0, -2.0, 2.5])}, progress=False)
+            >>> fit.responsibilities()["z"].round(decimals=2)
+            tensor([[1.0000, 0.0000],
+                    [0.9900, 0.0100],
+                    [0.0000, 1.0000]], dtype=torch.float64)
+        """
+        terms = self.setup.lifted
+        if terms is None or not terms.lifted.discrete:
+            raise ModelError('the model has no discrete site with infer={"enumerate": "parallel"}')
+        with isolated(torch.float64), torch.no_grad():
+            statistics = terms.statistics(self.guide_params, self.params)
+            found = terms.lifted.responsibilities(statistics, self.params)
+        return {name: value.movedim(0, -1) for name, value in found.items()}
 
     def covariance(
         self,
@@ -363,9 +400,3 @@ class VEMResult:
 
 def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in values.items()}
-
-
-def history_table(history: tuple[Step, ...]) -> str:
-    """A history as text, one row a step."""
-    headers = ["iteration", "block", "before", "after", "gradient", "evaluations", "products", "seconds"]
-    return text_table(headers, [[getattr(row, name) for name in headers] for row in history])

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..bound.elbo import AnalyticKL_ELBO
+from ..bound.lifted.lifted import Lifted
+from ..bound.lifted.terms import LiftedTerms
 from ..bound.objective import Objective
 from ..bound.problem import Problem, plan_problem
 from ..errors import ModelError, unknown_names
-from ..guides.factorised import FactorisedNormal
+from ..guides.conjugate import MeanFieldConjugate
+from ..guides.factorised import Factorised
 from ..guides.mean_field import MeanFieldNormal
 from ..model.checks import run_checked
 from ..model.data import Arguments, arguments
@@ -83,8 +86,15 @@ class Setup:
     def is_our_code(self) -> bool:
         """True if neither the model nor an encoder is run in an evaluation of the bound."""
         guide = self.guide
-        is_free = isinstance(guide, FactorisedNormal) and not guide.encoded
+        is_free = guide is None or (isinstance(guide, Factorised) and not guide.encoded)
+        is_free = is_free and (self.lifted is None or not self.lifted.lifted.found.live)
         return is_free and self.objective.is_exact and not self.objective.rest.rows
+
+    @property
+    def lifted(self) -> LiftedTerms | None:
+        """The terms in closed form of a conjugate guide, if the fit has one."""
+        exact = self.objective.exact
+        return exact if isinstance(exact, LiftedTerms) else None
 
     def theta_values(self, flat: Tensor) -> dict[str, Tensor]:
         """Constrained model parameters by name, held ones included."""
@@ -117,7 +127,7 @@ def set_up(
     call = raw.cast(torch.float64)
     guide = _check_guide(guide)
     program = discover_modules(Program(model), raw)
-    own_init = guide.init if init is None and isinstance(guide, FactorisedNormal) else init
+    own_init = guide.init if init is None and isinstance(guide, Factorised) else init
     proto = prototype(program, call, own_init)
     theta, held, map_sites = _model_block(model, proto)
     if not proto.latents and not proto.parameters:
@@ -133,32 +143,76 @@ def set_up(
         )
     latents = tuple(site for site in proto.latents if site.name not in map_sites)
     _check_modules_apart(guide, program)
-    guide = _bound_guide(guide, model, latents)
+    lifted = None
+    if guide == "auto" or isinstance(guide, MeanFieldConjugate) or proto.summed_out:
+        lifted = _lifted(program, call, proto, theta, map_sites, held, seed)
+    guide = _bound_guide(_chosen(guide, model, lifted), model, latents)
+    if lifted is not None and isinstance(guide, MeanFieldConjugate):
+        guide.blocks = lifted.blocks
     guide_program = discover_modules(Program(guide), raw) if guide is not None else None
     problem = Problem(program, guide_program, call, map_sites)
     phi = Block(_guide_parameters(guide_program, call))
     _check_shared(problem, phi, proto)
     values = {p.name: p.init for p in theta.parameters} | held
     analytic, bounds = (elbo.analytic, elbo.bounds) if elbo is not None else ("auto", False)
-    plan, specs = plan_problem(problem, {p.name: p.init for p in phi.parameters}, values, analytic, bounds)
+    start = {p.name: p.init for p in phi.parameters}
+    is_lifted = lifted is not None and lifted.is_complete and isinstance(guide, MeanFieldConjugate | None)
+    plan, specs = plan_problem(problem, start, values, analytic, bounds, is_lifted)
     objective = Objective(problem, plan, specs, options.num_draws, seed)
+    if lifted is not None and (guide is None or isinstance(guide, MeanFieldConjugate)):
+        objective.exact = LiftedTerms(lifted, guide, _draws_of(objective))
     return Setup(problem, objective, phi, theta, held, proto, guide, analytic, bounds, Captures(compile))
+
+
+def _lifted(
+    program: Program,
+    call: Arguments,
+    proto: Prototype,
+    theta: Block,
+    map_sites: tuple[str, ...],
+    held: Mapping[str, Tensor],
+    seed: int,
+) -> Lifted:
+    plain = Problem(program, None, call, map_sites)
+    parameters = [p for p in theta.parameters if p.name not in map_sites]
+    depths = [-plate.dim for plates in proto.plates for plate in plates]
+    return Lifted(plain.run_model, proto, parameters, map_sites, held, max(depths, default=0), seed)
+
+
+def _chosen(guide: Any, model: Callable[..., Any], lifted: Lifted | None) -> Any:
+    """What None and "auto" stand for: conjugate factors if every term has a closed form in them."""
+    if guide is None and lifted is not None:  # it has discrete sites
+        return MeanFieldConjugate(model)
+    if guide != "auto":
+        return guide
+    assert lifted is not None
+    return MeanFieldConjugate(model) if lifted.is_complete else MeanFieldNormal(model)
+
+
+def _draws_of(objective: Objective) -> Callable[..., list[Mapping[str, Tensor]]]:
+    """Values of all latents and parameters at draws of the guide."""
+
+    def draw(phi: Mapping[str, Tensor], theta: Mapping[str, Tensor], n: int, seed: int) -> Any:
+        values = objective.sample(phi, theta, n, seed, ("values",))["values"]
+        return [{**theta, **{k: v[i] for k, v in values.items() if k not in theta}} for i in range(n)]
+
+    return draw
 
 
 def _check_guide(guide: Any) -> Any:
     if isinstance(guide, type):
         raise ModelError(f"guide={guide.__name__}: give an instance, {guide.__name__}(model)")
-    if guide is not None and not callable(guide):
-        raise ModelError(f"guide={guide!r}: give a Pyro guide, or None for MeanFieldNormal")
+    if guide is not None and guide != "auto" and not callable(guide):
+        raise ModelError(f"guide={guide!r}: give a Pyro guide, 'auto', or None for MeanFieldNormal")
     return guide
 
 
 def _bound_guide(guide: Any, model: Callable[..., Any], latents: tuple[Any, ...]) -> Any:
-    if not latents and not isinstance(guide, FactorisedNormal):
+    if not latents and not isinstance(guide, Factorised):
         return guide  # None: maximum likelihood or MAP
     if guide is None:
         guide = MeanFieldNormal(model)
-    if isinstance(guide, FactorisedNormal):
+    if isinstance(guide, Factorised):
         return guide.bind(latents) if latents else None
     # A lazy guide builds itself at its first call; the user's own object stays as it is.
     return copied(guide) if isinstance(guide, nn.Module) else guide

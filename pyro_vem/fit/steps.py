@@ -1,12 +1,14 @@
 """The E-step, the M-step, and what both share: one block of parameters moved uphill."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..errors import NonMonotoneError
+from ..errors import ModelError, NonMonotoneError
 from ..guides.factorised import FactorisedNormal
 from .scales import Scales, free_sites
 from .setup import Setup
@@ -15,6 +17,7 @@ from .state import State, joint_loss, loss_of, moved
 from .status import Step
 
 RESCALE_AFTER = 10  # Newton iterations
+HOOK_DRAWS, HOOK_SEED = 4096, 271_828  # what a caller's M-step sees of the latents
 
 
 def step(
@@ -66,6 +69,39 @@ def step(
         evaluations, products, time.perf_counter() - start,
     )  # fmt: skip
     return new, row
+
+
+def hooked(
+    setup: Setup, state: State, name: str, hook: Callable[..., Tensor], iteration: int
+) -> tuple[State, Step]:
+    """A parameter at the value that the caller's function gives it, unless the bound falls there.
+
+    Raises:
+        ModelError: if the parameter is unknown, or the value has the wrong shape or is not finite.
+    """
+    begin = time.perf_counter()
+    if name not in setup.theta.names:
+        raise ModelError(f"m_step: unknown name {name!r}; the parameters are {', '.join(setup.theta.names)}")
+    with torch.no_grad():
+        phi = setup.phi.constrained(torch.from_numpy(state.phi))
+        theta = setup.theta_values(torch.from_numpy(state.theta))
+        drawn = setup.objective.sample(phi, theta, HOOK_DRAWS, HOOK_SEED, ("values",))["values"]
+        value = torch.as_tensor(hook(drawn, dict(theta)), dtype=torch.float64)
+        if value.shape != theta[name].shape or not bool(torch.isfinite(value).all()):
+            raise ModelError(
+                f"m_step[{name!r}] returned {value.tolist()}: return a finite value of shape "
+                f"{tuple(theta[name].shape)}"
+            )
+        moved_to = setup.theta.flat({**theta, name: value})
+        elbo = float(setup.elbo(torch.from_numpy(state.phi), moved_to))
+    note, new = "", State(state.phi, moved_to.numpy(), elbo)
+    if not elbo >= state.elbo:
+        note, new = (
+            f"m_step[{name!r}] rolled back: the bound would have fallen by {state.elbo - elbo:.3g}",
+            state,
+        )
+    seconds = time.perf_counter() - begin
+    return new, Step(iteration, "M", state.elbo, new.elbo, 0.0, 1, 0, seconds, note)
 
 
 def check_second_derivatives(setup: Setup, state: State, scale: Vector) -> None:

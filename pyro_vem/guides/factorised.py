@@ -4,7 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro
 import pyro.distributions as dist
@@ -21,6 +21,8 @@ from ..model.runtime import Program, isolated
 from ..model.sites import Latent
 
 INITIAL_SCALE = 0.1  # unconstrained sd: small, so that the first draws stay where the prior median is
+
+Guide = TypeVar("Guide", bound="Factorised")
 
 
 def normal_through(transform: Transform, loc: Tensor, scale: Tensor, event_dim: int = 0) -> Any:
@@ -46,8 +48,8 @@ def normal_through(transform: Transform, loc: Tensor, scale: Tensor, event_dim: 
     return factor.to_event(max(0, event_dim - factor.event_dim))
 
 
-class FactorisedNormal(ABC):
-    """An independent Gaussian factor for each latent site; the base class of our guides.
+class Factorised(ABC):
+    """An independent factor for each latent site; the base class of our guides.
 
     Because no factor depends on another latent, the exact KL of any site is valid by
     construction (see `pyro_vem.bound.certificate`).
@@ -59,7 +61,7 @@ class FactorisedNormal(ABC):
         self.name = name
         self._latents: tuple[Latent, ...] | None = None
 
-    def bind(self, latents: tuple[Latent, ...]) -> "FactorisedNormal":
+    def bind(self: Guide, latents: tuple[Latent, ...]) -> Guide:
         """A copy whose factors are those of `latents`; the guide itself stays as it is."""
         bound = copy.copy(self)
         left_out = roles_of(self.model).map_sites
@@ -87,8 +89,7 @@ class FactorisedNormal(ABC):
         plates = {plate: pyro.plate(plate.name, plate.size, dim=plate.dim) for plate in needed}
         values = {}
         for site in sites:
-            loc, scale = self.moments(site, args, kwargs)
-            factor = normal_through(site.transform, loc, scale, site.event_dim)
+            factor = self.factor(site, args, kwargs)
             with ExitStack() as stack:
                 for plate in site.plates:
                     stack.enter_context(plates[plate])
@@ -96,6 +97,24 @@ class FactorisedNormal(ABC):
                     stack.enter_context(pyro.poutine.mask(mask=~site.idle))
                 values[site.name] = pyro.sample(site.name, factor)
         return values
+
+    @abstractmethod
+    def factor(self, site: Latent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The distribution of a site."""
+
+    @property
+    def encoded(self) -> tuple[str, ...]:
+        """Sites whose factor comes from an encoder."""
+        return ()
+
+
+class FactorisedNormal(Factorised):
+    """Gaussian factors on the unconstrained scale."""
+
+    def factor(self, site: Latent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Normal, pushed through the site's bijector."""
+        loc, scale = self.moments(site, args, kwargs)
+        return normal_through(site.transform, loc, scale, site.event_dim)
 
     @abstractmethod
     def moments(self, site: Latent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -119,11 +138,6 @@ class FactorisedNormal(ABC):
             constraint=dist.constraints.positive,
         )
         return loc, scale
-
-    @property
-    def encoded(self) -> tuple[str, ...]:
-        """Sites whose factor comes from an encoder."""
-        return ()
 
 
 def check_sites(what: str, names: tuple[str, ...], latents: tuple[Latent, ...]) -> str | None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..errors import ModelError, UnsupportedModelError
 from .data import Arguments
-from .runtime import Execution, Program, Site
+from .density import lean_log_prob
+from .runtime import Execution, Program, Site, is_summed_out
 from .sites import Plate, plates_of
 
 
@@ -21,8 +22,10 @@ def run_checked(
     try:
         with pyro.validation_enabled(True):
             execution = program.run(call.args, call.kwargs, params, choose)
+            first = program.first_available_dim
+            nesting = float("inf") if first is None else -1 - first
             for name, site in execution.sites.items():
-                _check_site(name, site)
+                _check_site(name, site, nesting)
     except (ModelError, UnsupportedModelError):
         raise
     except Exception as error:
@@ -42,7 +45,7 @@ def run_checked(
     return execution
 
 
-def _check_site(name: str, site: Site) -> None:
+def _check_site(name: str, site: Site, nesting: float) -> None:
     fn, value = site["fn"], site["value"]
     if value.is_floating_point() and bool(torch.isnan(value).any()):
         raise ModelError(
@@ -50,16 +53,17 @@ def _check_site(name: str, site: Site) -> None:
             "places with a number (torch.nan_to_num)"
         )
     for plate in plates_of(site):
-        _check_plate(name, plate, value.shape[: value.dim() - fn.event_dim])
+        if not is_summed_out(site):
+            _check_plate(name, plate, value.shape[: value.dim() - fn.event_dim])
     with torch.no_grad():
         try:
-            log_prob = fn.log_prob(value)
+            log_prob = lean_log_prob(fn, value)
         except Exception as error:
             observed = "observed value" if site["is_observed"] else "value"
             raise ModelError(f"site {name!r}: its {observed} does not fit {fn}: {error}") from error
     site["log_prob"] = log_prob
     try:
-        check_site_shape(site, max_plate_nesting=float("inf"))
+        check_site_shape(site, max_plate_nesting=nesting)
     except ValueError as error:
         raise ModelError(
             f"site {name!r}: its log density has shape {tuple(log_prob.shape)}, which its plates do "

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -13,8 +13,9 @@ from torch.distributions import constraints, transform_to
 from ..errors import ModelError, UnsupportedModelError, unknown_names
 from .checks import check_parameter, run_checked
 from .data import Arguments
+from .density import lean_log_prob
 from .parameters import Parameter, off_boundary
-from .runtime import Execution, Program, Site, modules_called
+from .runtime import Execution, Program, Scout, Site, is_summed_out, modules_called
 from .sites import Latent, Plate, bijector, init_strategy, initial_values, latent_of, plates_of
 
 
@@ -28,6 +29,7 @@ class Prototype:
         deterministic: plates of each deterministic site by name.
         event_dims: number of event dimensions of every site by name.
         parameters: parameters met in the program, in order.
+        summed_out: plates of each discrete site that is enumerated, by name.
     """
 
     latents: tuple[Latent, ...]
@@ -35,6 +37,13 @@ class Prototype:
     deterministic: Mapping[str, tuple[Plate, ...]]
     event_dims: Mapping[str, int]
     parameters: tuple[Parameter, ...]
+    summed_out: Mapping[str, tuple[Plate, ...]] = field(default_factory=dict)
+
+    @property
+    def plates(self) -> tuple[tuple[Plate, ...], ...]:
+        """Plates of every site."""
+        latents = tuple(site.plates for site in self.latents)
+        return (*latents, *self.observed.values(), *self.summed_out.values())
 
     def latent(self, name: str) -> Latent:
         """The latent site called `name`."""
@@ -47,13 +56,17 @@ def discover_modules(program: Program, call: Arguments) -> Program:
     Modules may hold float32 or float64 weights. The run in float64 comes first, so that a lazy
     guide builds itself in it; an error here is left for the prototype run to report.
     """
-    first, failed = _modules_of_run(program.fn, call, torch.float64)
-    second = _modules_of_run(program.fn, call, torch.float32)[0] if failed else []
-    return Program(program.fn, max(first, second, key=len))
+    scout = Scout()
+    first, failed = _modules_of_run(program.fn, call, torch.float64, scout)
+    second = _modules_of_run(program.fn, call, torch.float32, scout)[0] if failed else []
+    found = Program(program.fn, max(first, second, key=len))
+    if scout.summed_out:
+        found.first_available_dim = -1 - scout.depth
+    return found
 
 
 def _modules_of_run(
-    fn: Callable[..., Any], call: Arguments, dtype: torch.dtype
+    fn: Callable[..., Any], call: Arguments, dtype: torch.dtype, scout: Scout
 ) -> tuple[list[nn.Module], bool]:
     """The modules called, and whether the run ended in an error."""
     default, ready, failed = torch.get_default_dtype(), call.cast(dtype), True
@@ -65,6 +78,7 @@ def _modules_of_run(
                 pyro.get_param_store().scope(),
                 pyro.poutine.block(),
                 contextlib.suppress(Exception),
+                scout,
             ):
                 fn(*ready.args, **ready.kwargs)
                 failed = False
@@ -94,7 +108,7 @@ def prototype(program: Program, call: Arguments, init: Any = None) -> Prototype:
             "give the plate all its rows"
         )
     parameters = parameters_of(program, first)
-    known = [name for name, site in first.sites.items() if not site["is_observed"]]
+    known = [n for n, site in first.sites.items() if not (site["is_observed"] or is_summed_out(site))]
     if isinstance(init, Mapping):
         message = unknown_names("init", init, [*known, *(p.name for p in parameters)])
         if message:
@@ -112,6 +126,7 @@ def prototype(program: Program, call: Arguments, init: Any = None) -> Prototype:
         {name: s["fn"].event_dim for name, s in first.sites.items()}
         | {name: _event_dim(s) for name, s in first.deterministic.items()},
         parameters,
+        {name: plates_of(s) for name, s in first.sites.items() if is_summed_out(s)},
     )
 
 
@@ -219,8 +234,7 @@ def _check_static(
 
 def _log_prob(run: Execution, name: str) -> Tensor:
     site = run.sites[name]
-    value: Tensor = site["fn"].log_prob(site["value"])
-    return value
+    return lean_log_prob(site["fn"], site["value"])
 
 
 def _with_idle(latent: Latent, base: Execution, at: Callable[..., Execution]) -> Latent:
@@ -237,9 +251,7 @@ def _with_idle(latent: Latent, base: Execution, at: Callable[..., Execution]) ->
     used = any(not torch.equal(_masked(base, name), _masked(run, name)) for name in base.sites)
     if used:
         return latent
-    return Latent(
-        latent.name, latent.init, latent.transform, latent.support, latent.plates, latent.event_dim, off
-    )
+    return replace(latent, idle=off)
 
 
 def _masked(run: Execution, name: str) -> Tensor:

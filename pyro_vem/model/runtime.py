@@ -15,7 +15,8 @@ import numpy as np
 import pyro
 import torch
 from pyro.distributions import Delta
-from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistributionMixin
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor, nn
@@ -137,7 +138,7 @@ class Execution(Messenger):  # type: ignore[misc]
 
     def _pyro_sample(self, msg: Site) -> None:
         self.visited.append(msg["name"])
-        if msg["is_observed"] or is_subsample(msg):
+        if msg["is_observed"] or is_subsample(msg) or is_summed_out(msg):
             return
         value = self._choose(msg)
         if value is not None:
@@ -168,6 +169,53 @@ def is_deterministic(msg: Site) -> bool:
     return msg["is_observed"] and is_masked_out and isinstance(fn.base_dist, Delta)
 
 
+def is_summed_out(msg: Site) -> bool:
+    """True for a discrete site that asks to be enumerated in parallel."""
+    return not msg["is_observed"] and (msg["infer"] or {}).get("enumerate") == "parallel"
+
+
+class Enumeration(EnumMessenger):  # type: ignore[misc]
+    """Pyro's parallel enumeration; its own records shapes through ``.data``, which vmap refuses."""
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if not isinstance(msg["fn"], TorchDistributionMixin) or msg["value"] is None:
+            return
+        shape = msg["value"].shape[: msg["value"].dim() - msg["fn"].event_dim]
+        known = msg["infer"].setdefault("_dim_to_id", {})
+        known.update(self._param_dims.get(msg["name"], {}))
+        self._value_dims[msg["name"]] = {
+            dim: identity for dim, identity in known.items() if len(shape) >= -dim and shape[dim] > 1
+        }
+
+
+class Scout(Messenger):  # type: ignore[misc]
+    """What must be known before a program's first checked run.
+
+    A discrete site that is to be summed out gets one value for all its rows: models index with it,
+    and rows x values of what they look up may not fit in memory.
+
+    Attributes:
+        summed_out: names of the discrete sites that ask to be enumerated.
+        depth: dimensions that plates take, from the right.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.summed_out: list[str] = []
+        self.depth = 0
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if is_subsample(msg) or not is_summed_out(msg):
+            return
+        self.summed_out.append(msg["name"])
+        fn = msg["fn"]
+        msg["value"] = fn.enumerate_support(expand=False)[0].reshape(fn.event_shape)
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        depths = [-frame.dim for frame in msg["cond_indep_stack"] if frame.vectorized]
+        self.depth = max([self.depth, *depths])
+
+
 class _Shell(nn.Module):
     """A module round the program, so that torch's own functional_call can swap weights in it."""
 
@@ -192,6 +240,7 @@ class Program:
 
     def __init__(self, fn: Callable[..., Any], modules: list[nn.Module] | None = None) -> None:
         self.fn = fn
+        self.first_available_dim: int | None = None  # left of all plates, if sites are summed out
         self.modules = modules or []
         shell = _Shell(self.modules)
         self.shell = shell
@@ -249,8 +298,11 @@ class Program:
     ) -> Execution:
         """Run once under a recorder of the caller's, parameters swapped in; returns the recorder."""
         execution.given = params
+        run = self.fn
+        if self.first_available_dim is not None:
+            run = Enumeration(self.first_available_dim)(run)
         with execution:
-            self._with_weights(params, self._constants, lambda: self.fn(*args, **kwargs))
+            self._with_weights(params, self._constants, lambda: run(*args, **kwargs))
         return execution
 
     def call(self, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.infer.autoguide.initialization import init_to_median, init_to_value
 from torch import Tensor
+from torch import distributions as td
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
@@ -39,6 +41,7 @@ class Latent:
         plates: the vectorised plates round it, outermost first.
         event_dim: number of event dimensions of the value.
         idle: elements (batch shape) that the model masks out and never uses; None if none.
+        prior: name of the prior's distribution without wrappers.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Latent:
     plates: tuple[Plate, ...]
     event_dim: int
     idle: Tensor | None = None
+    prior: str = ""
 
     @property
     def unconstrained(self) -> Tensor:
@@ -165,4 +169,10 @@ def latent_of(site: Site) -> Latent:
         raise UnsupportedModelError(
             f"site {site['name']!r}: no bijector onto the support {fn.support} of {type(fn).__name__}"
         ) from error
-    return Latent(site["name"], site["value"], transform, fn.support, plates_of(site), fn.event_dim)
+    base = fn
+    while isinstance(base, td.Independent | MaskedDistribution | ExpandedDistribution):
+        base = base.base_dist
+    return Latent(
+        site["name"], site["value"], transform, fn.support, plates_of(site), fn.event_dim,
+        prior=type(base).__name__,
+    )  # fmt: skip

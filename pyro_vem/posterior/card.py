@@ -9,7 +9,8 @@ from torch import Tensor
 from ..fit.result import VEMResult
 
 LABEL, WIDTH = 9, 100  # columns
-EXACT = ("closed form", "quadrature")  # quadratures are doubled until they stand still to 1e-9
+AGREEMENT = 0.1  # nats within which starts count as one optimum
+EXACT = ("closed form", "quadrature", "enumeration")  # quadratures are doubled until they stand still to 1e-9
 
 
 def card(fit: VEMResult) -> str:
@@ -44,6 +45,10 @@ def _lines(fit: VEMResult) -> list[tuple[str, str]]:
         lines.append(("k-hat", diagnosis.numbers.removeprefix("k-hat ")))
     if fit.params:
         lines.append(("params", ", ".join(_value(name, value) for name, value in fit.params.items())))
+    if fit.starts:
+        agree = sum(fit.elbo - start.elbo < AGREEMENT for start in fit.starts)
+        lowest = min(start.elbo for start in fit.starts)
+        lines.append(("starts", f"{agree} of {len(fit.starts)} within {AGREEMENT} nats; lowest {lowest:.3f}"))
     exact = [row.site for row in fit.plan.rows if row.method in EXACT]
     drawn = [row.site for row in fit.plan.rows if row.method not in EXACT and row.kind != "auxiliary"]
     lines.append(("exact", _listing(exact)))

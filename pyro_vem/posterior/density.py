@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..bound.lifted.marginal import marginal_rows
 from ..bound.problem import Problem, Values
 from ..bound.terms import log_density
 from ..errors import ModelError
@@ -125,7 +126,11 @@ class Density:
             parts.append(site.transform.log_abs_det_jacobian(inner, value).sum())
             values[site.name] = value
         run = self.problem.run_model(self.theta, values)
-        return torch.stack(parts + [log_density(site).sum() for site in run.sites.values()]).sum()
+        summed_out = marginal_rows(run)
+        rows = [
+            summed_out[name] if name in summed_out else log_density(site) for name, site in run.sites.items()
+        ]
+        return torch.stack(parts + [row.sum() for row in rows]).sum()
 
     def gradient(self, z: Float[Tensor, " dim"]) -> tuple[Float[Tensor, ""], Float[Tensor, " dim"]]:
         """The density at z and its gradient."""

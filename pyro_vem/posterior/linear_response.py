@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributions import SoftmaxTransform, transform_to
 
 from ..errors import ModelError
 from ..fit.result import VEMResult
@@ -55,7 +56,11 @@ class LinearResponse:
         guide = fit.setup.guide
         if not isinstance(guide, FactorisedNormal) or guide.encoded:
             tied = guide.encoded if isinstance(guide, FactorisedNormal) else ()
-            reason = f"an encoder ties the factors of {', '.join(tied)}" if tied else "the guide is not ours"
+            reason = (
+                f"an encoder ties the factors of {', '.join(tied)}"
+                if tied
+                else "fit with MeanFieldNormal(model)"
+            )
             raise ModelError(f"linear response needs a mean and an sd for each latent: {reason}")
         factors = _factors(fit)
         where, scales = (np.concatenate([factor[i] for factor in factors]) for i in (1, 2))
@@ -106,14 +111,32 @@ def inverse_hessian(fit: VEMResult, block: str) -> tuple[Arrowhead | Solver, Vec
         lengths = Scales(setup).of(state, block, 0)
         loss, x = (joint_loss(setup), state.joint) if block == "joint" else loss_of(setup, state, block)
         smooth, zero, idle = Smooth(loss, x, lengths), np.zeros_like(x), _idle(fit, x.size)
+        flat = _flat_directions(fit, lengths) if block == "joint" else np.zeros((0, x.size))
 
         def product(v: Vector) -> Vector:
-            return smooth.hessian_product(zero, v) + idle * v
+            return smooth.hessian_product(zero, v) + idle * v + flat.T @ (flat @ v)
 
         try:
             return _inverse(product, x.size, _layouts(fit, x.size)), lengths, x
         except NotDefinite as error:
             raise ModelError(f"no covariance: {error}") from error
+
+
+def _flat_directions(fit: VEMResult, lengths: Vector) -> NDArray[np.float64]:
+    """Unit vectors along which no parameter moves: softmax of a simplex's row plus a constant.
+
+    Curvature is added along them, which the delta method takes out again.
+    """
+    theta, start = fit.setup.theta, len(lengths) - fit.setup.theta.size
+    found = []
+    for parameter in theta.parameters:
+        if isinstance(transform_to(parameter.constraint), SoftmaxTransform):
+            rows = np.flatnonzero(theta.where([parameter.name])).reshape(-1, parameter.init.shape[-1])
+            for row in rows + start:
+                direction = np.zeros_like(lengths)
+                direction[row] = 1 / lengths[row]
+                found.append(direction / np.linalg.norm(direction))
+    return np.array(found).reshape(-1, len(lengths))
 
 
 def _inverse(product: Product, size: int, layouts: Sequence[Layout]) -> Arrowhead | Solver:

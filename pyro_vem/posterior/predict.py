@@ -8,17 +8,18 @@ import torch
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
+from ..bound.lifted.marginal import marginal_rows
 from ..bound.terms import log_density
 from ..errors import ModelError
 from ..fit.result import VEMResult
-from ..guides.factorised import FactorisedNormal
+from ..guides.factorised import Factorised
 from ..model.data import Arguments, arguments
 from ..model.runtime import Site, is_deterministic, isolated
 from ..model.sites import latent_of, plates_of
 
 Kind: TypeAlias = Literal["posterior", "prior"]
 Draws: TypeAlias = dict[str, dict[str, Tensor]]
-_Sites: TypeAlias = tuple[dict[str, Site], dict[str, Site]]
+_Sites: TypeAlias = tuple[dict[str, Site], dict[str, Site], dict[str, Tensor]]
 
 
 def predict(
@@ -45,7 +46,8 @@ def predict(
         "latents" (deterministic sites included) and "observed" (draws of the observed sites), each
         shaped ``(num_draws, *site)``. Where a plate of the new data has another size than it had,
         the latents inside it are new ones: they are drawn from their prior given the others, or
-        from the guide where that is a function of the data, as an encoder is.
+        from the guide where that is a function of the data, as an encoder is. Discrete sites that
+        the fit sums out are always new.
 
     Raises:
         ModelError: if the model does not run on the new data.
@@ -60,7 +62,7 @@ def predict(
         values = _latents(fit, call, num_draws, seed, correction)
 
     def one(draw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        observed, latents = _run(fit, call, draw, is_predicting=True)
+        observed, latents, _ = _run(fit, call, draw, is_predicting=True)
         found = {f"latents\0{name}": site["value"] for name, site in latents.items()}
         return found | {f"observed\0{name}": site["value"] for name, site in observed.items()}
 
@@ -92,13 +94,13 @@ def log_likelihood(
     call = _call(fit, data)
 
     def one(draw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        observed, _ = _run(fit, call, draw, is_predicting=False)
+        observed, _, rows = _run(fit, call, draw, is_predicting=False)
         for name, site in observed.items():
             if not site["is_observed"]:
                 raise ModelError(
                     f"site {name!r} has no observation in the new data: there is no likelihood of it"
                 )
-        return {name: log_density(site) for name, site in observed.items()}
+        return {name: rows[name] if name in rows else log_density(site) for name, site in observed.items()}
 
     return _each(one, _latents(fit, call, num_draws, seed, correction), num_draws, seed)
 
@@ -112,11 +114,12 @@ class _Unobserved(UnconditionMessenger):  # type: ignore[misc]
 
 
 def _run(fit: VEMResult, call: Arguments, values: Mapping[str, Tensor], is_predicting: bool) -> _Sites:
-    """One run of the model: sites of positive size, the observed ones apart."""
+    """One run of the model: sites of positive size, the observed ones apart; rows with sums in them."""
     setup = fit.setup
     program = copy.copy(setup.problem.model)
     if is_predicting:
         program.fn = _Unobserved()(program.fn)
+        program.first_available_dim = None  # discrete sites are drawn, not summed out
     given = {**values, **{name: fit.params[name] for name in setup.problem.map_sites}}
 
     def choose(site: Site) -> Tensor | None:
@@ -132,7 +135,8 @@ def _run(fit: VEMResult, call: Arguments, values: Mapping[str, Tensor], is_predi
     run = program.run(call.args, call.kwargs, fit.params, choose)
     sites = {name: site for name, site in (run.sites | run.deterministic).items() if site["value"].numel()}
     observed = {name: site for name, site in sites.items() if name in setup.prototype.observed}
-    return observed, {name: site for name, site in sites.items() if name not in observed}
+    rows = {} if is_predicting else marginal_rows(run)
+    return observed, {name: site for name, site in sites.items() if name not in observed}, rows
 
 
 def _call(fit: VEMResult, data: Any) -> Arguments:
@@ -152,7 +156,7 @@ def _latents(
     guide = setup.guide
     # A guide that is not ours may be a function of the data: it is run on the new ones.
     latents = [site.name for site in setup.prototype.latents if site.name not in setup.problem.map_sites]
-    encoded = guide.encoded if isinstance(guide, FactorisedNormal) else tuple(latents)
+    encoded = guide.encoded if isinstance(guide, Factorised) else tuple(latents)
     names = {site.name for site in setup.prototype.latents} - set(setup.problem.map_sites)
     drawn = fit.sample(num_draws, seed, correction)  # type: ignore[arg-type]
     values = {name: value for name, value in drawn.items() if name in names}
@@ -172,7 +176,7 @@ def _plate_sizes(fit: VEMResult, call: Arguments) -> dict[str, int]:
     """Sizes of the plates at new data, from one run without posterior draws."""
     try:
         with isolated(torch.float64, 0), torch.no_grad():
-            observed, latents = _run(fit, call, {}, is_predicting=True)
+            observed, latents, _ = _run(fit, call, {}, is_predicting=True)
     except Exception as error:
         raise ModelError(
             f"the model does not run on the new data ({error}); give every argument that has no default, "
@@ -189,7 +193,7 @@ def _encoded(
     if not names or fit.setup.problem.guide is None:
         return {}
     program, guide = copy.copy(fit.setup.problem.guide), fit.setup.guide
-    if isinstance(guide, FactorisedNormal):  # its sites have the shapes of the fitted data
+    if isinstance(guide, Factorised):  # its sites have the shapes of the fitted data
         with isolated(torch.float64, seed), torch.no_grad():
             sites = _run(fit, call, {}, is_predicting=True)[1]
         program.fn = guide.bind(tuple(latent_of(sites[name]) for name in names))

@@ -1,0 +1,120 @@
+"""Sums over discrete sites: log of the sum over their values of exp(sum of factors).
+
+At expected log factors this is what exact responsibilities make of the bound: its gradient in a
+factor is the posterior marginal of that factor's discrete sites.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from opt_einsum import get_symbol
+from pyro.ops.contract import contract_tensor_tree
+from pyro.ops.rings import LogRing
+from torch import Tensor
+
+from ...errors import UnsupportedModelError
+
+Scale = float | Tensor
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A log factor over discrete sites: (K, ..., plates)."""
+
+    name: str
+    value: Tensor
+    discrete: tuple[int, ...]
+    scale: Scale
+
+
+def components(factors: Iterable[Factor]) -> list[list[Factor]]:
+    """Factors that share discrete sites, directly or not, together."""
+    groups: list[tuple[set[int], list[Factor]]] = []
+    for factor in factors:
+        touched = [group for group in groups if group[0] & set(factor.discrete)]
+        merged: tuple[set[int], list[Factor]] = (set(factor.discrete), [])
+        for group in touched:
+            merged[0].update(group[0])
+            merged[1].extend(group[1])
+            groups.remove(group)
+        merged[1].append(factor)
+        groups.append(merged)
+    return [members for _, members in groups]
+
+
+def log_sum(factors: list[Factor], plates: Mapping[int, tuple[int, ...]]) -> Tensor:
+    """The scaled log sum of one component, in nats; see `log_rows` for the arguments."""
+    return log_rows(factors, plates).sum()
+
+
+def log_rows(factors: list[Factor], plates: Mapping[int, tuple[int, ...]]) -> Tensor:
+    """The scaled log sum of one component, by row of the plates of its discrete site.
+
+    Discrete sites that depend on each other are one row.
+
+    Args:
+        factors: of the component.
+        plates: dimensions (from the right) of the plates that each discrete site is in.
+
+    Raises:
+        UnsupportedModelError: where scales differ within what is summed together.
+    """
+    sites = {identity for factor in factors for identity in factor.discrete}
+    scale = _common_scale(factors)
+    if len(sites) == 1:
+        (identity,) = sites
+        total = None
+        for factor in factors:
+            value = _outside(factor.value, 1, plates[identity])
+            total = value if total is None else total + value
+        assert total is not None
+        return scale * total.logsumexp(0)
+    if isinstance(scale, Tensor) and scale.numel() > 1:
+        raise UnsupportedModelError("discrete sites that depend on each other need one scale, not one a row")
+    return scale * _contract(factors)
+
+
+def _outside(value: Tensor, leading: int, kept: tuple[int, ...]) -> Tensor:
+    """Summed over the plates that the discrete site is not in."""
+    depth = value.dim() - leading
+    others = [d for d in range(-depth, 0) if d not in kept and value.shape[d] > 1]
+    return value.sum(others, keepdim=True) if others else value
+
+
+def _common_scale(factors: list[Factor]) -> Scale:
+    scale = factors[0].scale
+    for factor in factors[1:]:
+        other = factor.scale
+        same = scale is other or (
+            torch.equal(*torch.broadcast_tensors(torch.as_tensor(scale), torch.as_tensor(other)))
+        )
+        if not same:
+            raise UnsupportedModelError(
+                f"sites {factors[0].name!r} and {factor.name!r} share a discrete site, but their scales "
+                "differ: put both into one poutine.scale"
+            )
+    return scale
+
+
+def _contract(factors: list[Factor]) -> Tensor:
+    """Sum out what depends on each other, by Pyro's own message passing."""
+    identities = sorted({identity for factor in factors for identity in factor.discrete})
+    names = {identity: get_symbol(i) for i, identity in enumerate(identities)}
+    plates = [get_symbol(len(names) + d) for d in range(max(f.value.dim() for f in factors))]
+    tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    sizes: dict[str, int] = {}
+    for factor in factors:
+        depth = factor.value.dim() - len(factor.discrete)
+        labels = [names[identity] for identity in factor.discrete] + [
+            plates[-d - 1] for d in range(-depth, 0)
+        ]
+        kept = [i for i, size in enumerate(factor.value.shape) if size > 1]
+        tensor = factor.value.reshape([factor.value.shape[i] for i in kept])
+        symbols = "".join(labels[i] for i in kept)
+        tensor._pyro_dims = symbols  # type: ignore[attr-defined]
+        sizes.update(zip(symbols, tensor.shape, strict=True))
+        tree.setdefault(frozenset(symbols) & frozenset(plates), []).append(tensor)
+    contracted = contract_tensor_tree(tree, set(names.values()), ring=LogRing(dim_to_size=sizes))
+    return torch.stack([term.sum() for members in contracted.values() for term in members]).sum()

@@ -1,0 +1,105 @@
+"""The log joint of one model run, element by element: the finest parts that sites come in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributions as td
+
+from ...errors import UnsupportedModelError
+from ...model.density import lean_log_prob
+from ...model.runtime import Execution, Site, is_summed_out
+from ..kl import leaf_of
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The log density of one site.
+
+    Attributes:
+        value: masked but not scaled; dimensions are those of `discrete`, then one for each plate
+            dimension of the model, then `inner` ones inside the event.
+        discrete: the enumerated sites that the leading dimensions run over, by identity.
+        scale: of the site, broadcastable with the plate dimensions.
+        inner: number of trailing dimensions that are no plates.
+    """
+
+    value: Tensor
+    discrete: tuple[int, ...]
+    scale: float | Tensor
+    inner: int
+
+
+def pieces(run: Execution, depth: int) -> dict[str, Piece]:
+    """The log density of every site of a run, by name.
+
+    Args:
+        run: the run.
+        depth: dimensions that plates take.
+    """
+    return {name: _piece(site, depth) for name, site in run.sites.items()}
+
+
+def identities(run: Execution) -> dict[str, int]:
+    """The identity of each enumerated site of a run."""
+    return {
+        name: site["infer"]["_dim_to_id"][site["infer"]["_enumerate_dim"]]
+        for name, site in run.sites.items()
+        if is_summed_out(site)
+    }
+
+
+def _piece(site: Site, depth: int) -> Piece:
+    leaf = leaf_of(site["fn"])
+    value, inner = _elements(leaf.dist, site["value"], leaf.inner)
+    for mask in (_widened(site["mask"], inner), _widened(leaf.mask(), inner - leaf.inner)):
+        if isinstance(mask, Tensor):
+            value = torch.where(mask, value, torch.zeros_like(value))
+        elif mask is False:
+            value = torch.zeros_like(value)
+    missing = depth - (value.dim() - inner)
+    if missing > 0:
+        value = value.reshape((1,) * missing + value.shape)
+    value, discrete = _by_identity(value, depth, inner, site)
+    return Piece(value, discrete, site["scale"], inner)
+
+
+def _elements(fn: Any, value: Tensor, inner: int) -> tuple[Tensor, int]:
+    """Log p of a site, split where a distribution adds up over its components."""
+    if isinstance(fn, td.Dirichlet):
+        alpha = fn.concentration
+        constant = torch.lgamma(alpha.sum(-1, keepdim=True)) - torch.lgamma(alpha).sum(-1, keepdim=True)
+        return torch.xlogy(alpha - 1, value) + constant / alpha.shape[-1], inner + 1
+    if isinstance(fn, td.Multinomial):
+        total = torch.lgamma(value.sum(-1, keepdim=True) + 1) / value.shape[-1]
+        return total - torch.lgamma(value + 1) + torch.xlogy(value, fn.probs), inner + 1
+    return lean_log_prob(fn, value), inner
+
+
+def _widened(mask: Any, inner: int) -> Any:
+    return mask.reshape(mask.shape + (1,) * inner) if isinstance(mask, Tensor) and inner else mask
+
+
+def _by_identity(value: Tensor, depth: int, inner: int, site: Site) -> tuple[Tensor, tuple[int, ...]]:
+    """Enumeration dimensions moved into the order of their sites, idle ones dropped."""
+    known: Mapping[int, int] = (site["infer"] or {}).get("_dim_to_id") or {}
+    batch = value.dim() - inner
+    found, idle = [], []
+    for position in range(batch - depth):
+        dim = position - batch
+        if value.shape[position] == 1:
+            idle.append(position)
+        elif dim in known:
+            found.append((known[dim], position))
+        else:
+            raise UnsupportedModelError(
+                f"site {site['name']!r}: its log density has shape {tuple(value.shape)}, which its plates "
+                "do not declare"
+            )
+    found.sort()
+    order = [position for _, position in found]
+    value = value.permute(*order, *idle, *range(batch - depth, value.dim()))
+    shape = value.shape[: len(order)] + value.shape[len(order) + len(idle) :]
+    return value.reshape(shape), tuple(identity for identity, _ in found)

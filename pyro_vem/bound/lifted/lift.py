@@ -1,0 +1,300 @@
+"""Finding closed forms in an ordinary model: is its log joint affine in each site's statistics?"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .elements import Piece
+from .families import Family
+from .index import CHECK, Index, coded_index, simplex_index
+from .table import (
+    ROUNDING,
+    Grouping,
+    Monomial,
+    Rows,
+    Table,
+    grid_of,
+    grouping,
+    in_rows,
+    monomials_of,
+    narrowed,
+)
+from .variables import LEVELS, Coding, Variable, block_family
+
+MOST_RUNS = 600  # of the model, for one factor
+Pieces = dict[str, Piece]
+Evaluate = Callable[[Mapping[str, Tensor]], Pieces]
+"""Values of all latents and parameters -> the log density of every site."""
+
+
+@dataclass
+class Probe:
+    """Runs of a model at chosen values; what is not chosen stands at generic ones.
+
+    Attributes:
+        variables: those that may have statistics.
+        others: two values each of those that cannot.
+    """
+
+    evaluate: Evaluate
+    variables: dict[str, Variable]
+    others: Mapping[str, tuple[Tensor, Tensor]]
+    generator: torch.Generator
+    base: dict[str, Tensor] = field(default_factory=dict)
+    runs: int = 0
+
+    def __post_init__(self) -> None:
+        self.base = {name: v.random(self.generator) for name, v in self.variables.items()}
+
+    def pieces(self, u: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None) -> Pieces:
+        """The log densities at flat internal values of variables, and at given values of others."""
+        self.runs += 1
+        values = {name: v.placed(u.get(name, self.base[name])) for name, v in self.variables.items()}
+        return self.evaluate({**values, **{n: pair[0] for n, pair in self.others.items()}, **(given or {})})
+
+    def along(self, name: str) -> Callable[[Tensor], dict[str, Tensor]]:
+        """The factors as a function of one variable."""
+
+        def run(u: Tensor) -> dict[str, Tensor]:
+            return {factor: piece.value for factor, piece in self.pieces({name: u}).items()}
+
+        return run
+
+    def moved_by(self, name: str) -> set[str]:
+        """Factors that see a variable or another one."""
+        first = self.pieces({})
+        if name in self.others:
+            second = self.pieces({}, {name: self.others[name][1]})
+        else:
+            second = self.pieces({name: self.variables[name].random(self.generator)})
+        return {factor for factor in first if not torch.equal(first[factor].value, second[factor].value)}
+
+
+@dataclass(frozen=True)
+class Live:
+    """How to compute the coefficients of a factor anew: they are functions of parameters.
+
+    Attributes:
+        scope: its variables.
+        kept: its monomials.
+        grouping: of its elements; None if a discrete site must see each of them.
+    """
+
+    scope: tuple[str, ...]
+    kept: tuple[tuple[int, ...], ...]
+    grouping: Grouping | None
+
+
+@dataclass
+class Found:
+    """What probing has found.
+
+    Attributes:
+        codings: variables with statistics.
+        refused: latents and parameters without, with the reason.
+        tables: factors as polynomials in statistics.
+        rest: factors that are none, with the reason.
+        live: factors whose coefficients move with parameters that have no statistics.
+    """
+
+    codings: dict[str, Coding]
+    refused: dict[str, str]
+    tables: dict[str, Table] = field(default_factory=dict)
+    rest: dict[str, str] = field(default_factory=dict)
+    live: dict[str, Live] = field(default_factory=dict)
+
+
+def lift(probe: Probe, refused: Mapping[str, str], parameters: Sequence[str], seed: int) -> Found:
+    """Code every variable, then tabulate every factor, then check all of it at random points.
+
+    Args:
+        probe: runs the model.
+        refused: why the probe's others have no statistics.
+        parameters: those of all names that are no latents.
+        seed: of the codes.
+    """
+    found = Found({}, dict(refused))
+    for variable in list(probe.variables.values()):
+        coding = _coding(probe, variable, seed)
+        if isinstance(coding, str):
+            found.refused[variable.name] = coding
+        elif coding.failed and not variable.is_latent:  # of a latent the rest can be sampled
+            factor, reason = next(iter(coding.failed.items()))
+            found.refused[variable.name] = f"{factor}: {reason}"
+        else:
+            found.codings[variable.name] = coding
+            probe.variables[variable.name] = coding.variable
+    _tabulate(probe, found, parameters)
+    _check(probe, found)
+    return found
+
+
+def _coding(probe: Probe, variable: Variable, seed: int) -> Coding | str:
+    """The layout and the family that the fewest factors refuse."""
+    best: Coding | None = None
+    if variable.support == "simplex":
+        size = variable.shape[-1]
+        index = simplex_index(probe.along(variable.name), variable.size // size, size, seed)
+        layout = torch.arange(variable.size).unsqueeze(-1)
+        failed = dict.fromkeys(index.several, "not affine in the log of one component")
+        return Coding(variable, variable.families[0], layout, index.where, failed)
+    for layout in variable.layouts():
+        if layout.shape[1] == 1 and not variable.families:
+            continue
+        index = coded_index(probe.along(variable.name), layout, _levels(variable, layout), seed)
+        for family in block_family(layout, variable.families):
+            coding = _tried(probe, variable, family, layout, index)
+            if best is None or len(coding.failed) < len(best.failed):
+                best = coding
+            if not best.failed:
+                return best
+    return best or "its elements are tied together"
+
+
+def _levels(variable: Variable, layout: Tensor) -> Tensor:
+    levels = LEVELS[variable.support].unsqueeze(-1)
+    members = torch.arange(layout.shape[1])
+    if variable.support == "real":
+        return levels * (1 + 0.31 * members) + 0.17 * members.square() * levels.square()
+    return levels.expand(-1, layout.shape[1])
+
+
+def _tried(probe: Probe, variable: Variable, family: Family, layout: Tensor, index: Index) -> Coding:
+    """Hold the factors against an affine function of a family's statistics."""
+    if not family.has_unit:
+        variable = variable.without_unit()
+    before = probe.variables[variable.name]
+    probe.variables[variable.name] = variable
+    run, groups, support = probe.along(variable.name), len(layout), variable.support
+    checks = 0.7 * LEVELS[support][:2].unsqueeze(-1).expand(-1, layout.shape[1])
+    checks = checks * (1 - 0.13 * torch.arange(layout.shape[1]))
+    points = torch.cat([family.probes, checks])
+
+    def at(point: Tensor) -> dict[str, Tensor]:
+        u = torch.empty(layout.numel(), dtype=torch.float64)
+        u[layout] = point.expand(groups, -1)
+        return run(u)
+
+    runs = [at(point) for point in points]
+    failed = dict.fromkeys(index.several, "an element of it depends on several elements")
+    coding, design = Coding(variable, family, layout, index.where, failed), _design(family, checks)
+    num = len(family.probes)
+    for name in index.where:
+        values = torch.stack([r[name] for r in runs])
+        table = coding.solved(values[:num], index.where[name])
+        size = 1 + torch.tensordot(design.abs(), table.abs(), ([1], [0]))
+        error = (torch.tensordot(design, table, ([1], [0])) - values[num:]).abs() / size
+        if not bool((error <= CHECK).all()):
+            failed[name] = f"not affine in the statistics of {family.name}"
+    probe.variables[variable.name] = before
+    return coding
+
+
+def _design(family: Family, points: Tensor) -> Tensor:
+    statistics = family.statistics(points)
+    return torch.cat([torch.ones_like(statistics[:1]), statistics]).T
+
+
+def _tabulate(probe: Probe, found: Found, parameters: Sequence[str]) -> None:
+    """Coefficients of every factor, from runs on the grid of its variables' probes."""
+    first = probe.pieces({})
+    scopes = {n: tuple(v for v, c in found.codings.items() if n in c.where) for n in first}
+    seen = {name: probe.moved_by(name) for name in found.refused}
+    for name in first:
+        reasons = [c.failed[name] for c in found.codings.values() if name in c.failed]
+        reasons += [
+            f"depends on {other}: {why}"
+            for other, why in found.refused.items()
+            if other not in parameters and name in seen[other]
+        ]
+        runs = len(grid_of([found.codings[n] for n in scopes[name]]))
+        if runs > MOST_RUNS:
+            reasons.append(f"{runs:,} runs of the model would be needed")
+        if reasons:
+            found.rest[name] = reasons[0]
+    names = [name for name in first if name not in found.rest]
+    values = grid_values(probe, found, {name: scopes[name] for name in names})
+    for name in names:
+        is_live = any(name in seen[other] for other in found.refused)
+        found.tables[name], live = _table(found, name, first[name], scopes[name], values.pop(name))
+        if is_live:
+            found.live[name] = live
+
+
+def grid_values(
+    probe: Probe,
+    found: Found,
+    scopes: Mapping[str, tuple[str, ...]],
+    given: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Factors at all combinations of the probes of their variables, (m_1, ..., m_r, *elements)."""
+    wanted: dict[tuple[tuple[str, int], ...], list[str]] = {}
+    for name, scope in scopes.items():
+        for powers in grid_of([found.codings[n] for n in scope]):
+            wanted.setdefault(tuple(zip(scope, powers, strict=True)), []).append(name)
+    values: dict[str, list[Tensor]] = {name: [] for name in scopes}
+    for key, names in wanted.items():
+        run = probe.pieces({n: found.codings[n].at_probe(power) for n, power in key}, given)
+        for name in names:
+            values[name].append(weighed(run[name]))
+    sizes = {name: [found.codings[n].family.num + 1 for n in scope] for name, scope in scopes.items()}
+    return {name: torch.stack(rows).reshape(*sizes[name], *rows[0].shape) for name, rows in values.items()}
+
+
+def weighed(piece: Piece) -> Tensor:
+    """The elements, times the scale where no discrete site has to see them without it."""
+    if piece.discrete or (isinstance(piece.scale, float | int) and piece.scale == 1):
+        return piece.value
+    scale = piece.scale
+    if isinstance(scale, Tensor):
+        scale = scale.reshape(scale.shape + (1,) * piece.inner)
+    return piece.value * scale
+
+
+def _table(
+    found: Found, name: str, piece: Piece, scope: tuple[str, ...], values: Tensor
+) -> tuple[Table, Live]:
+    index = {n: found.codings[n].where[name] for n in scope}
+    shape = tuple(values.shape[len(scope) :])
+    kept, monomials = monomials_of(values, name, [found.codings[n] for n in scope], None)
+    groups: Grouping | None = None
+    entries: dict[str, Tensor | Rows] = {}
+    if piece.discrete:
+        noise = ROUNDING * float(values.abs().amax())
+        entries |= {n: in_rows(narrowed(i), len(found.codings[n].layout)) for n, i in index.items()}
+        monomials = [Monomial(m.powers, narrowed(m.coefficient, noise)) for m in monomials]
+    else:
+        groups, kept_index = grouping(index, shape)
+        entries |= kept_index
+        monomials = [Monomial(m.powers, groups.added(m.coefficient)) for m in monomials]
+    table = Table(name, entries, tuple(monomials), shape, piece.discrete, piece.scale, piece.inner)
+    return table, Live(scope, tuple(kept), groups)
+
+
+def _check(probe: Probe, found: Found) -> None:
+    """Hold every table against the model where all variables are random, each element by itself."""
+    for _ in range(2):
+        u = {name: v.random(probe.generator) for name, v in probe.variables.items()}
+        for name, error in misfits(found, u, probe.pieces(u)).items():
+            if name not in found.live and name in found.tables:
+                del found.tables[name]
+                found.rest[name] = f"its table is {error:.1g} off at random values"
+
+
+def misfits(found: Found, u: Mapping[str, Tensor], pieces: Pieces) -> dict[str, float]:
+    """Tables that differ from the model at given values, and by how much of their terms' size."""
+    statistics = {n: c.family.statistics(c.grouped(u[n])) for n, c in found.codings.items()}
+    wrong = {}
+    for name, table in found.tables.items():
+        if name in found.live:
+            continue
+        value, size = table.value(statistics), 1 + table.size(statistics)
+        exact = weighed(pieces[name])
+        if not table.discrete:
+            value, exact, size = value.sum(), exact.sum(), size.sum()
+        error = float(((value - exact).abs() / size).max())
+        if not error <= CHECK:
+            wrong[name] = error
+    return wrong

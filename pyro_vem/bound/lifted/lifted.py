@@ -1,0 +1,332 @@
+"""The part of a bound that is a polynomial in expected statistics, with its natural gradients."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UnsupportedModelError
+from ...model.parameters import Parameter
+from ...model.prototype import Prototype
+from .contraction import Factor, components, log_sum
+from .elements import identities, pieces
+from .lift import Found, Pieces, Probe, grid_values, lift, misfits
+from .table import Table, monomials_of
+from .variables import Coding, Variable, latent_variable, parameter_variable
+
+Values = Mapping[str, Tensor]
+Factors = Callable[[str, Values], dict[str, Tensor]]
+
+
+class Lifted:
+    """Closed-form terms of a problem: expectations of tables at expected statistics.
+
+    Args:
+        run: runs the model at parameters and latents.
+        prototype: structure of the model.
+        parameters: of the M-step.
+        map_sites: latents whose values are parameters.
+        held: parameters that no step moves.
+        depth: dimensions that plates take.
+        seed: of the probes.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Values, Values], Any],
+        prototype: Prototype,
+        parameters: Sequence[Parameter],
+        map_sites: Collection[str],
+        held: Values,
+        depth: int,
+        seed: int,
+    ) -> None:
+        self.map_sites = tuple(map_sites)
+        self.observed = frozenset(prototype.observed)
+        latent_names = {site.name for site in prototype.latents}
+        start = {p.name: p.init.double() for p in parameters} | {s.name: s.init for s in prototype.latents}
+
+        def evaluate(values: Values) -> Pieces:
+            theta = {n: v for n, v in values.items() if n not in latent_names}
+            return pieces(run({**held, **theta}, {n: values[n] for n in latent_names}), depth)
+
+        first = run({**held, **{p.name: start[p.name] for p in parameters}}, start)
+        self.discrete = identities(first)
+        self.plates = {
+            self.discrete[name]: tuple(plate.dim for plate in plates)
+            for name, plates in prototype.summed_out.items()
+            if name in self.discrete
+        }
+        variables: dict[str, Variable] = {}
+        refused: dict[str, str] = {}
+        for site in prototype.latents:
+            is_map = site.name in self.map_sites
+            made = latent_variable(site, first.sites[site.name])
+            if is_map:
+                made = parameter_variable(Parameter(site.name, site.support, site.init))
+            _sort(site.name, made, variables, refused)
+        for parameter in parameters:
+            _sort(parameter.name, parameter_variable(parameter), variables, refused)
+        others = {name: (start[name], _moved(start[name])) for name in refused}
+        self.probe = Probe(evaluate, variables, others, torch.Generator().manual_seed(seed))
+        self.parameters = tuple(p.name for p in parameters) + self.map_sites
+        with torch.no_grad():
+            self.found: Found = lift(self.probe, refused, self.parameters, seed)
+        self.latents = tuple(s.name for s in prototype.latents if s.name not in self.map_sites)
+        for name, reason in self.found.rest.items():
+            if pieces(first, depth)[name].discrete:
+                raise UnsupportedModelError(
+                    f"site {name!r} depends on a discrete site and has no closed form: {reason}"
+                )
+        self._live: tuple[Values, dict[str, Table]] | None = None
+        self._noise: dict[str, Tensor] = {}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Sites whose factor is a table."""
+        return frozenset(self.found.tables)
+
+    @property
+    def blocks(self) -> frozenset[str]:
+        """Latents whose vectors have one factor each."""
+        codings = self.found.codings.items()
+        return frozenset(n for n, c in codings if c.layout.shape[1] > 1 and c.variable.is_latent)
+
+    @property
+    def is_complete(self) -> bool:
+        """True if every factor is a table, and every latent has statistics."""
+        return not self.found.rest and not set(self.found.refused) & set(self.latents)
+
+    def closed(self, names: Collection[str]) -> tuple[str, ...]:
+        """Those variables whose every factor is a table, and whose best value is known."""
+        rest = set(self.found.rest)
+        return tuple(
+            n
+            for n, c in self.found.codings.items()
+            if n in names and not c.failed and not rest & set(c.where)
+            and (c.family.updated if n in self.latents else c.family.best) is not None
+        )  # fmt: skip
+
+    def proof(self, name: str) -> str:
+        """What the plan says of a table."""
+        table = self.found.tables[name]
+        families = {n: self.found.codings[n].family.name for n in table.index}
+        seen = ", ".join(f"{n} ({family})" for n, family in families.items()) or "no variable"
+        text = f"affine in the statistics of {seen}"
+        return f"{text}; coefficients move with parameters" if name in self.found.live else text
+
+    @property
+    def inner(self) -> frozenset[str]:
+        """Latents that a discrete site's own factor depends on: weights, which follow responsibilities."""
+        tables = [self.found.tables[name] for name in self.discrete]
+        return frozenset(n for table in tables for n in table.scope if n in self.latents)
+
+    def batches(self, names: Collection[str]) -> list[tuple[str, ...]]:
+        """Variables in groups whose members share no table: each group moves at once."""
+        groups: list[tuple[set[str], list[str]]] = []
+        for name in names:
+            tables = {t.name for t in self.found.tables.values() if name in t.index}
+            for used, members in groups:
+                if not used & tables:
+                    used |= tables
+                    members.append(name)
+                    break
+            else:
+                groups.append((tables, [name]))
+        return [tuple(members) for _, members in groups]
+
+    def statistics(self, factors: Factors | None, phi: Values, theta: Values) -> dict[str, Tensor]:
+        """Expected statistics of the latents, and the statistics of the parameters.
+
+        Args:
+            factors: a site's name and phi to the parameters of its factor; None without latents.
+            phi: the guide's parameters.
+            theta: the model's.
+        """
+        found = {}
+        for name, coding in self.found.codings.items():
+            if name in self.latents:
+                expected = coding.family.expected
+                assert expected is not None
+                assert factors is not None
+                found[name] = expected(self.factor(coding, factors(name, phi)))
+            else:
+                found[name] = coding.statistics(theta[name])
+        return found
+
+    def factor(self, coding: Coding, values: Values) -> dict[str, Tensor]:
+        """A factor's parameters on the internal scale, by group."""
+        variable, layout = coding.variable, coding.layout
+        centre, unit = variable.centre.reshape(-1), variable.unit.reshape(-1)
+        if "scale_tril" in values:
+            size = layout.shape[1]
+            tril = values["scale_tril"].reshape(-1, size, size) / unit[layout].unsqueeze(-1)
+            return {"loc": ((values["loc"].reshape(-1) - centre) / unit)[layout], "scale_tril": tril}
+        if "loc" in values:
+            return {
+                "loc": (values["loc"].reshape(-1) - centre) / unit,
+                "scale": values["scale"].reshape(-1) / unit,
+            }
+        if variable.support == "simplex":
+            return {"concentration": values["concentration"].reshape(-1, variable.shape[-1])}
+        flat = {name: value.reshape(-1) for name, value in values.items()}
+        if coding.family.name == "Gamma":
+            flat["rate"] = flat["rate"] * unit
+        if coding.family.name == "InverseGamma":
+            flat["rate"] = flat["rate"] / unit
+        return flat
+
+    def outside(self, coding: Coding, q: Values) -> dict[str, Tensor]:
+        """The way back: shaped like the guide's parameters."""
+        variable, shape = coding.variable, coding.variable.shape
+        centre, unit = variable.centre.reshape(-1), variable.unit.reshape(-1)
+        if "scale_tril" in q:
+            size = coding.layout.shape[1]
+            tril = q["scale_tril"] * unit[coding.layout].unsqueeze(-1)
+            loc = centre + unit * coding.flat(q["loc"])
+            return {"loc": loc.reshape(shape), "scale_tril": tril.reshape(*shape, size)}
+        if "loc" in q:
+            loc, scale = centre + unit * q["loc"], unit * q["scale"]
+            return {"loc": loc.reshape(shape), "scale": scale.reshape(shape)}
+        made = {name: value.reshape(shape) for name, value in q.items()}
+        if coding.family.name == "Gamma":
+            made["rate"] = made["rate"] / variable.unit
+        if coding.family.name == "InverseGamma":
+            made["rate"] = made["rate"] * variable.unit
+        return made
+
+    def entropy(self, name: str, values: Values) -> Tensor:
+        """Of a latent's factor with these parameters, in nats."""
+        coding = self.found.codings[name]
+        assert coding.family.entropy is not None
+        inner = coding.family.entropy(self.factor(coding, values)).sum()
+        return inner + coding.variable.unit.log().sum()
+
+    def tables(self, theta: Values) -> dict[str, Table]:
+        """All tables, those whose coefficients move with parameters at these ones."""
+        if not self.found.live:
+            return self.found.tables
+        given = {n: theta[n] for n in self.found.refused if n in self.parameters}
+        needs_gradient = torch.is_grad_enabled() and any(v.requires_grad for v in given.values())
+        if not needs_gradient and self._live is not None:
+            known = self._live[0]
+            if all(torch.equal(known[n], given[n]) for n in given):
+                return self._live[1]
+        scopes = {name: live.scope for name, live in self.found.live.items()}
+        made = dict(self.found.tables)
+        for name, values in grid_values(self.probe, self.found, scopes, given).items():
+            live = self.found.live[name]
+            codings = [self.found.codings[n] for n in live.scope]
+            _, monomials = monomials_of(values, name, codings, live.kept)
+            if live.grouping is not None:
+                monomials = [replace(m, coefficient=live.grouping.added(m.coefficient)) for m in monomials]
+            made[name] = replace(made[name], monomials=tuple(monomials))
+        if not needs_gradient:
+            self._live = {n: v.detach().clone() for n, v in given.items()}, made
+        return made
+
+    def expected(
+        self, statistics: Values, theta: Values, only: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Every table's part of the bound without entropies, in nats.
+
+        What is summed out together is one term, at its first observed site.
+
+        Args:
+            statistics: expected ones, by variable.
+            theta: the model's parameters.
+            only: variables; tables that none of them enters may be left out.
+        """
+        found, factors = {}, []
+        for name, table in self.tables(theta).items():
+            if table.discrete:
+                factors.append(self._factor(table, statistics))
+                found[name] = torch.zeros((), dtype=torch.float64)
+            elif only is None or not table.scope.isdisjoint(only):
+                found[name] = table.value(statistics).sum()
+        for members in components(factors):
+            if only is None or any(not self.found.tables[f.name].scope.isdisjoint(only) for f in members):
+                found[self.seat(members)] = log_sum(members, self.plates)
+        return found
+
+    @contextmanager
+    def noisy(self, size: float, generator: torch.Generator) -> Iterator[None]:
+        """Random logits at each discrete site inside the block."""
+        tables = self.found.tables
+        shapes = {name: tables[name].shape[: -tables[name].inner or None] for name in self.discrete}
+        self._noise = {
+            name: size * torch.randn(shape, generator=generator, dtype=torch.float64)
+            for name, shape in shapes.items()
+        }
+        try:
+            yield
+        finally:
+            self._noise = {}
+
+    def seat(self, members: Sequence[Factor]) -> str:
+        """The site whose term what is summed out together becomes."""
+        return next((f.name for f in members if f.name in self.observed), members[0].name)
+
+    def _factor(self, table: Table, statistics: Values) -> Factor:
+        value = table.value(statistics).expand(table.shape)
+        if table.inner:
+            value = value.sum(list(range(-table.inner, 0)))
+        if table.name in self._noise:
+            value = value + self._noise[table.name]
+        return Factor(table.name, value, table.discrete, table.scale)
+
+    def natural(self, names: Sequence[str], statistics: Values, theta: Values) -> list[Tensor]:
+        """Derivatives of the expected log joint in some variables' statistics."""
+        leaves = [statistics[name].detach().requires_grad_() for name in names]
+        with torch.enable_grad():
+            moved = {**statistics, **dict(zip(names, leaves, strict=True))}
+            total = torch.stack(list(self.expected(moved, theta, names).values())).sum()
+            return list(torch.autograd.grad(total, leaves, materialize_grads=True))
+
+    def responsibilities(self, statistics: Values, theta: Values) -> dict[str, Tensor]:
+        """Marginal probabilities of each discrete site: (values, *plates)."""
+        tables = self.tables(theta)
+        factors = [self._factor(t, statistics) for t in tables.values() if t.discrete]
+        values = [f.value.detach().clone().requires_grad_() for f in factors]
+        with torch.enable_grad():
+            made = [replace(f, value=v, scale=1.0) for f, v in zip(factors, values, strict=True)]
+            total = torch.stack([log_sum(members, self.plates) for members in components(made)]).sum()
+            marginals = torch.autograd.grad(total, values)
+        found = {}
+        for factor, marginal in zip(factors, marginals, strict=True):
+            if factor.name in self.discrete:
+                others = [i for i, d in enumerate(factor.discrete) if d != self.discrete[factor.name]]
+                found[factor.name] = marginal.sum(others) if others else marginal
+        return found
+
+    def drop(self, name: str, reason: str) -> None:
+        """Take a table back: the factor is sampled from here on.
+
+        Raises:
+            UnsupportedModelError: where it depends on a discrete site.
+        """
+        if self.found.tables[name].discrete:
+            raise UnsupportedModelError(f"site {name!r} depends on a discrete site, and {reason}")
+        del self.found.tables[name]
+        self.found.rest[name] = reason
+
+    def misfits(self, values: Values) -> dict[str, float]:
+        """Tables that differ from the model at values of all variables (a kink may lie between)."""
+        u = {n: v.internal(values[n]) for n, v in self.probe.variables.items()}
+        given = {n: values[n] for n in self.probe.others}
+        return misfits(self.found, u, self.probe.pieces(u, given))
+
+
+def _sort(name: str, made: Variable | str, variables: dict[str, Variable], refused: dict[str, str]) -> None:
+    if isinstance(made, str):
+        refused[name] = made
+    else:
+        variables[name] = made
+
+
+def _moved(value: Tensor) -> Tensor:
+    """Another value of a variable without statistics, inside any usual constraint."""
+    return value * 1.013 + 1e-3 * (value.abs() < 1e-3)

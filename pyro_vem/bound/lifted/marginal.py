@@ -1,0 +1,43 @@
+"""Log densities of a run whose discrete sites are enumerated: summed out, row by row."""
+
+import torch
+from torch import Tensor
+
+from ...model.runtime import Execution, is_summed_out
+from ...model.sites import plates_of
+from ..weights import weighted
+from .contraction import Factor, components, log_rows
+from .elements import Piece, identities, pieces
+
+
+def marginal_rows(run: Execution) -> dict[str, Tensor]:
+    """The log density of each site, discrete ones summed out; empty if there is none.
+
+    What is summed out together stands at its first observed site (else at its first site); the
+    other sites of it are zero.
+    """
+    summed_out = [site for site in run.sites.values() if is_summed_out(site)]
+    if not summed_out:
+        return {}
+    depth = max([-p.dim for site in run.sites.values() for p in plates_of(site)], default=0)
+    plates = {
+        identity: tuple(plate.dim for plate in plates_of(run.sites[name]))
+        for name, identity in identities(run).items()
+    }
+    found: dict[str, Tensor] = {}
+    factors = []
+    for name, piece in pieces(run, depth).items():
+        if piece.discrete:
+            factors.append(_factor(name, piece))
+            found[name] = torch.zeros((), dtype=piece.value.dtype)
+        else:
+            found[name] = weighted(run.sites[name]["fn"].log_prob(run.sites[name]["value"]), run.sites[name])
+    for members in components(factors):
+        observed = [f.name for f in members if run.sites[f.name]["is_observed"]]
+        found[observed[0] if observed else members[0].name] = log_rows(members, plates)
+    return found
+
+
+def _factor(name: str, piece: Piece) -> Factor:
+    value = piece.value.sum(list(range(-piece.inner, 0))) if piece.inner else piece.value
+    return Factor(name, value, piece.discrete, piece.scale)

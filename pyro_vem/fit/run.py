@@ -1,0 +1,346 @@
+"""One fit on its way: its state, its history, what moves it and what watches it."""
+
+import functools
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import ModelError
+from .closed import Anderson, ClosedForm
+from .exactness import compile_terms, more_draws, settle, settle_nodes
+from .measure import disagreement
+from .profile import Profile
+from .result import VEMResult
+from .scales import Scales
+from .setup import FitOptions, Setup
+from .smooth import Method, Vector
+from .state import State
+from .status import Status, Step
+from .steps import check_second_derivatives, hooked, note_idle, start_variances, step
+from .stopping import remaining, runaway
+
+Schedule = Literal["auto", "alternate", "accelerated", "profile", "joint"]
+StepMethod = Literal["auto", "newton", "lbfgs"]
+Hook = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
+MStep: TypeAlias = StepMethod | Mapping[str, Hook]
+Callback = Callable[[Step, Mapping[str, Tensor]], None]
+ROUNDING = 1e3 * float(np.finfo(np.float64).eps)  # of the bound, relative
+PROFILE_FROM = 3  # rounds: two of EM before
+MOST_PROFILED = 60  # parameters
+ACCELERATE_FROM = 3  # rounds: the first ones leave the start, and say nothing of the end
+SLOW_AFTER = 10  # rounds of EM before a joint step may follow
+SELF_CHECK = 256  # draws that closed forms are held against at the start
+MOST_KEPT = 100_000  # parameters of which the points after each step are kept, for plots
+NEWTON_LIMIT = 5_000_000  # parameters in a block beyond which its Krylov vectors outgrow memory
+MOST_POLISHED = 30  # rounds of closed forms after convergence
+FIXED = 1e-13  # movement in a round at which closed forms stand still
+
+
+@dataclass
+class Run:
+    """The moving parts of one fit: the state, its history, and what watches it."""
+
+    setup: Setup
+    options: FitOptions
+    tol: float
+    methods: tuple[StepMethod, MStep]
+    begin: float
+    callbacks: tuple[Callback, ...]
+    progress: bool | None
+    history: list[Step] = field(default_factory=list)
+    points: list[State] = field(default_factory=list)
+    gtol: float = 1e-2
+    failed: int = 0
+    next_check: int = 0
+    closed: ClosedForm | None = None
+    anderson: Anderson = field(default_factory=Anderson)
+    before: Vector | None = None  # the joint vector a round ago
+
+    def start(self, warm: VEMResult | None, number: int = 0) -> None:
+        """Put both blocks at their initial values and the variances near their optimum.
+
+        Args:
+            warm: an earlier result to go on from.
+            number: of the start; the first one leaves the caller's parameters where they are.
+        """
+        setup = self.setup
+        phi, theta = _initial(setup.phi, warm), _initial(setup.theta, warm)
+        compile_terms(setup, self.options)
+        setup.objective.prepare(
+            setup.phi.constrained(torch.from_numpy(phi)), setup.theta_values(torch.from_numpy(theta))
+        )
+        self._check_closed_forms(phi, theta)
+        settle_nodes(setup, phi, theta)
+        self.state = State(phi, theta, _finite_elbo(setup, phi, theta))
+        if setup.lifted is not None:
+            self.closed = ClosedForm(setup, setup.lifted)
+            if warm is None:
+                self.state = self.closed.scattered(self.state, setup.objective.seed + number, number > 0)
+        self.first = self.state
+        if not (phi.size and theta.size):
+            self.gtol = self._final_gtol()  # no other block to wait for
+        self.iterations = 0
+        self.scales = Scales(setup)
+        if not setup.is_our_code:
+            check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
+        if warm is None:
+            note_idle(setup, self.state)
+        self.bar = _bar(self.progress)
+        if warm is None:
+            self.state, row = start_variances(setup, self.state)
+            self._record(row)
+            if settle_nodes(setup, self.state.phi, self.state.theta):  # now, not after a whole fit
+                self._changed("more quadrature nodes")
+
+    def _check_closed_forms(self, phi: NDArray[np.float64], theta: NDArray[np.float64]) -> None:
+        """Sample what does not agree with draws, and say so in the plan."""
+        setup = self.setup
+        objective = setup.objective
+        if not objective.is_random or objective.is_exact or not objective.plan.exact:
+            return
+        values = setup.phi.constrained(torch.from_numpy(phi)), setup.theta_values(torch.from_numpy(theta))
+        gap = disagreement([setup.objective.sample(*values, SELF_CHECK, 1, ("densities", "terms"))])
+        if gap is not None:
+            setup.objective.plan = setup.objective.plan.demoted(gap)
+
+    def step(self, block: str, iteration: int) -> None:
+        """One step; a block without parameters is skipped."""
+        size = {"E": self.setup.phi.size, "M": self.setup.theta.size}.get(block, 1)
+        self.iterations = iteration
+        if not size:
+            return
+        if block == "M" and isinstance(self.methods[1], Mapping):
+            for name, hook in self.methods[1].items():
+                self.state, made = hooked(self.setup, self.state, name, hook, iteration)
+                self._record(made)
+            if set(self.methods[1]) >= set(self.setup.theta.names):
+                return
+        if self.closed is not None and block != "joint":
+            self.state, row = self.closed.step(self.state, block, iteration)
+            self._record(row)
+            if self.closed.is_all_of[block]:
+                return
+        self.state, row = step(
+            self.setup, self.state, block, self.scales,
+            iteration=iteration, gtol=self.gtol, method=self._method(block),
+            max_iter=self.options.step_iterations,
+        )  # fmt: skip
+        self._record(row)
+
+    def schedule_of(self, iteration: int, schedule: Schedule) -> Schedule:
+        """What one round does; "auto" decides by whether steps have closed forms.
+
+        Two rounds of EM leave the start. Then quasi-Newton steps in theta, where the E-step is exact
+        and theta is small; extrapolation of the rounds where all steps are closed; elsewhere EM, with
+        joint steps once it has become slow.
+        """
+        has_both = self.setup.theta.size > 0 and (self.setup.phi.size > 0 or self.closed is not None)
+        if schedule == "profile":
+            return "profile" if iteration >= PROFILE_FROM and self.setup.theta.size else "alternate"
+        if schedule != "auto":
+            return schedule
+        if self.closed is None or not self.closed.is_complete:
+            return "joint" if self.is_slow() else "alternate"
+        if self.closed.is_exact and has_both and self.setup.theta.size <= MOST_PROFILED:
+            return "profile" if iteration >= PROFILE_FROM else "alternate"
+        return "accelerated"
+
+    def profile(self, iteration: int) -> None:
+        """A quasi-Newton step in theta, with the E-step at its end."""
+        self.iterations = iteration
+        self.state, row = self.profiled.step(self.state, iteration)
+        self._record(row)
+
+    @functools.cached_property
+    def profiled(self) -> Profile:
+        """The bound maximised over phi."""
+        return Profile(self.setup, self._best_phi)
+
+    def _best_phi(self, state: State) -> State:
+        """The E-step at other parameters, to its own tolerance."""
+        if not self.setup.phi.size:
+            return state
+        if self.closed is not None:
+            state, _ = self.closed.step(state, "E", self.iterations)
+            if self.closed.is_all_of["E"]:
+                return state
+        return step(
+            self.setup, state, "E", self.scales, iteration=self.iterations, gtol=self._final_gtol(),
+            method=self._method("E"), max_iter=self.options.step_iterations,
+        )[0]  # fmt: skip
+
+    def accelerate(self, iteration: int) -> None:
+        """Go on from where rounds of closed-form steps seem to lead, if the bound is higher there."""
+        if self.closed is None or not self.closed.is_complete:
+            return
+        point, image = self.before, self.state.joint
+        self.before = image
+        if point is None or iteration < ACCELERATE_FROM:
+            return
+        start = time.perf_counter()
+        proposal = self.anderson.proposal(point, image)
+        phi, theta = proposal[: self.setup.phi.size], proposal[self.setup.phi.size :]
+        with torch.no_grad():
+            elbo = float(self.setup.elbo(torch.from_numpy(phi), torch.from_numpy(theta)))
+        before, note = self.state.elbo, "extrapolated"
+        if elbo > before:
+            self.state = State(phi, theta, elbo)
+            self.before = self.state.joint
+        else:
+            self.anderson.restart()
+            note = "extrapolation rolled back: the bound would have fallen"
+        seconds = time.perf_counter() - start
+        self._record(Step(iteration, "joint", before, self.state.elbo, 0.0, 1, 0, seconds, note))
+
+    def is_converged(self) -> bool:
+        """The stopping rule, tried only where the gains say that it may hold.
+
+        A check costs as much as several steps, so after one that fails the next waits.
+        """
+        gain, tol, final = self._gain_of_round(), self._tolerance(), self._final_gtol()
+        is_solved = self.gtol <= final
+        # Inexact at first: a block need not be solved far beyond what a round gains.
+        self.gtol = float(np.clip(0.1 * max(gain, 0.0) ** 0.5, final, max(final, self.gtol)))
+        has_rounds = (self.setup.theta.size and self.setup.phi.size) or self.closed is not None
+        is_slow = has_rounds and gain > 1e3 * tol
+        if not is_solved or is_slow or self.iterations < self.next_check:
+            return False
+        scale = self.scales.of(self.state, "joint", self.iterations)
+        if remaining(self.setup, self.state, scale, tol).is_small(tol):
+            return True
+        self.failed += 1
+        self.next_check = self.iterations + min(2**self.failed, 32)
+        return False
+
+    def _tolerance(self) -> float:
+        """The caller's tolerance, or what rounding leaves of a bound of many nats."""
+        return max(self.tol, ROUNDING * abs(self.state.elbo))
+
+    def _final_gtol(self) -> float:
+        """Scaled gradient norm at which a block counts as solved; lower after each failed check."""
+        return max(1e-10, 0.1 * self._tolerance() ** 0.5 * 0.3**self.failed)
+
+    def is_slow(self) -> bool:
+        """True if EM has become linear: ten rounds, and the last gained over half of the one before."""
+        if self.iterations < SLOW_AFTER or not (self.setup.phi.size and self.setup.theta.size):
+            return False
+        gains = [0.0, 0.0, 0.0]
+        for row in self.history:
+            if 0 <= self.iterations - row.iteration < 3:
+                gains[self.iterations - row.iteration] += row.gain
+        return gains[1] > 0.5 * gains[2] and gains[1] > 10 * self._tolerance()
+
+    def is_reopened(self) -> bool:
+        """True if the bound itself had to change at the point reached: the fit goes on from there."""
+        change = settle(self.setup, self.state)
+        if change is None:
+            scale = self.scales.of(self.state, "joint", self.iterations)
+            change = more_draws(self.setup, self.state, scale)
+        if change is not None:
+            self._changed(change)
+            self.next_check = 0
+        return change is not None
+
+    def _changed(self, change: str) -> None:
+        """Record that the bound itself is another one from here on."""
+        self.setup.captures.forget()
+        before = self.state.elbo
+        with torch.no_grad():
+            phi, theta = torch.from_numpy(self.state.phi), torch.from_numpy(self.state.theta)
+            elbo = float(self.setup.elbo(phi, theta))
+        self.state = replace(self.state, elbo=elbo)
+        self._record(Step(self.iterations, "check", before, elbo, 0.0, 1, 0, 0.0, change))
+
+    def _gain_of_round(self) -> float:
+        """Gain of the last M-step and the E-step after it (or of the joint step)."""
+        blocks = [row for row in self.history if row.iteration >= self.iterations - 1]
+        last = [row for row in blocks if row.iteration == self.iterations or row.block == "M"]
+        return sum((row.gain for row in last), 0.0)
+
+    def is_diverged(self) -> bool:
+        """True, with a warning that names it, if a site or parameter has run away."""
+        name = runaway(self.setup, self.state, self.first)
+        if name is not None:
+            warnings.warn(f"site {name!r} has run away: {Status.diverged.value}", stacklevel=5)
+        return name is not None
+
+    def result(self, status: Status) -> VEMResult:
+        """The frozen result at the present state."""
+        return VEMResult.of(
+            self.setup, self.state, status, tuple(self.history), self.iterations,
+            time.perf_counter() - self.begin, self.options, tuple(self.points),
+        )  # fmt: skip
+
+    def polish(self) -> None:
+        """Go on with closed forms, which are cheap, until a round moves nothing."""
+        if self.closed is None or not self.closed.is_complete:
+            return
+        moved = np.inf
+        for _ in range(MOST_POLISHED):
+            point, last = self.state.joint, moved
+            for block in ("M", "E"):
+                self.step(block, self.iterations)
+            moved = float(np.abs(self.state.joint - point).max()) if point.size else 0.0
+            if moved < FIXED or moved > 0.5 * last:
+                return
+
+    def close(self) -> None:
+        """End the progress bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _method(self, block: str) -> Method:
+        chosen = self.methods[1] if block == "M" else self.methods[0]
+        if not isinstance(chosen, Mapping) and chosen != "auto":
+            return chosen
+        sizes = {"E": self.setup.phi.size, "M": self.setup.theta.size}
+        size = sizes.get(block, sum(sizes.values()))
+        return "newton" if size <= NEWTON_LIMIT else "lbfgs"
+
+    def _record(self, row: Step | None) -> None:
+        if row is None:
+            return
+        self.history.append(row)
+        if self.state.joint.size <= MOST_KEPT:
+            self.points.append(self.state)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{row.block}-step {row.iteration}, ELBO {row.after:.6f}", refresh=False)
+            self.bar.update()
+        for callback in self.callbacks:
+            with torch.no_grad():
+                callback(row, self.setup.theta_values(torch.from_numpy(self.state.theta)))
+
+
+def _initial(block: Any, warm: VEMResult | None) -> NDArray[np.float64]:
+    values = {p.name: p.init for p in block.parameters}
+    if warm is not None:
+        for name, value in {**warm.params, **warm.guide_params}.items():
+            if name in values and values[name].shape == value.shape:
+                values[name] = value
+    flat: NDArray[np.float64] = block.flat(values).numpy()
+    return flat
+
+
+def _finite_elbo(setup: Setup, phi: Any, theta: Any) -> float:
+    with torch.no_grad():
+        constrained = setup.phi.constrained(torch.from_numpy(phi))
+        terms = setup.objective.terms(constrained, setup.theta_values(torch.from_numpy(theta)))
+    for name, value in terms.items():
+        if not bool(torch.isfinite(value)):
+            raise ModelError(
+                f"site {name!r}: its term of the bound is {float(value)}. {Status.nonfinite.value}"
+            )
+    return float(torch.stack(list(terms.values())).sum())
+
+
+def _bar(progress: bool | None) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(desc="fit_vem", unit=" steps", disable=None if progress is None else not progress)
