@@ -20,9 +20,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_each_step_leaves_the_other_block_bitwise_unchanged(fit, monkeypatch):
-    from pyro_vem.fit import driver
+    from pyro_vem.fit import run
 
-    original, seen = driver.step, []
+    original, seen = run.step, []
 
     def watched(setup, state, block, scale, **kwargs):
         phi, theta = state.phi.copy(), state.theta.copy()
@@ -34,7 +34,7 @@ def test_each_step_leaves_the_other_block_bitwise_unchanged(fit, monkeypatch):
         assert isinstance(new, State)
         return new, row
 
-    monkeypatch.setattr(driver, "step", watched)
+    monkeypatch.setattr(run, "step", watched)
     fit(zoo.pumps, zoo.PUMPS)
     assert ("E", False, True) in seen  # phi moved, theta did not
     assert ("M", True, False) in seen

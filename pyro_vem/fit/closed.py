@@ -66,7 +66,7 @@ class ClosedForm:
         moved = state
         for batch in batches:
             moved = self._updated(moved, batch, block == "E")
-        elbo = self._elbo(moved)
+        elbo = self.elbo(moved)
         refused = ""
         if not elbo >= state.elbo - 1e-9 * (1 + abs(state.elbo)):  # the exact update of a block cannot
             moved, elbo, refused = state, state.elbo, "closed form rolled back: the bound would have fallen"
@@ -86,9 +86,10 @@ class ClosedForm:
                 state = self._updated(state, batch, True)
             for batch in self.parameters if also_parameters else ():
                 state = self._updated(state, batch, False)
-        return replace(state, elbo=self._elbo(state))
+        return replace(state, elbo=self.elbo(state))
 
-    def _elbo(self, state: State) -> float:
+    def elbo(self, state: State) -> float:
+        """The bound at a state."""
         with torch.no_grad():
             return float(self.setup.elbo(torch.from_numpy(state.phi), torch.from_numpy(state.theta)))
 

@@ -158,7 +158,7 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
             run.profile(iteration)
         else:
             run.step("joint" if how == "joint" else "E", iteration)
-        if how == "accelerated":
+        if how == "accelerated" and not run.setup.theta.size:
             run.accelerate(iteration)
         if run.is_diverged():
             return Status.diverged
@@ -167,6 +167,8 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
             return Status.converged
         if run.schedule_of(iteration + 1, schedule) in ("alternate", "accelerated"):
             run.step("M", iteration)
+            if how == "accelerated" and run.setup.theta.size:
+                run.accelerate(iteration)
     if schedule != "joint":
         run.step("E", max_iter)
     return Status.max_iterations

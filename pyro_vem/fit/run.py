@@ -61,7 +61,7 @@ class Run:
     next_check: int = 0
     closed: ClosedForm | None = None
     anderson: Anderson = field(default_factory=Anderson)
-    before: Vector | None = None  # the joint vector a round ago
+    before: Vector | None = None  # what is extrapolated, a round ago
 
     def start(self, warm: VEMResult | None, number: int = 0) -> None:
         """Put both blocks at their initial values and the variances near their optimum.
@@ -177,27 +177,32 @@ class Run:
         )[0]  # fmt: skip
 
     def accelerate(self, iteration: int) -> None:
-        """Go on from where rounds of closed-form steps seem to lead, if the bound is higher there."""
+        """Go on from where the rounds seem to lead, if the bound is higher there.
+
+        Where there are parameters, theta is extrapolated and phi follows by its E-step; else phi.
+        """
         if self.closed is None or not self.closed.is_complete:
             return
-        point, image = self.before, self.state.joint
-        self.before = image
+        has_theta = self.setup.theta.size > 0
+        image = self.state.theta if has_theta else self.state.phi
+        point, self.before = self.before, image
         if point is None or iteration < ACCELERATE_FROM:
             return
         start = time.perf_counter()
-        proposal = self.anderson.proposal(point, image)
-        phi, theta = proposal[: self.setup.phi.size], proposal[self.setup.phi.size :]
-        with torch.no_grad():
-            elbo = float(self.setup.elbo(torch.from_numpy(phi), torch.from_numpy(theta)))
-        before, note = self.state.elbo, "extrapolated"
-        if elbo > before:
-            self.state = State(phi, theta, elbo)
-            self.before = self.state.joint
+        proposal, old = self.anderson.proposal(point, image), self.state
+        trial = State(old.phi, proposal, 0.0) if has_theta else State(proposal, old.theta, 0.0)
+        trial = replace(trial, elbo=self.closed.elbo(trial))
+        if has_theta and np.isfinite(trial.elbo):
+            trial = self._best_phi(trial)
+        note = "extrapolated"
+        if trial.elbo > old.elbo:
+            self.state = trial
+            self.before = trial.theta if has_theta else trial.phi
         else:
             self.anderson.restart()
             note = "extrapolation rolled back: the bound would have fallen"
         seconds = time.perf_counter() - start
-        self._record(Step(iteration, "joint", before, self.state.elbo, 0.0, 1, 0, seconds, note))
+        self._record(Step(iteration, "joint", old.elbo, self.state.elbo, 0.0, 1, 0, seconds, note))
 
     def is_converged(self) -> bool:
         """The stopping rule, tried only where the gains say that it may hold.
@@ -251,6 +256,8 @@ class Run:
     def _changed(self, change: str) -> None:
         """Record that the bound itself is another one from here on."""
         self.setup.captures.forget()
+        if self.setup.lifted is not None:
+            self.closed = ClosedForm(self.setup, self.setup.lifted)
         before = self.state.elbo
         with torch.no_grad():
             phi, theta = torch.from_numpy(self.state.phi), torch.from_numpy(self.state.theta)

@@ -161,6 +161,8 @@ def set_up(
     objective = Objective(problem, plan, specs, options.num_draws, seed)
     if lifted is not None and (guide is None or isinstance(guide, MeanFieldConjugate)):
         objective.exact = LiftedTerms(lifted, guide, _draws_of(objective))
+    if lifted is not None and isinstance(guide, MeanFieldNormal):
+        objective.add_note(f"guide='auto' took MeanFieldNormal: not conjugate: {lifted.why_not()}")
     return Setup(problem, objective, phi, theta, held, proto, guide, analytic, bounds, Captures(compile))
 
 

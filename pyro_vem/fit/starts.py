@@ -8,7 +8,7 @@ import torch
 from .result import VEMResult
 from .status import Status
 
-DRAWS = 64  # of the latents, for the densities by which starts are compared
+DRAWS = 512  # of the latents, for the densities by which starts are compared
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Start:
         elbo: its bound, in nats.
         status: how it ended.
         n_iter: its rounds.
-        distance: largest difference from the best start in the log density of an observation, in
-            nats: components that only changed places do not count. Zero for the best itself.
+        distance: root mean square difference from the best start in the log density of an
+            observation, in nats: components that only changed places do not count.
     """
 
     number: int
@@ -52,4 +52,4 @@ def densities(fit: VEMResult) -> torch.Tensor:
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max()) if a.numel() else 0.0
+    return float((a - b).square().mean().sqrt()) if a.numel() else 0.0

@@ -17,7 +17,7 @@ from .state import State, joint_loss, loss_of, moved
 from .status import Step
 
 RESCALE_AFTER = 10  # Newton iterations
-HOOK_DRAWS, HOOK_SEED = 4096, 271_828  # what a caller's M-step sees of the latents
+HOOK_DRAWS, HOOK_SEED = 512, 271_828  # what a caller's M-step sees of the latents
 
 
 def step(

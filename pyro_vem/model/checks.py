@@ -45,7 +45,7 @@ def run_checked(
     return execution
 
 
-def _check_site(name: str, site: Site, nesting: float) -> None:
+def _check_site(name: str, site: Site, nesting: float | int) -> None:
     fn, value = site["fn"], site["value"]
     if value.is_floating_point() and bool(torch.isnan(value).any()):
         raise ModelError(

@@ -138,7 +138,8 @@ class Execution(Messenger):  # type: ignore[misc]
 
     def _pyro_sample(self, msg: Site) -> None:
         self.visited.append(msg["name"])
-        if msg["is_observed"] or is_subsample(msg) or is_summed_out(msg):
+        is_enumerated = msg["done"] and is_summed_out(msg)
+        if msg["is_observed"] or is_subsample(msg) or is_enumerated:
             return
         value = self._choose(msg)
         if value is not None:

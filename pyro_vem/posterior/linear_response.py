@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributions import SoftmaxTransform, transform_to
+from torch.distributions import LowerCholeskyTransform, SoftmaxTransform, transform_to
 
 from ..errors import ModelError
 from ..fit.result import VEMResult
@@ -182,8 +182,19 @@ def _layouts(fit: VEMResult, size: int) -> list[Layout]:
 
 
 def _idle(fit: VEMResult, size: int) -> Vector:
-    """One at the factors of elements that the model never uses: they keep their own sds."""
+    """One at coordinates that nothing depends on: they keep their own sds.
+
+    Those are factors of elements that the model never uses, and what a Cholesky factor has above its
+    diagonal.
+    """
     result = np.zeros(size)
+    for block, start in ((fit.setup.phi, 0), (fit.setup.theta, fit.setup.phi.size)):
+        for parameter in block.parameters:
+            if isinstance(transform_to(parameter.constraint), LowerCholeskyTransform):
+                above = torch.ones(parameter.init.shape, dtype=torch.float64).triu(1).reshape(-1)
+                where = start + np.flatnonzero(block.where([parameter.name]))
+                if where.max(initial=0) < size:
+                    result[where] = above.numpy()
     for site, *positions in _factors(fit):
         if site.idle is not None:
             shape = site.unconstrained.shape

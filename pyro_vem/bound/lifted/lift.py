@@ -277,19 +277,20 @@ def _check(probe: Probe, found: Found) -> None:
     """Hold every table against the model where all variables are random, each element by itself."""
     for _ in range(2):
         u = {name: v.random(probe.generator) for name, v in probe.variables.items()}
-        for name, error in misfits(found, u, probe.pieces(u)).items():
-            if name not in found.live and name in found.tables:
-                del found.tables[name]
-                found.rest[name] = f"its table is {error:.1g} off at random values"
+        seen = {n: u[n] for n in u if n in found.codings}  # others stand where coefficients were solved
+        for name, error in misfits(found, found.tables, u, probe.pieces(seen)).items():
+            del found.tables[name]
+            found.live.pop(name, None)
+            found.rest[name] = f"its table is {error:.1g} off at random values"
 
 
-def misfits(found: Found, u: Mapping[str, Tensor], pieces: Pieces) -> dict[str, float]:
+def misfits(
+    found: Found, tables: Mapping[str, Table], u: Mapping[str, Tensor], pieces: Pieces
+) -> dict[str, float]:
     """Tables that differ from the model at given values, and by how much of their terms' size."""
     statistics = {n: c.family.statistics(c.grouped(u[n])) for n, c in found.codings.items()}
     wrong = {}
-    for name, table in found.tables.items():
-        if name in found.live:
-            continue
+    for name, table in tables.items():
         value, size = table.value(statistics), 1 + table.size(statistics)
         exact = weighed(pieces[name])
         if not table.discrete:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import transform_to
 
 from ...errors import UnsupportedModelError
 from ...model.parameters import Parameter
@@ -70,8 +71,11 @@ class Lifted:
             _sort(site.name, made, variables, refused)
         for parameter in parameters:
             _sort(parameter.name, parameter_variable(parameter), variables, refused)
-        others = {name: (start[name], _moved(start[name])) for name in refused}
-        self.probe = Probe(evaluate, variables, others, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        free = {s.name: (s.transform, s.unconstrained) for s in prototype.latents}
+        free |= {p.name: (transform_to(p.constraint), p.unconstrained) for p in parameters}
+        others = {n: (_generic(*free[n], generator), _generic(*free[n], generator)) for n in refused}
+        self.probe = Probe(evaluate, variables, others, generator)
         self.parameters = tuple(p.name for p in parameters) + self.map_sites
         with torch.no_grad():
             self.found: Found = lift(self.probe, refused, self.parameters, seed)
@@ -99,6 +103,11 @@ class Lifted:
     def is_complete(self) -> bool:
         """True if every factor is a table, and every latent has statistics."""
         return not self.found.rest and not set(self.found.refused) & set(self.latents)
+
+    def why_not(self) -> str:
+        """The first reason why it is not complete."""
+        reasons = self.found.rest or {n: r for n, r in self.found.refused.items() if n in self.latents}
+        return next((f"{name}: {reason}" for name, reason in reasons.items()), "")
 
     def closed(self, names: Collection[str]) -> tuple[str, ...]:
         """Those variables whose every factor is a table, and whose best value is known."""
@@ -274,8 +283,8 @@ class Lifted:
         value = table.value(statistics).expand(table.shape)
         if table.inner:
             value = value.sum(list(range(-table.inner, 0)))
-        if table.name in self._noise:
-            value = value + self._noise[table.name]
+        if self._noise:  # whatever the factors say
+            value = value - value.detach() + self._noise.get(table.name, 0.0)
         return Factor(table.name, value, table.discrete, table.scale)
 
     def natural(self, names: Sequence[str], statistics: Values, theta: Values) -> list[Tensor]:
@@ -317,7 +326,7 @@ class Lifted:
         """Tables that differ from the model at values of all variables (a kink may lie between)."""
         u = {n: v.internal(values[n]) for n, v in self.probe.variables.items()}
         given = {n: values[n] for n in self.probe.others}
-        return misfits(self.found, u, self.probe.pieces(u, given))
+        return misfits(self.found, self.tables(values), u, self.probe.pieces(u, given))
 
 
 def _sort(name: str, made: Variable | str, variables: dict[str, Variable], refused: dict[str, str]) -> None:
@@ -327,6 +336,7 @@ def _sort(name: str, made: Variable | str, variables: dict[str, Variable], refus
         variables[name] = made
 
 
-def _moved(value: Tensor) -> Tensor:
-    """Another value of a variable without statistics, inside any usual constraint."""
-    return value * 1.013 + 1e-3 * (value.abs() < 1e-3)
+def _generic(transform: Callable[[Tensor], Tensor], start: Tensor, generator: torch.Generator) -> Tensor:
+    """A value of a variable without statistics; at its start what it scales may vanish."""
+    noise = torch.randn(start.shape, generator=generator, dtype=torch.float64)
+    return transform(start.double() + 0.5 * noise)
