@@ -128,9 +128,8 @@ def initial_values(strategy: Callable[[Site], Tensor]) -> Callable[[Site], Tenso
     def choose(site: Site) -> Tensor:
         if site["fn"].support is constraints.dependent or _is_discrete(site):
             raise UnsupportedModelError(
-                f"site {site['name']!r} is discrete ({type(site['fn']).__name__}): discrete latents "
-                "cannot be fitted yet; sum it out in the model (for a mixture, "
-                "dist.MixtureSameFamily does it)"
+                f"site {site['name']!r} is discrete ({type(site['fn']).__name__}): sum it out with "
+                'infer={"enumerate": "parallel"} at the site, or pyro.infer.config_enumerate(model)'
             )
         try:
             with torch.no_grad():
