@@ -68,7 +68,9 @@ def make_plan(
             rows.append(PlanRow(name, plates, "likelihood", "enumeration", "summed out in the model"))
         else:
             check_support(name, seen[name]["fn"], p["fn"])
-            method, proof = _method(guide, seen[name], p, known, model_only, analytic, bounds)
+            method, proof = "closed form", "found by value"
+            if not is_lifted:
+                method, proof = _method(guide, seen[name], p, known, model_only, analytic, bounds)
             row = PlanRow(name, plates, "KL", method, proof)
             if name in views and row.is_divergence:
                 exact_views[name] = views[name]

@@ -212,11 +212,11 @@ class VEMResult:
             ...     with pyro.plate("rows", len(y)):
             ...         z = pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
             ...         pyro.sample("y", dist.Normal(mu[z.long()], 1.0), obs=y)
-            >>> fit = vem.fit_vem(model, {"y": torch.tensor([-3.0, -2.0, 2.5])}, progress=False)
+            >>> fit = vem.fit_vem(model, {"y": torch.tensor([-1.5, 0.4, 1.6])}, progress=False)
             >>> fit.responsibilities()["z"].round(decimals=2)
-            tensor([[1.0000, 0.0000],
-                    [0.9900, 0.0100],
-                    [0.0000, 1.0000]], dtype=torch.float64)
+            tensor([[0.9500, 0.0500],
+                    [0.3400, 0.6600],
+                    [0.0500, 0.9500]], dtype=torch.float64)
         """
         terms = self.setup.lifted
         if terms is None or not terms.lifted.discrete:

@@ -82,7 +82,9 @@ class Run:
         if setup.lifted is not None:
             self.closed = ClosedForm(setup, setup.lifted)
             if warm is None:
-                self.state = self.closed.scattered(self.state, setup.objective.seed + number, number > 0)
+                self.state = self.closed.scattered(
+                    self.state, setup.objective.seed + number, number > 0 and theta.size > 0
+                )
         self.first = self.state
         if not (phi.size and theta.size):
             self.gtol = self._final_gtol()  # no other block to wait for
@@ -213,8 +215,8 @@ class Run:
         is_solved = self.gtol <= final
         # Inexact at first: a block need not be solved far beyond what a round gains.
         self.gtol = float(np.clip(0.1 * max(gain, 0.0) ** 0.5, final, max(final, self.gtol)))
-        has_rounds = (self.setup.theta.size and self.setup.phi.size) or self.closed is not None
-        is_slow = has_rounds and gain > 1e3 * tol
+        has_both = self.setup.theta.size and self.setup.phi.size
+        is_slow = gain > (10 if self.closed is not None else 1e3 if has_both else np.inf) * tol
         if not is_solved or is_slow or self.iterations < self.next_check:
             return False
         scale = self.scales.of(self.state, "joint", self.iterations)

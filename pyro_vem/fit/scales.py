@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..guides.conjugate import MeanFieldConjugate
 from ..guides.factorised import FactorisedNormal
 from .setup import Setup
 from .smooth import Vector, curvature_scale
@@ -28,11 +29,16 @@ class Scales:
 
     def _phi(self, state: State, iteration: int) -> Vector:
         guide, phi = self._setup.guide, self._setup.phi
-        if not isinstance(guide, FactorisedNormal):
+        if isinstance(guide, FactorisedNormal):
+            free = free_sites(guide)
+            is_loc = phi.where(guide.loc_name(site) for site in free)
+            is_scale = phi.where(guide.scale_name(site) for site in free)
+        elif isinstance(guide, MeanFieldConjugate):
+            normal = [site.name for site in guide.latents() if guide.kind(site) in ("", "Normal")]
+            is_loc = phi.where(guide.parameter_name("loc", site) for site in normal)
+            is_scale = phi.where(guide.parameter_name("scale", site) for site in normal)
+        else:
             return self._curvature(state, "E", iteration)
-        free = free_sites(guide)
-        is_loc = phi.where(guide.loc_name(site) for site in free)
-        is_scale = phi.where(guide.scale_name(site) for site in free)
         scale = np.ones_like(state.phi)
         if not (is_loc | is_scale).all():
             scale = self._curvature(state, "E", iteration).copy()

@@ -8,7 +8,7 @@ import torch
 from .result import VEMResult
 from .status import Status
 
-DRAWS = 512  # of the latents, for the densities by which starts are compared
+DRAWS, DENSITIES = 512, 20_000_000  # most draws, and densities, by which starts are compared
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,10 @@ def best_of(fits: Sequence[VEMResult]) -> VEMResult:
 
 def densities(fit: VEMResult) -> torch.Tensor:
     """Mean log density of each observation under the posterior, flat."""
-    found = fit.draw(DRAWS, 0, "log_likelihood")["log_likelihood"]
+    exact = fit.setup.objective.exact
+    elements = exact.num_elements if exact is not None else 1
+    draws = max(4, min(DRAWS, DENSITIES // max(1, elements)))
+    found = fit.draw(draws, 0, "log_likelihood")["log_likelihood"]
     parts = [value.logsumexp(0).reshape(-1) for value in found.values()]
     return torch.cat(parts) if parts else torch.zeros(0)
 

@@ -98,7 +98,10 @@ def _exps_moments(q: Values) -> Tensor:
 
 
 def _newton_normal(eta: Tensor, q: Values) -> dict[str, Tensor]:
-    """Damped Newton steps on eta . E t + log s in (mean, log variance), every element by itself."""
+    """A damped Newton step on eta . E t + log s in (mean, log variance), every element by itself.
+
+    One step a sweep: the natural parameters move with the next sweep anyway.
+    """
     up, down = eta[2], eta[3] if len(eta) > 3 else torch.zeros_like(eta[2])
 
     def value(mean: Tensor, variance: Tensor) -> Tensor:
@@ -106,30 +109,29 @@ def _newton_normal(eta: Tensor, q: Values) -> dict[str, Tensor]:
         return eta[0] * mean + eta[1] * (mean.square() + variance) + exps + variance.log() / 2
 
     mean, variance = q["loc"], q["scale"].square()
-    for _ in range(2):
-        plus, minus = up * (mean + variance / 2).exp(), down * (-mean + variance / 2).exp()
-        by_mean = eta[0] + 2 * eta[1] * mean + plus - minus
-        slope = eta[1] + (plus + minus) / 2  # by the variance, without 1 / (2 variance)
-        by_log = slope * variance + 0.5
-        mean_mean, mean_log = 2 * eta[1] + plus + minus, (plus - minus) / 2 * variance
-        log_log = slope * variance + (plus + minus) / 4 * variance.square()
-        determinant = mean_mean * log_log - mean_log.square()
-        is_concave = (determinant > 0) & (mean_mean < 0)
-        step_mean = torch.where(
-            is_concave, -(log_log * by_mean - mean_log * by_log) / determinant, -by_mean / mean_mean
-        )
-        step_log = torch.where(
-            is_concave, -(mean_mean * by_log - mean_log * by_mean) / determinant, torch.zeros_like(by_log)
-        )
-        before, length = value(mean, variance), torch.ones_like(mean)
-        for _ in range(30):
-            new_mean, new_variance = mean + length * step_mean, variance * (length * step_log).exp()
-            is_worse = ~(value(new_mean, new_variance) >= before - 1e-14 * before.abs())
-            if not bool(is_worse.any()):
-                break
-            length = torch.where(is_worse, length / 2, length)
-        mean = torch.where(is_worse, mean, new_mean)
-        variance = torch.where(is_worse, variance, new_variance)
+    plus, minus = up * (mean + variance / 2).exp(), down * (-mean + variance / 2).exp()
+    by_mean = eta[0] + 2 * eta[1] * mean + plus - minus
+    slope = eta[1] + (plus + minus) / 2  # by the variance, without 1 / (2 variance)
+    by_log = slope * variance + 0.5
+    mean_mean, mean_log = 2 * eta[1] + plus + minus, (plus - minus) / 2 * variance
+    log_log = slope * variance + (plus + minus) / 4 * variance.square()
+    determinant = mean_mean * log_log - mean_log.square()
+    is_concave = (determinant > 0) & (mean_mean < 0)
+    step_mean = torch.where(
+        is_concave, -(log_log * by_mean - mean_log * by_log) / determinant, -by_mean / mean_mean
+    )
+    step_log = torch.where(
+        is_concave, -(mean_mean * by_log - mean_log * by_mean) / determinant, torch.zeros_like(by_log)
+    )
+    before, length = value(mean, variance), torch.ones_like(mean)
+    for _ in range(30):
+        new_mean, new_variance = mean + length * step_mean, variance * (length * step_log).exp()
+        is_worse = ~(value(new_mean, new_variance) >= before - 1e-14 * before.abs())
+        if not bool(is_worse.any()):
+            break
+        length = torch.where(is_worse, length / 2, length)
+    mean = torch.where(is_worse, mean, new_mean)
+    variance = torch.where(is_worse, variance, new_variance)
     return {"loc": mean, "scale": variance.sqrt()}
 
 

@@ -87,6 +87,7 @@ class Lifted:
                 )
         self._live: tuple[Values, dict[str, Table]] | None = None
         self._noise: dict[str, Tensor] = {}
+        self._is_alone = False
 
     @property
     def names(self) -> frozenset[str]:
@@ -155,16 +156,18 @@ class Lifted:
             phi: the guide's parameters.
             theta: the model's.
         """
-        found = {}
-        for name, coding in self.found.codings.items():
-            if name in self.latents:
-                expected = coding.family.expected
-                assert expected is not None
-                assert factors is not None
-                found[name] = expected(self.factor(coding, factors(name, phi)))
-            else:
-                found[name] = coding.statistics(theta[name])
-        return found
+        return {
+            name: self.statistic(name, factors(name, phi) if factors and name in self.latents else theta)
+            for name in self.found.codings
+        }
+
+    def statistic(self, name: str, values: Values) -> Tensor:
+        """A variable's statistics, from its factor's parameters or from theta."""
+        coding = self.found.codings[name]
+        if name not in self.latents:
+            return coding.statistics(values[name])
+        assert coding.family.expected is not None
+        return coding.family.expected(self.factor(coding, values))
 
     def factor(self, coding: Coding, values: Values) -> dict[str, Tensor]:
         """A factor's parameters on the internal scale, by group."""
@@ -238,7 +241,11 @@ class Lifted:
         return made
 
     def expected(
-        self, statistics: Values, theta: Values, only: Collection[str] | None = None
+        self,
+        statistics: Values,
+        theta: Values,
+        only: Collection[str] | None = None,
+        kept: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Every table's part of the bound without entropies, in nats.
 
@@ -248,11 +255,13 @@ class Lifted:
             statistics: expected ones, by variable.
             theta: the model's parameters.
             only: variables; tables that none of them enters may be left out.
+            kept: values of tables with discrete sites that none of them enters; filled on the way.
         """
         found, factors = {}, []
         for name, table in self.tables(theta).items():
             if table.discrete:
-                factors.append(self._factor(table, statistics))
+                is_still = kept is not None and only is not None and table.scope.isdisjoint(only)
+                factors.append(self._factor(table, statistics, kept if is_still else None))
                 found[name] = torch.zeros((), dtype=torch.float64)
             elif only is None or not table.scope.isdisjoint(only):
                 found[name] = table.value(statistics).sum()
@@ -262,14 +271,15 @@ class Lifted:
         return found
 
     @contextmanager
-    def noisy(self, size: float, generator: torch.Generator) -> Iterator[None]:
-        """Random logits at each discrete site inside the block."""
+    def noisy(self, size: float, generator: torch.Generator, is_alone: bool) -> Iterator[None]:
+        """Random logits at each discrete site inside the block; alone, or added to what the factors say."""
         tables = self.found.tables
         shapes = {name: tables[name].shape[: -tables[name].inner or None] for name in self.discrete}
         self._noise = {
             name: size * torch.randn(shape, generator=generator, dtype=torch.float64)
             for name, shape in shapes.items()
         }
+        self._is_alone = is_alone
         try:
             yield
         finally:
@@ -279,20 +289,25 @@ class Lifted:
         """The site whose term what is summed out together becomes."""
         return next((f.name for f in members if f.name in self.observed), members[0].name)
 
-    def _factor(self, table: Table, statistics: Values) -> Factor:
-        value = table.value(statistics).expand(table.shape)
-        if table.inner:
+    def _factor(self, table: Table, statistics: Values, kept: dict[str, Tensor] | None = None) -> Factor:
+        known = None if kept is None else kept.get(table.name)
+        value = table.value(statistics).expand(table.shape) if known is None else known
+        if table.inner and known is None:
             value = value.sum(list(range(-table.inner, 0)))
-        if self._noise:  # whatever the factors say
-            value = value - value.detach() + self._noise.get(table.name, 0.0)
+        if kept is not None:
+            kept[table.name] = value
+        if self._noise:
+            value = (value - value.detach() if self._is_alone else value) + self._noise.get(table.name, 0.0)
         return Factor(table.name, value, table.discrete, table.scale)
 
-    def natural(self, names: Sequence[str], statistics: Values, theta: Values) -> list[Tensor]:
-        """Derivatives of the expected log joint in some variables' statistics."""
+    def natural(
+        self, names: Sequence[str], statistics: Values, theta: Values, kept: dict[str, Tensor] | None = None
+    ) -> list[Tensor]:
+        """Derivatives of the expected log joint in some variables' statistics; `kept` as in `expected`."""
         leaves = [statistics[name].detach().requires_grad_() for name in names]
         with torch.enable_grad():
             moved = {**statistics, **dict(zip(names, leaves, strict=True))}
-            total = torch.stack(list(self.expected(moved, theta, names).values())).sum()
+            total = torch.stack(list(self.expected(moved, theta, names, kept).values())).sum()
             return list(torch.autograd.grad(total, leaves, materialize_grads=True))
 
     def responsibilities(self, statistics: Values, theta: Values) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """A lifted problem as the exact part of a bound."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
@@ -26,7 +27,8 @@ class LiftedTerms:
     def __init__(self, lifted: Lifted, guide: MeanFieldConjugate | None, draw: Draw) -> None:
         self.lifted, self.guide, self._draw = lifted, guide, draw
         self.rough: Collection[str] = ()
-        self.num_elements = 1
+        shapes = [table.shape for table in lifted.found.tables.values()]
+        self.num_elements = sum(math.prod(shape) for shape in shapes)
 
     @property
     def names(self) -> frozenset[str]:

@@ -1,0 +1,102 @@
+"""One sweep of closed-form updates: each factor or parameter at its best given the others."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..bound.lifted.terms import LiftedTerms
+from .setup import Setup
+from .state import State
+
+EDGE = 1e-12  # smallest probability that an M-step gives to a component
+POSITIVE = ("scale", "rate", "concentration", "concentration1", "concentration0")
+
+
+class Sweep:
+    """The values of both blocks while closed forms move them.
+
+    Statistics are kept up to date one variable at a time, and so are the parts of the log joint
+    that a repeated update does not touch.
+
+    Args:
+        setup: the problem.
+        terms: its closed forms.
+        state: where the sweep starts.
+    """
+
+    def __init__(self, setup: Setup, terms: LiftedTerms, state: State) -> None:
+        self._setup, self._terms, self._start = setup, terms, state
+        self._phi = setup.phi.constrained(torch.from_numpy(state.phi))
+        self._theta = setup.theta_values(torch.from_numpy(state.theta))
+        with torch.no_grad():
+            self._statistics = terms.statistics(self._phi, self._theta)
+        self._kept: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, batch: Sequence[str]) -> None:
+        """Move some variables that share no table to their best values."""
+        lifted, guide = self._terms.lifted, self._terms.guide
+        natural = lifted.natural(batch, self._statistics, self._theta, self._kept)
+        for name, eta in zip(batch, natural, strict=True):
+            coding = lifted.found.codings[name]
+            if name in lifted.latents:
+                assert guide is not None
+                assert coding.family.updated is not None
+                now = lifted.factor(coding, guide.factor_values(name, self._phi))
+                made = lifted.outside(coding, coding.family.updated(eta, now))
+                self._move(name, {key: made[key] for key in made})
+            else:
+                self._theta |= _if_finite({name: self._best(name, eta)}, self._theta)
+                self._moved(name, self._theta)
+
+    @torch.no_grad()
+    def level(self, batch: Sequence[str]) -> None:
+        """Give all components of some simplexes one weight."""
+        for name in batch:
+            assert self._terms.guide is not None
+            values = self._terms.guide.factor_values(name, self._phi)
+            self._move(name, {key: torch.ones_like(value) for key, value in values.items()})
+
+    @torch.no_grad()
+    def state(self) -> State:
+        """Where the sweep has come to."""
+        phi, theta = self._start.phi, self._start.theta
+        if self._setup.phi.size:
+            phi = self._setup.phi.flat(self._phi).numpy()
+        if self._setup.theta.size:
+            theta = self._setup.theta.flat(self._theta).numpy()
+        elbo = float(self._setup.elbo(torch.from_numpy(phi), torch.from_numpy(theta)))
+        return replace(self._start, phi=phi, theta=theta, elbo=elbo)
+
+    def _move(self, name: str, values: Mapping[str, Tensor]) -> None:
+        """Give a factor new parameters, unless they lie outside their range."""
+        guide = self._terms.guide
+        assert guide is not None
+        fine = all(bool(torch.isfinite(value).all()) for value in values.values())
+        if fine and all(bool((value > 0).all()) for key, value in values.items() if key in POSITIVE):
+            self._phi |= {guide.parameter_name(key, name): value for key, value in values.items()}
+            self._moved(name, values)
+
+    def _moved(self, name: str, values: Mapping[str, Tensor]) -> None:
+        lifted = self._terms.lifted
+        self._statistics[name] = lifted.statistic(name, values)
+        for table in lifted.found.tables.values():
+            if name in table.scope or name not in lifted.latents:  # parameters may move coefficients
+                self._kept.pop(table.name, None)
+
+    def _best(self, name: str, eta: Tensor) -> Tensor:
+        coding = self._terms.lifted.found.codings[name]
+        assert coding.family.best is not None
+        u = coding.family.best(eta)
+        u = coding.flat(u) if u.dim() == 2 else u
+        if coding.variable.support == "simplex":
+            u = u.reshape(-1, coding.variable.shape[-1]).clamp(min=EDGE)
+            u = (u / u.sum(-1, keepdim=True)).reshape(-1)
+        return coding.variable.placed(u)
+
+
+def _if_finite(new: dict[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    fine = all(bool(torch.isfinite(value).all()) for value in new.values())
+    return new if fine else {name: old[name] for name in new}
