@@ -9,7 +9,7 @@ PYTHON312 ?= python3.12
 ARVIZ1 := .venv-arviz1
 DEMO_FILES := tutorials/plot_pumps.py tutorials/plot_eight_schools.py
 
-.PHONY: demo test test-all lint types unit docs linkcheck bench bench-peers bench-nuts format clean test-arviz1
+.PHONY: demo test test-all lint types unit docs linkcheck bench bench-peers bench-nuts bench-em format clean test-arviz1
 
 # 2 cores and small tensors: threads would only wait for each other.
 export OMP_NUM_THREADS ?= 1
@@ -59,6 +59,10 @@ bench-peers: $(if $(PEERS_PYTHON),$(STAMP),$(PEERS))  ## time to accuracy beside
 bench-nuts: $(STAMP)  ## warm and cold starts, Pyro and nutpie; half an hour for each model
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[nutpie]"
 	$(BIN)/python tests/benchmarks/nuts.py $(BENCH)
+
+bench-em: $(STAMP)  ## EM beside scikit-learn, statsmodels and pyPLNmodels; two minutes
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[em-peers]"
+	$(BIN)/python tests/benchmarks/em.py $(BENCH)
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..model.runtime import isolated
 from .result import VEMResult
 from .status import Status
-
-DRAWS, DENSITIES = 512, 20_000_000  # most draws, and densities, by which starts are compared
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,14 @@ def best_of(fits: Sequence[VEMResult]) -> VEMResult:
 
 
 def densities(fit: VEMResult) -> torch.Tensor:
-    """Mean log density of each observation under the posterior, flat."""
-    exact = fit.setup.objective.exact
-    elements = exact.num_elements if exact is not None else 1
-    draws = max(4, min(DRAWS, DENSITIES // max(1, elements)))
-    found = fit.draw(draws, 0, "log_likelihood")["log_likelihood"]
-    parts = [value.logsumexp(0).reshape(-1) for value in found.values()]
-    return torch.cat(parts) if parts else torch.zeros(0)
+    """Log density of each observation with every factor at its median, flat."""
+    objective = fit.setup.objective
+    centre = {spec.name: torch.zeros(1, *spec.shape, dtype=torch.float64) for spec in objective.specs}
+    with isolated(torch.float64):
+        found = objective.sample(
+            fit.guide_params, fit.params, 1, 0, ("log_likelihood",), noise=centre
+        )["log_likelihood"]  # fmt: skip
+    return torch.cat([value.reshape(-1) for value in found.values()] or [torch.zeros(0)])
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
