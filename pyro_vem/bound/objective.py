@@ -13,10 +13,10 @@ from ..model.runtime import Execution, is_summed_out
 from .draws import NoiseSpec, independent_noise, matched_noise
 from .exact import ExactTerms
 from .grids import Batch, grid, split
-from .lifted.marginal import marginal_rows
+from .lifted.marginal import density_of
 from .problem import Problem
 from .tables import Plan
-from .terms import log_density, site_terms
+from .terms import site_terms
 
 Values = Mapping[str, Tensor]
 
@@ -140,7 +140,7 @@ class Objective:
 
     def _once(self, plan: Plan, phi: Values, theta: Values, noise: Values) -> dict[str, Tensor]:
         sites, model = self.problem.run(phi, theta, noise)
-        return site_terms(plan, sites, model.sites)
+        return site_terms(plan, sites, model.sites, density_of(model))
 
     def add_note(self, note: str) -> None:
         """Record in the plan what is not as usual."""
@@ -298,13 +298,12 @@ def _groups(
     deterministic = {n: s["value"] for n, s in model.deterministic.items()}
     groups = {"values": {**latents, **deterministic}}
     known: dict[int, Tensor] = {}  # by site: several groups need the same densities
+    fresh = density_of(model)
 
     def density(site: dict[str, Any]) -> Tensor:
         if id(site) not in known:
-            known[id(site)] = rows[site["name"]] if site["name"] in rows else log_density(site)
+            known[id(site)] = fresh(site)
         return known[id(site)]
-
-    rows = marginal_rows(model)
 
     if "densities" in keep:
         log_p = [density(site).sum() for site in model.sites.values()]

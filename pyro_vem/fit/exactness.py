@@ -36,6 +36,8 @@ def compile_terms(setup: Setup, options: FitOptions) -> None:
     if not options.compiled or setup.analytic == "never" or setup.guide is None:
         return
     objective.is_gridded = True
+    if setup.problem.model.first_available_dim is not None:  # a log of a sum is no term of its own
+        return
     factors = factors_of(setup.problem, setup.guide, objective.plan.views, latents)
     if factors is None:
         return

@@ -144,7 +144,8 @@ def set_up(
     latents = tuple(site for site in proto.latents if site.name not in map_sites)
     _check_modules_apart(guide, program)
     lifted = None
-    if guide == "auto" or isinstance(guide, MeanFieldConjugate) or proto.summed_out:
+    is_default = guide is None and len(proto.summed_out) > 0
+    if guide == "auto" or isinstance(guide, MeanFieldConjugate) or is_default:
         lifted = _lifted(program, call, proto, theta, map_sites, held, seed)
     guide = _bound_guide(_chosen(guide, model, lifted), model, latents)
     if lifted is not None and isinstance(guide, MeanFieldConjugate):

@@ -3,11 +3,23 @@
 import torch
 from torch import Tensor
 
-from ...model.runtime import Execution, is_summed_out
+from ...model.runtime import Execution, Site, is_summed_out
 from ...model.sites import plates_of
+from ..terms import Density, log_density
 from ..weights import weighted
 from .contraction import Factor, components, log_rows
 from .elements import Piece, identities, pieces
+
+
+def density_of(run: Execution) -> Density:
+    """The log density of a site of a run or of its guide, discrete sites of the run summed out."""
+    rows = marginal_rows(run)
+
+    def density(site: Site) -> Tensor:
+        name = site["name"]
+        return rows[name] if name in rows and site is run.sites.get(name) else log_density(site)
+
+    return density
 
 
 def marginal_rows(run: Execution) -> dict[str, Tensor]:
