@@ -15,6 +15,7 @@ from .sweep import Sweep
 
 START_NOISE = 0.2  # of the logits of random responsibilities: sharp ones end in worse optima
 RESTARTED = 8  # updates of mixture weights that start anew
+NOISE = 1e-12  # of the bound, relative, that a step may lose
 INNER = 3  # updates of mixture weights before those of what is mixed
 
 
@@ -77,7 +78,7 @@ class ClosedForm:
                 sweep.update(batch)
             moved = sweep.state()
         elbo = moved.elbo
-        if not elbo >= state.elbo - 1e-9 * (1 + abs(state.elbo)):  # the exact update of a block cannot
+        if not elbo >= state.elbo - NOISE * (1 + abs(state.elbo)):  # only rounding makes an exact update fall
             moved, elbo, note = state, state.elbo, "closed form rolled back: the bound would have fallen"
         seconds = time.perf_counter() - start
         return moved, Step(iteration, block, state.elbo, elbo, 0.0, evaluations, 0, seconds, note)
