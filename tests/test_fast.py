@@ -206,3 +206,18 @@ print(fit.plan["y"].method, "torch._dynamo" in sys.modules)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["quadrature", "False"]
+
+
+def test_a_support_that_ends_at_a_latent_stalls_and_says_so(fit):
+    """y ~ Uniform(0, theta): the bound of any Gaussian is -inf, that of fixed draws has an edge."""
+
+    def model(y):
+        theta = pyro.sample("theta", dist.LogNormal(1.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Uniform(0.0, theta), obs=y)
+
+    options = vem.FitOptions(step_iterations=20)
+    result = fit(model, {"y": torch.tensor([0.5, 0.3, 0.2])}, options=options)
+    assert not result.converged
+    assert result.status in (vem.Status.stalled, vem.Status.nonfinite)
+    assert result.n_iter < 30

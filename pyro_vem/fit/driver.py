@@ -165,6 +165,8 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
         if run.is_converged() and not run.is_reopened():
             run.polish()
             return Status.converged
+        if run.is_stalled():
+            return Status.stalled
         if run.schedule_of(iteration + 1, schedule) in ("alternate", "accelerated"):
             run.step("M", iteration)
             if how == "accelerated" and run.setup.theta.size:

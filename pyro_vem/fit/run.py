@@ -39,6 +39,7 @@ SLOW_AFTER = 10  # rounds of EM before a joint step may follow
 SELF_CHECK = 256  # draws that closed forms are held against at the start
 MOST_KEPT = 100_000  # parameters of which the points after each step are kept, for plots
 NEWTON_LIMIT = 5_000_000  # parameters in a block beyond which its Krylov vectors outgrow memory
+STALLED, STALLED_GAIN = 3, 1e-4  # steps, and nats that none of them gains
 MOST_POLISHED = 30  # rounds of closed forms after convergence
 FIXED = 1e-13  # movement in a round at which closed forms stand still
 
@@ -243,6 +244,12 @@ class Run:
             if 0 <= self.iterations - row.iteration < 3:
                 gains[self.iterations - row.iteration] += row.gain
         return gains[1] > 0.5 * gains[2] and gains[1] > 10 * self._tolerance()
+
+    def is_stalled(self) -> bool:
+        """True if the last steps used up their iterations for next to nothing."""
+        rows = [row for row in self.history if row.block in ("E", "M", "joint")][-STALLED:]
+        budget = 2 * self.options.step_iterations
+        return len(rows) == STALLED and all(r.evaluations > budget and r.gain < STALLED_GAIN for r in rows)
 
     def is_reopened(self) -> bool:
         """True if the bound itself had to change at the point reached: the fit goes on from there."""

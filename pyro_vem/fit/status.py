@@ -22,6 +22,11 @@ class Status(Enum):
         "A posterior standard deviation or a parameter ran away: the posterior or the likelihood has "
         "no maximum there; give the named site a proper prior or hold the parameter with fixed=."
     )
+    stalled = (
+        "Stalled: steps use up their iterations and gain next to nothing, so the bound has an edge or a "
+        "kink there (a support or a branch that moves with a latent, a clamp); it is no optimum to believe. "
+        "Rewrite that term, or use fit.compare_nuts()."
+    )
     interrupted = "Interrupted: the result is the last complete step."
 
 
@@ -31,8 +36,8 @@ class Step:
 
     Attributes:
         iteration: counts E/M rounds from 1.
-        block: "E", "M", "joint", "start" (the two closed-form variance steps before the first E) or
-            "check" (the bound itself changed, as the note says: it may fall there).
+        block: "E", "M", "joint", "profile", "start" (the two closed-form variance steps before the
+            first E) or "check" (the bound itself changed, as the note says: it may fall there).
         before, after: the bound on the fixed draws, in nats.
         gradient: norm of the scaled gradient of the block after the step.
         evaluations, products: bound evaluations and Hessian-vector products spent.
