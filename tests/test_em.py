@@ -431,6 +431,7 @@ def test_bounds_and_evidence_of_a_mixture_are_in_order(fit):
     assert evidence[0] == pytest.approx(evidence[1], abs=0.1)
     assert factorised.elbo < gaussian.elbo < evidence[1]
     assert gaussian.diagnose().khat < 0.7
+    assert any("MeanFieldNormal" in action for action in factorised.diagnose().actions)
 
 
 def test_a_mixture_can_be_saved(fit, tmp_path):

@@ -267,6 +267,11 @@ def _reparameterise(fit: VEMResult) -> list[str]:
             f"the scale of {', '.join(map(repr, scales))} is itself latent: write it as a latent of fixed "
             "scale, scaled in the model (pyro.deterministic)"
         ]
+    if fit.setup.lifted is not None:
+        return [
+            "fit with guide=MeanFieldNormal(model): linear response corrects it, and discrete sites are then "
+            "not taken for independent of the rest"
+        ]
     return ["reparameterise the model (pyro.infer.reparam), or hold the fit against fit.compare_nuts()"]
 
 
