@@ -440,3 +440,93 @@ def test_a_mixture_can_be_saved(fit, tmp_path):
     again = vem.VEMResult.load(tmp_path / "fit", zoo_em.two_waits_bayes, WAITS)
     assert again.elbo == result.elbo
     assert torch.equal(again.sample(3)["mu"], result.sample(3)["mu"])
+
+
+PARALLEL = {"infer": {"enumerate": "parallel"}}
+Y8 = torch.tensor([0.1, -0.8, 0.4, 0.9, -0.3, 6.1, 5.2, 5.9], dtype=D)
+
+
+def test_masked_rows_of_a_mixture_count_nothing(fit):
+    """A masked row's sum over components is one, not their number."""
+    mask = torch.tensor([1, 1, 0, 1, 1, 1, 1, 0]).bool()
+
+    def model(y):
+        w = pyro.param("w", torch.ones(2) / 2, constraint=constraints.simplex)
+        mu = pyro.param("mu", torch.tensor([0.0, 5.0]))
+        with pyro.plate("rows", 8), pyro.poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Categorical(w), **PARALLEL)
+            pyro.sample("y", dist.Normal(mu[z], 1.0), obs=y)
+
+    result = fit(model, {"y": Y8})
+    p = result.params
+    rows = (p["w"].log() + dist.Normal(p["mu"], torch.ones(2)).log_prob(Y8.unsqueeze(-1))).logsumexp(-1)
+    assert result.elbo == pytest.approx(float(rows[mask].sum()), abs=1e-8)
+
+
+def test_rows_of_two_discrete_sites_stay_apart(fit):
+    def model(y):
+        m = pyro.sample("m", dist.Normal(0.0, 3.0))
+        with pyro.plate("rows", 8):
+            a = pyro.sample("a", dist.Categorical(torch.ones(2)), **PARALLEL)
+            b = pyro.sample("b", dist.Categorical(torch.tensor([0.6, 0.4])), **PARALLEL)
+            pyro.sample("y", dist.Normal(m + 4.0 * a + 0.5 * b, 1.0), obs=y)
+
+    result = fit(model, {"y": Y8})
+    rows = result.log_likelihood(num_draws=3)["y"]
+    assert rows.shape == (3, 8)
+    m = result.sample(3)["m"].reshape(3, 1, 1, 1)
+    means = m + 4.0 * torch.arange(2).reshape(2, 1) + 0.5 * torch.arange(2)
+    weights = torch.tensor([0.5], dtype=D).log() + torch.tensor([0.6, 0.4], dtype=D).log()
+    exact = (weights + dist.Normal(means, 1.0).log_prob(Y8.reshape(8, 1, 1))).logsumexp((-2, -1))
+    assert torch.allclose(rows, exact)
+    shapes = {name: value.shape for name, value in result.responsibilities().items()}
+    assert shapes == {"a": (8, 2), "b": (8, 2)}
+
+
+def test_equal_components_are_left_behind(fit):
+    def model(y):
+        w = pyro.param("w", torch.ones(2) / 2, constraint=constraints.simplex)
+        mu, sd = pyro.param("mu", torch.zeros(2)), pyro.param("sd", torch.tensor(1.0), constraints.positive)
+        with pyro.plate("rows", 8):
+            z = pyro.sample("z", dist.Categorical(w), **PARALLEL)
+            pyro.sample("y", dist.Normal(mu[z], sd), obs=y)
+
+    result = fit(model, {"y": Y8})
+    assert result.elbo == pytest.approx(-11.366978, abs=1e-5)  # -19.57 at the saddle
+    assert "equal components are a saddle: started from random ones" in result.plan.notes
+
+
+def test_a_discrete_site_outside_plates_and_one_with_one_value(fit):
+    def outside(y):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2)), **PARALLEL)
+        mu = pyro.param("mu", torch.tensor([0.0, 4.0]))
+        with pyro.plate("rows", 8):
+            pyro.sample("y", dist.Normal(mu[z], 1.0), obs=y)
+
+    assert fit(outside, {"y": Y8}).responsibilities()["z"].shape == (2,)
+
+    def single(y):
+        mu = pyro.param("mu", torch.zeros(1))
+        with pyro.plate("rows", 8):
+            z = pyro.sample("z", dist.Categorical(torch.ones(1)), **PARALLEL)
+            pyro.sample("y", dist.Normal(mu[z], 1.0), obs=y)
+
+    result = fit(single, {"y": Y8})
+    assert torch.equal(result.responsibilities()["z"], torch.ones(8, 1, dtype=D))
+    assert result.log_likelihood(num_draws=2)["y"].shape == (2, 8)
+
+
+def test_a_latent_under_a_discrete_site(fit):
+    """u ~ N(3 z, 1), y ~ N(u, 1): factors of z and u cannot reach the evidence, and stay below it."""
+
+    def model(y):
+        with pyro.plate("rows", 8):
+            z = pyro.sample("z", dist.Bernoulli(0.5), **PARALLEL)
+            u = pyro.sample("u", dist.Normal(3.0 * z, 1.0))
+            pyro.sample("y", dist.Normal(u, 1.0), obs=y)
+
+    result = fit(model, {"y": Y8})
+    wide = dist.Normal(torch.tensor([0.0, 3.0], dtype=D), 2**0.5)
+    evidence = float((wide.log_prob(Y8.unsqueeze(-1)).logsumexp(-1) - np.log(2)).sum())
+    assert evidence - 5 < result.elbo < evidence
+    assert result.sample(2)["u"].shape == (2, 8)

@@ -428,3 +428,21 @@ def test_point_estimates_have_their_own_best_value(fit):
     result = fit(model, guide="auto")
     assert torch.allclose(result.params["p"], torch.tensor([2.0, 3.0, 4.0], dtype=D) / 9, atol=1e-8)
     assert float(result.params["sd"]) == pytest.approx(8**0.5, rel=1e-5)
+
+
+def test_models_without_plates_and_without_closed_forms(fit):
+    def scalar():
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(u, 1.0), obs=torch.tensor(1.0, dtype=D))
+
+    result = fit(scalar, guide="auto")
+    assert result.elbo == pytest.approx(-0.5 * math.log(4 * math.pi) - 0.25, abs=1e-8)
+
+    def none():
+        rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("rows", 6):
+            pyro.sample("y", dist.Poisson(rate), obs=torch.arange(6.0))
+
+    conjugate, gaussian = fit(none, guide=vem.MeanFieldConjugate(none)), fit(none)
+    assert conjugate.elbo_se < 0.02
+    assert conjugate.elbo == pytest.approx(gaussian.elbo, abs=5 * conjugate.elbo_se)

@@ -108,6 +108,14 @@ class ClosedForm:
                 sweep.update(batch)
         return sweep.state()
 
+    def is_level(self, state: State) -> bool:
+        """True if components start equal: a saddle, where no step tells them apart."""
+        setup = self.setup
+        with torch.no_grad():
+            phi = setup.phi.constrained(torch.from_numpy(state.phi))
+            theta = setup.theta_values(torch.from_numpy(state.theta))
+            return self.terms.lifted.are_level(self.terms.statistics(phi, theta), theta)
+
     def elbo(self, state: State) -> float:
         """The bound at a state."""
         with torch.no_grad():

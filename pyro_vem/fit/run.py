@@ -83,9 +83,11 @@ class Run:
         if setup.lifted is not None:
             self.closed = ClosedForm(setup, setup.lifted)
             if warm is None:
-                self.state = self.closed.scattered(
-                    self.state, setup.objective.seed + number, number > 0 and theta.size > 0
-                )
+                is_level = theta.size > 0 and not phi.size and self.closed.is_level(self.state)
+                if is_level:
+                    setup.objective.add_note("equal components are a saddle: started from random ones")
+                is_random = is_level or (number > 0 and theta.size > 0)
+                self.state = self.closed.scattered(self.state, setup.objective.seed + number, is_random)
         self.first = self.state
         if not (phi.size and theta.size):
             self.gtol = self._final_gtol()  # no other block to wait for

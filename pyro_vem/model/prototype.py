@@ -101,7 +101,7 @@ def prototype(program: Program, call: Arguments, init: Any = None) -> Prototype:
     """
     strategy = init_strategy(init)
     program.own_weights({}, torch.get_default_dtype() if program.modules else None)
-    first = run_checked(program, call, {}, initial_values(strategy))
+    first = run_checked(program, call, {}, initial_values(strategy, program.first_available_dim is not None))
     if first.subsampled:
         raise UnsupportedModelError(
             f"plate {first.subsampled[0]!r} draws a subsample: minibatches are not supported yet; "

@@ -122,7 +122,9 @@ def init_strategy(init: Any) -> Callable[[Site], Tensor]:
     raise ModelError(f"init={init!r}: give a dict of values, or a Pyro strategy like init_to_median")
 
 
-def initial_values(strategy: Callable[[Site], Tensor]) -> Callable[[Site], Tensor]:
+def initial_values(
+    strategy: Callable[[Site], Tensor], is_enumerated: bool = False
+) -> Callable[[Site], Tensor]:
     """A strategy's values, each checked against its site and detached."""
 
     def choose(site: Site) -> Tensor:
@@ -140,6 +142,11 @@ def initial_values(strategy: Callable[[Site], Tensor]) -> Callable[[Site], Tenso
                 f"give one with init={{{site['name']!r}: ...}}"
             ) from error
         shape = site["fn"].batch_shape + site["fn"].event_shape
+        inside = max([-plate.dim for plate in plates_of(site)], default=0) + len(site["fn"].event_shape)
+        if is_enumerated and len(shape) > inside and value.shape == shape:
+            # Under enumeration: one value, whatever the discrete sites that its prior depends on are.
+            value = value.reshape(-1, *shape[len(shape) - inside :])[0]
+            shape = value.shape
         try:
             value = value.expand(shape)
         except RuntimeError as error:

@@ -52,7 +52,7 @@ def log_sum(factors: list[Factor], plates: Mapping[int, tuple[int, ...]]) -> Ten
 def log_rows(factors: list[Factor], plates: Mapping[int, tuple[int, ...]]) -> Tensor:
     """The scaled log sum of one component, by row of the plates of its discrete site.
 
-    Discrete sites that depend on each other are one row.
+    Plates that discrete sites are outside of are not told apart.
 
     Args:
         factors: of the component.
@@ -102,7 +102,8 @@ def _contract(factors: list[Factor]) -> Tensor:
     """Sum out what depends on each other, by Pyro's own message passing."""
     identities = sorted({identity for factor in factors for identity in factor.discrete})
     names = {identity: get_symbol(i) for i, identity in enumerate(identities)}
-    plates = [get_symbol(len(names) + d) for d in range(max(f.value.dim() for f in factors))]
+    depth = max(f.value.dim() - len(f.discrete) for f in factors)
+    plates = [get_symbol(len(names) + d) for d in range(depth)]
     tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     sizes: dict[str, int] = {}
     for factor in factors:
@@ -117,4 +118,11 @@ def _contract(factors: list[Factor]) -> Tensor:
         sizes.update(zip(symbols, tensor.shape, strict=True))
         tree.setdefault(frozenset(symbols) & frozenset(plates), []).append(tensor)
     contracted = contract_tensor_tree(tree, set(names.values()), ring=LogRing(dim_to_size=sizes))
-    return torch.stack([term.sum() for members in contracted.values() for term in members]).sum()
+    terms = [term for members in contracted.values() for term in members]
+    if len(terms) > 1:
+        return torch.stack([term.sum() for term in terms]).sum()
+    (term,) = terms
+    labels = list(term._pyro_dims)
+    kept = [label for label in reversed(plates) if label in labels]
+    rows = term.permute([labels.index(label) for label in kept]) if kept else term
+    return rows.reshape([sizes[label] if label in labels else 1 for label in reversed(plates)])

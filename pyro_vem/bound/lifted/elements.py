@@ -54,7 +54,9 @@ def identities(run: Execution) -> dict[str, int]:
 def _piece(site: Site, depth: int) -> Piece:
     leaf = leaf_of(site["fn"])
     value, inner = _elements(leaf.dist, site["value"], leaf.inner)
-    for mask in (_widened(site["mask"], inner), _widened(leaf.mask(), inner - leaf.inner)):
+    # A masked site that is summed out keeps its density: the sum over its values is one.
+    masks = () if is_summed_out(site) else (site["mask"], leaf.mask())
+    for mask in (_widened(m, w) for m, w in zip(masks, (inner, inner - leaf.inner), strict=False)):
         if isinstance(mask, Tensor):
             value = torch.where(mask, value, torch.zeros_like(value))
         elif mask is False:
@@ -86,6 +88,8 @@ def _by_identity(value: Tensor, depth: int, inner: int, site: Site) -> tuple[Ten
     """Enumeration dimensions moved into the order of their sites, idle ones dropped."""
     known: Mapping[int, int] = (site["infer"] or {}).get("_dim_to_id") or {}
     batch = value.dim() - inner
+    if batch <= depth:
+        return value, ()
     found, idle = [], []
     for position in range(batch - depth):
         dim = position - batch

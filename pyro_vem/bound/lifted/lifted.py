@@ -18,6 +18,7 @@ from .lift import Found, Pieces, Probe, grid_values, lift, misfits
 from .table import Table, monomials_of
 from .variables import Coding, Variable, latent_variable, parameter_variable
 
+LEVEL = 1e-9  # nats within which components are equal
 Values = Mapping[str, Tensor]
 Factors = Callable[[str, Values], dict[str, Tensor]]
 
@@ -61,6 +62,7 @@ class Lifted:
             for name, plates in prototype.summed_out.items()
             if name in self.discrete
         }
+        self.sizes = {n: [(p.dim, p.size) for p in plates] for n, plates in prototype.summed_out.items()}
         variables: dict[str, Variable] = {}
         refused: dict[str, str] = {}
         for site in prototype.latents:
@@ -317,14 +319,26 @@ class Lifted:
         values = [f.value.detach().clone().requires_grad_() for f in factors]
         with torch.enable_grad():
             made = [replace(f, value=v, scale=1.0) for f, v in zip(factors, values, strict=True)]
-            total = torch.stack([log_sum(members, self.plates) for members in components(made)]).sum()
-            marginals = torch.autograd.grad(total, values)
+            sums = [log_sum(members, self.plates) for members in components(made)]
+            marginals = torch.autograd.grad(torch.stack(sums).sum(), values) if sums else ()
         found = {}
         for factor, marginal in zip(factors, marginals, strict=True):
             if factor.name in self.discrete:
                 others = [i for i, d in enumerate(factor.discrete) if d != self.discrete[factor.name]]
-                found[factor.name] = marginal.sum(others) if others else marginal
+                value = marginal.sum(others) if others else marginal
+                kept = self.plates[self.discrete[factor.name]]
+                outer = [d for d in range(1 - value.dim(), 0) if d not in kept]
+                found[factor.name] = value.sum(outer) if outer else value
+        for name in set(self.discrete) - set(found):  # sites with one value
+            sizes = [size for dim, size in self.sizes[name]]
+            found[name] = torch.ones(1, *sizes, dtype=torch.float64)
         return found
+
+    def are_level(self, statistics: Values, theta: Values) -> bool:
+        """True if no observation tells the values of discrete sites apart: components are equal."""
+        tables = [t for t in self.tables(theta).values() if t.discrete and t.name in self.observed]
+        values = [table.value(statistics).expand(table.shape) for table in tables]
+        return bool(values) and all(bool((value - value[:1]).abs().max() < LEVEL) for value in values)
 
     def drop(self, name: str, reason: str) -> None:
         """Take a table back: the factor is sampled from here on.

@@ -43,7 +43,8 @@ def marginal_rows(run: Execution) -> dict[str, Tensor]:
             factors.append(_factor(name, piece))
             found[name] = torch.zeros((), dtype=piece.value.dtype)
         else:
-            found[name] = weighted(run.sites[name]["fn"].log_prob(run.sites[name]["value"]), run.sites[name])
+            value = weighted(run.sites[name]["fn"].log_prob(run.sites[name]["value"]), run.sites[name])
+            found[name] = value.reshape(value.shape[max(0, value.dim() - depth) :])  # one value: no sum
     for members in components(factors):
         observed = [f.name for f in members if run.sites[f.name]["is_observed"]]
         found[observed[0] if observed else members[0].name] = log_rows(members, plates)

@@ -163,7 +163,7 @@ def grouping(index: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Groupin
     count = int(torch.Size(shape).numel())
     if not index:
         return Grouping(torch.zeros(count, dtype=torch.long), 1), {}
-    rows = torch.stack([where.expand(*shape).reshape(-1) for where in index.values()])
+    rows = torch.stack([where.expand(tuple(shape)).reshape(-1) for where in index.values()])
     code, stride = torch.zeros(count, dtype=torch.long), 1
     for row in rows:
         code += stride * row

@@ -65,7 +65,8 @@ class LiftedTerms:
 
     def value(self, phi: Values, theta: Values) -> Tensor:
         """The sum of all tables and entropies, in nats."""
-        return torch.stack(list(self.terms(phi, theta).values())).sum()
+        found = list(self.terms(phi, theta).values())
+        return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float64)
 
     def terms(self, phi: Values, theta: Values) -> dict[str, Tensor]:
         """Each factor's part of the bound, with the entropy of its site's own factor, in nats."""

@@ -114,7 +114,7 @@ def latent_variable(latent: Latent, site: Site) -> Variable | str:
     else:
         centre, unit = torch.zeros(()), fn.mean
         unit = torch.where(torch.isfinite(unit) & (unit > 0), unit, latent.init)
-    centre, unit = (v.detach().expand(shape).clone() for v in (centre.double(), unit))
+    centre, unit = (_first(v.detach(), shape).expand(shape).clone() for v in (centre.double(), unit))
     return Variable(latent.name, True, support, families, centre, unit, latent.event_dim)
 
 
@@ -138,6 +138,13 @@ def parameter_variable(parameter: Parameter) -> Variable | str:
         centre = torch.zeros_like(value)
         return Variable(parameter.name, False, "positive", PARAMETERS["positive"], centre, value.clone(), 0)
     return f"no statistics for the constraint {constraint}"
+
+
+def _first(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """One of the values that an enumerated site gives a prior's parameter."""
+    if value.dim() <= len(shape):
+        return value
+    return value.reshape(-1, *value.shape[value.dim() - len(shape) :])[0]
 
 
 def _plain(shape: Sequence[int]) -> tuple[Tensor, Tensor]:
