@@ -11,6 +11,7 @@ from torch import distributions as td
 
 from ..errors import UnsupportedModelError
 from ..model.runtime import Site
+from ..model.sites import unwrapped
 
 
 class _GammaQuantile(torch.autograd.Function):
@@ -72,12 +73,6 @@ def _slope(a: Any, x: Any) -> Any:
     return -change * np.exp(-log_density)
 
 
-def _unwrapped(fn: Any) -> Any:
-    while isinstance(fn, td.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
 def noise_event(site: Site) -> tuple[int, ...] | None:
     """Trailing shape of the noise that a guide site takes for each batch element; None for Delta.
 
@@ -86,9 +81,9 @@ def noise_event(site: Site) -> tuple[int, ...] | None:
     """
     fn = site["fn"]
     base = fn
-    while isinstance(_unwrapped(base), td.TransformedDistribution):
-        base = _unwrapped(base).base_dist
-    base = _unwrapped(base)
+    while isinstance(unwrapped(base), td.TransformedDistribution):
+        base = unwrapped(base).base_dist
+    base = unwrapped(base)
     batch = len(fn.batch_shape)
     if isinstance(base, dist.Delta):
         return None
@@ -121,7 +116,7 @@ def transport(fn: Any, noise: Tensor) -> Tensor:
         >>> float(transport(gamma, torch.zeros(()).double()))  # the median, log(2) / 2
         0.3465...
     """
-    fn = _unwrapped(fn)
+    fn = unwrapped(fn)
     if isinstance(fn, td.TransformedDistribution):
         value = transport(fn.base_dist, noise)
         for part in fn.transforms:

@@ -44,8 +44,8 @@ def equal(a: Any, b: Any) -> bool:
 
 def element_weight(site: Site, inner: int) -> Tensor | float:
     """Scale times all masks, broadcastable with elements that have `inner` event dimensions left."""
-    weight = _lifted(site["scale"], inner)
-    for mask in (_lifted(_mask(site), inner), leaf_of(site["fn"]).mask()):
+    weight = widened(site["scale"], inner)
+    for mask in (widened(_mask(site), inner), leaf_of(site["fn"]).mask()):
         if mask is not True:
             weight = weight * (
                 mask.to(torch.get_default_dtype()) if isinstance(mask, Tensor) else float(mask)
@@ -53,7 +53,8 @@ def element_weight(site: Site, inner: int) -> Tensor | float:
     return weight
 
 
-def _lifted(value: Any, inner: int) -> Any:
+def widened(value: Any, inner: int) -> Any:
+    """A scale or mask, broadcastable with elements that have `inner` event dimensions left."""
     if isinstance(value, Tensor) and inner:
         return value.reshape(value.shape + (1,) * inner)
     return value

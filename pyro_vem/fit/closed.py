@@ -116,11 +116,6 @@ class ClosedForm:
             theta = setup.theta_values(torch.from_numpy(state.theta))
             return self.terms.lifted.are_level(self.terms.statistics(phi, theta), theta)
 
-    def elbo(self, state: State) -> float:
-        """The bound at a state."""
-        with torch.no_grad():
-            return float(self.setup.elbo(torch.from_numpy(state.phi), torch.from_numpy(state.theta)))
-
 
 @dataclass
 class Anderson:

@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .setup import Setup
 from .smooth import Smooth, Vector
-from .state import State, loss_of
+from .state import State, elbo_at, loss_of
 from .status import Step
 
 SUFFICIENT = 1e-4  # share of the predicted rise that a step must make
@@ -64,12 +64,10 @@ class Profile:
 
     def _at(self, state: State, theta: Vector) -> State | None:
         """The E-step's optimum at other parameters; None where the bound is not finite."""
-        loss, _ = loss_of(self.setup, replace(state, theta=theta), "M")
-        with np.errstate(over="ignore", invalid="ignore"):
-            elbo = -Smooth(loss, theta, np.ones_like(theta)).value(np.zeros_like(theta))
-            if not np.isfinite(elbo):
-                return None
-            trial = self.e_step(State(state.phi, theta, elbo))
+        elbo = elbo_at(self.setup, state.phi, theta)
+        if not np.isfinite(elbo):
+            return None
+        trial = self.e_step(State(state.phi, theta, elbo))
         return trial if np.isfinite(trial.elbo) else None
 
     def _smooth(self, state: State) -> Smooth:

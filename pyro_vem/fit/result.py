@@ -221,10 +221,8 @@ class VEMResult:
         terms = self.setup.lifted
         if terms is None or not terms.lifted.discrete:
             raise ModelError('the model has no discrete site with infer={"enumerate": "parallel"}')
-        with isolated(torch.float64), torch.no_grad():
-            statistics = terms.statistics(self.guide_params, self.params)
-            found = terms.lifted.responsibilities(statistics, self.params)
-        return {name: value.movedim(0, -1) for name, value in found.items()}
+        with isolated(torch.float64):
+            return terms.responsibilities(self.guide_params, self.params)
 
     def covariance(
         self,

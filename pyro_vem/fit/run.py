@@ -21,7 +21,7 @@ from .result import VEMResult
 from .scales import Scales
 from .setup import FitOptions, Setup
 from .smooth import Method, Vector
-from .state import State
+from .state import State, elbo_at
 from .status import Status, Step
 from .steps import check_second_derivatives, hooked, note_idle, start_variances, step
 from .stopping import remaining, runaway
@@ -195,8 +195,8 @@ class Run:
             return
         start = time.perf_counter()
         proposal, old = self.anderson.proposal(point, image), self.state
-        trial = State(old.phi, proposal, 0.0) if has_theta else State(proposal, old.theta, 0.0)
-        trial = replace(trial, elbo=self.closed.elbo(trial))
+        phi, theta = (old.phi, proposal) if has_theta else (proposal, old.theta)
+        trial = State(phi, theta, elbo_at(self.setup, phi, theta))
         if has_theta and np.isfinite(trial.elbo):
             trial = self._best_phi(trial)
         note = "extrapolated"
@@ -270,9 +270,7 @@ class Run:
         if self.setup.lifted is not None:
             self.closed = ClosedForm(self.setup, self.setup.lifted)
         before = self.state.elbo
-        with torch.no_grad():
-            phi, theta = torch.from_numpy(self.state.phi), torch.from_numpy(self.state.theta)
-            elbo = float(self.setup.elbo(phi, theta))
+        elbo = elbo_at(self.setup, self.state.phi, self.state.theta)
         self.state = replace(self.state, elbo=elbo)
         self._record(Step(self.iterations, "check", before, elbo, 0.0, 1, 0, 0.0, change))
 

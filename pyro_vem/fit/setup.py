@@ -157,10 +157,11 @@ def set_up(
     values = {p.name: p.init for p in theta.parameters} | held
     analytic, bounds = (elbo.analytic, elbo.bounds) if elbo is not None else ("auto", False)
     start = {p.name: p.init for p in phi.parameters}
-    is_lifted = lifted is not None and lifted.is_complete and isinstance(guide, MeanFieldConjugate | None)
+    is_conjugate = guide is None or isinstance(guide, MeanFieldConjugate)
+    is_lifted = lifted is not None and is_conjugate and lifted.is_complete
     plan, specs = plan_problem(problem, start, values, analytic, bounds, is_lifted)
     objective = Objective(problem, plan, specs, options.num_draws, seed)
-    if lifted is not None and (guide is None or isinstance(guide, MeanFieldConjugate)):
+    if lifted is not None and is_conjugate:
         objective.exact = LiftedTerms(lifted, guide, _draws_of(objective))
     if lifted is not None and isinstance(guide, MeanFieldNormal):
         objective.add_note(f"guide='auto' took MeanFieldNormal: not conjugate: {lifted.why_not()}")

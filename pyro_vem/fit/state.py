@@ -24,6 +24,12 @@ class State:
         return np.concatenate([self.phi, self.theta])
 
 
+def elbo_at(setup: Setup, phi: Vector, theta: Vector) -> float:
+    """The bound at flat vectors, in nats."""
+    with torch.no_grad():
+        return float(setup.elbo(torch.from_numpy(phi), torch.from_numpy(theta)))
+
+
 def joint_loss(setup: Setup) -> Loss:
     """Minus the bound as a function of the joint vector."""
     function, nothing = function_of(setup, "joint"), torch.zeros(0)

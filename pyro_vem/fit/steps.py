@@ -13,7 +13,7 @@ from ..guides.factorised import FactorisedNormal
 from .scales import Scales, free_sites
 from .setup import Setup
 from .smooth import Method, Smooth, Vector, minimise
-from .state import State, joint_loss, loss_of, moved
+from .state import State, elbo_at, joint_loss, loss_of, moved
 from .status import Step
 
 RESCALE_AFTER = 10  # Newton iterations
@@ -92,9 +92,9 @@ def hooked(
                 f"m_step[{name!r}] returned {value.tolist()}: return a finite value of shape "
                 f"{tuple(theta[name].shape)}"
             )
-        moved_to = setup.theta.flat({**theta, name: value})
-        elbo = float(setup.elbo(torch.from_numpy(state.phi), moved_to))
-    note, new = "", State(state.phi, moved_to.numpy(), elbo)
+        moved_to = setup.theta.flat({**theta, name: value}).numpy()
+    elbo = elbo_at(setup, state.phi, moved_to)
+    note, new = "", State(state.phi, moved_to, elbo)
     if not elbo >= state.elbo:
         note, new = (
             f"m_step[{name!r}] rolled back: the bound would have fallen by {state.elbo - elbo:.3g}",

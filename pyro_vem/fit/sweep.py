@@ -1,14 +1,13 @@
 """One sweep of closed-form updates: each factor or parameter at its best given the others."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..bound.lifted.terms import LiftedTerms
 from .setup import Setup
-from .state import State
+from .state import State, elbo_at
 
 EDGE = 1e-12  # smallest probability that an M-step gives to a component
 POSITIVE = ("scale", "rate", "concentration", "concentration1", "concentration0")
@@ -46,10 +45,12 @@ class Sweep:
                 assert coding.family.updated is not None
                 now = lifted.factor(coding, guide.factor_values(name, self._phi))
                 made = lifted.outside(coding, coding.family.updated(eta, now))
-                self._move(name, {key: made[key] for key in made})
+                self._move(name, made)
             else:
-                self._theta |= _if_finite({name: self._best(name, eta)}, self._theta)
-                self._moved(name, self._theta)
+                value = self._best(name, eta)
+                if bool(torch.isfinite(value).all()):
+                    self._theta[name] = value
+                    self._moved(name, self._theta)
 
     @torch.no_grad()
     def level(self, batch: Sequence[str]) -> None:
@@ -67,8 +68,7 @@ class Sweep:
             phi = self._setup.phi.flat(self._phi).numpy()
         if self._setup.theta.size:
             theta = self._setup.theta.flat(self._theta).numpy()
-        elbo = float(self._setup.elbo(torch.from_numpy(phi), torch.from_numpy(theta)))
-        return replace(self._start, phi=phi, theta=theta, elbo=elbo)
+        return State(phi, theta, elbo_at(self._setup, phi, theta))
 
     def _move(self, name: str, values: Mapping[str, Tensor]) -> None:
         """Give a factor new parameters, unless they lie outside their range."""
@@ -95,8 +95,3 @@ class Sweep:
             u = u.reshape(-1, coding.variable.shape[-1]).clamp(min=EDGE)
             u = (u / u.sum(-1, keepdim=True)).reshape(-1)
         return coding.variable.placed(u)
-
-
-def _if_finite(new: dict[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    fine = all(bool(torch.isfinite(value).all()) for value in new.values())
-    return new if fine else {name: old[name] for name in new}

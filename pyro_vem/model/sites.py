@@ -166,6 +166,19 @@ def _is_discrete(site: Site) -> bool:
     return bool(fn.support.is_discrete) or bool(getattr(fn, "has_enumerate_support", False))
 
 
+def unwrapped(fn: Any) -> Any:
+    """A distribution without what leaves its family as it is.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> type(unwrapped(dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(True))).__name__
+        'Normal'
+    """
+    while isinstance(fn, td.Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
 def latent_of(site: Site) -> Latent:
     """The latent site of a record."""
     fn = site["fn"]
@@ -175,10 +188,7 @@ def latent_of(site: Site) -> Latent:
         raise UnsupportedModelError(
             f"site {site['name']!r}: no bijector onto the support {fn.support} of {type(fn).__name__}"
         ) from error
-    base = fn
-    while isinstance(base, td.Independent | MaskedDistribution | ExpandedDistribution):
-        base = base.base_dist
     return Latent(
         site["name"], site["value"], transform, fn.support, plates_of(site), fn.event_dim,
-        prior=type(base).__name__,
+        prior=type(unwrapped(fn)).__name__,
     )  # fmt: skip

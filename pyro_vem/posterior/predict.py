@@ -157,9 +157,8 @@ def _latents(
     # A guide that is not ours may be a function of the data: it is run on the new ones.
     latents = [site.name for site in setup.prototype.latents if site.name not in setup.problem.map_sites]
     encoded = guide.encoded if isinstance(guide, Factorised) else tuple(latents)
-    names = {site.name for site in setup.prototype.latents} - set(setup.problem.map_sites)
     drawn = fit.sample(num_draws, seed, correction)  # type: ignore[arg-type]
-    values = {name: value for name, value in drawn.items() if name in names}
+    values = {name: value for name, value in drawn.items() if name in latents}
     if call is setup.problem.call:
         return values
     sizes = _plate_sizes(fit, call)

@@ -5,7 +5,7 @@ factor is the posterior marginal of that factor's discrete sites.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,11 @@ def components(factors: Iterable[Factor]) -> list[list[Factor]]:
         merged[1].append(factor)
         groups.append(merged)
     return [members for _, members in groups]
+
+
+def seat(factors: list[Factor], observed: Collection[str]) -> str:
+    """The site at which what is summed out together stands: its first observed one, else its first."""
+    return next((factor.name for factor in factors if factor.name in observed), factors[0].name)
 
 
 def log_sum(factors: list[Factor], plates: Mapping[int, tuple[int, ...]]) -> Tensor:

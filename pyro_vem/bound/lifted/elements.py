@@ -12,6 +12,7 @@ from ...errors import UnsupportedModelError
 from ...model.density import lean_log_prob
 from ...model.runtime import Execution, Site, is_summed_out
 from ..kl import leaf_of
+from ..weights import widened
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def _piece(site: Site, depth: int) -> Piece:
     value, inner = _elements(leaf.dist, site["value"], leaf.inner)
     # A masked site that is summed out keeps its density: the sum over its values is one.
     masks = () if is_summed_out(site) else (site["mask"], leaf.mask())
-    for mask in (_widened(m, w) for m, w in zip(masks, (inner, inner - leaf.inner), strict=False)):
+    for mask in (widened(m, w) for m, w in zip(masks, (inner, inner - leaf.inner), strict=False)):
         if isinstance(mask, Tensor):
             value = torch.where(mask, value, torch.zeros_like(value))
         elif mask is False:
@@ -78,10 +79,6 @@ def _elements(fn: Any, value: Tensor, inner: int) -> tuple[Tensor, int]:
         total = torch.lgamma(value.sum(-1, keepdim=True) + 1) / value.shape[-1]
         return total - torch.lgamma(value + 1) + torch.xlogy(value, fn.probs), inner + 1
     return lean_log_prob(fn, value), inner
-
-
-def _widened(mask: Any, inner: int) -> Any:
-    return mask.reshape(mask.shape + (1,) * inner) if isinstance(mask, Tensor) and inner else mask
 
 
 def _by_identity(value: Tensor, depth: int, inner: int, site: Site) -> tuple[Tensor, tuple[int, ...]]:

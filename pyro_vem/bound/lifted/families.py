@@ -29,6 +29,7 @@ class Family:
         best: natural parameters -> the u that maximises their sum with t(u); None where unknown.
         has_unit: whether u may be scaled (not where exp(u) is a statistic).
         entropy: of the factor, in nats, by element.
+        rate_power: of the unit, by which a factor's rate is multiplied when x becomes u.
     """
 
     name: str
@@ -40,11 +41,17 @@ class Family:
     best: Callable[[Tensor], Tensor] | None = None
     has_unit: bool = True
     entropy: Callable[[Values], Tensor] | None = None
+    rate_power: int = 0
 
     @property
     def num(self) -> int:
         """Number of statistics, without the constant."""
         return len(self.probes) - 1
+
+    def design(self, points: Tensor) -> Tensor:
+        """(1, t_1, ...) at some points, a row each."""
+        statistics = self.statistics(points)
+        return torch.cat([torch.ones_like(statistics[:1]), statistics]).T
 
 
 def _column(*values: float) -> Tensor:
@@ -204,7 +211,7 @@ def _gamma_entropy(q: Values) -> Tensor:
 GAMMA = Family(
     "Gamma", "positive", _log_and(lambda u: u), POSITIVE, _gamma_moments,
     lambda eta, _: {"concentration": eta[0] + 1, "rate": -eta[1]},
-    lambda eta: -eta[0] / eta[1], entropy=_gamma_entropy,
+    lambda eta: -eta[0] / eta[1], entropy=_gamma_entropy, rate_power=1,
 )  # fmt: skip
 
 
@@ -221,7 +228,7 @@ def _inverse_gamma_entropy(q: Values) -> Tensor:
 INVERSE_GAMMA = Family(
     "InverseGamma", "positive", _log_and(torch.reciprocal), POSITIVE, _inverse_gamma_moments,
     lambda eta, _: {"concentration": -eta[0] - 1, "rate": -eta[1]},
-    lambda eta: eta[1] / eta[0], entropy=_inverse_gamma_entropy,
+    lambda eta: eta[1] / eta[0], entropy=_inverse_gamma_entropy, rate_power=-1,
 )  # fmt: skip
 
 SD = Family(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..weights import widened
 from .elements import Piece
 from .families import Family
 from .index import CHECK, Index, coded_index, simplex_index
@@ -43,14 +44,12 @@ class Probe:
     others: Mapping[str, tuple[Tensor, Tensor]]
     generator: torch.Generator
     base: dict[str, Tensor] = field(default_factory=dict)
-    runs: int = 0
 
     def __post_init__(self) -> None:
         self.base = {name: v.random(self.generator) for name, v in self.variables.items()}
 
     def pieces(self, u: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None) -> Pieces:
         """The log densities at flat internal values of variables, and at given values of others."""
-        self.runs += 1
         values = {name: v.placed(u.get(name, self.base[name])) for name, v in self.variables.items()}
         return self.evaluate({**values, **{n: pair[0] for n, pair in self.others.items()}, **(given or {})})
 
@@ -171,15 +170,9 @@ def _tried(probe: Probe, variable: Variable, family: Family, layout: Tensor, ind
     checks = 0.7 * LEVELS[support][:2].unsqueeze(-1).expand(-1, layout.shape[1])
     checks = checks * (1 - 0.13 * torch.arange(layout.shape[1]))
     points = torch.cat([family.probes, checks])
-
-    def at(point: Tensor) -> dict[str, Tensor]:
-        u = torch.empty(layout.numel(), dtype=torch.float64)
-        u[layout] = point.expand(groups, -1)
-        return run(u)
-
-    runs = [at(point) for point in points]
     failed = dict.fromkeys(index.several, "an element of it depends on several elements")
-    coding, design = Coding(variable, family, layout, index.where, failed), _design(family, checks)
+    coding, design = Coding(variable, family, layout, index.where, failed), family.design(checks)
+    runs = [run(coding.flat(point.expand(groups, -1))) for point in points]
     num = len(family.probes)
     for name in index.where:
         values = torch.stack([r[name] for r in runs])
@@ -190,11 +183,6 @@ def _tried(probe: Probe, variable: Variable, family: Family, layout: Tensor, ind
             failed[name] = f"not affine in the statistics of {family.name}"
     probe.variables[variable.name] = before
     return coding
-
-
-def _design(family: Family, points: Tensor) -> Tensor:
-    statistics = family.statistics(points)
-    return torch.cat([torch.ones_like(statistics[:1]), statistics]).T
 
 
 def _tabulate(probe: Probe, found: Found, parameters: Sequence[str]) -> None:
@@ -247,10 +235,8 @@ def weighed(piece: Piece) -> Tensor:
     """The elements, times the scale where no discrete site has to see them without it."""
     if piece.discrete or (isinstance(piece.scale, float | int) and piece.scale == 1):
         return piece.value
-    scale = piece.scale
-    if isinstance(scale, Tensor):
-        scale = scale.reshape(scale.shape + (1,) * piece.inner)
-    return piece.value * scale
+    value: Tensor = piece.value * widened(piece.scale, piece.inner)
+    return value
 
 
 def _table(

@@ -12,7 +12,7 @@ from torch.distributions import transform_to
 from ...errors import UnsupportedModelError
 from ...model.parameters import Parameter
 from ...model.prototype import Prototype
-from .contraction import Factor, components, log_sum
+from .contraction import Factor, components, log_sum, seat
 from .elements import identities, pieces
 from .lift import Found, Pieces, Probe, grid_values, lift, misfits
 from .table import Table, monomials_of
@@ -187,10 +187,8 @@ class Lifted:
         if variable.support == "simplex":
             return {"concentration": values["concentration"].reshape(-1, variable.shape[-1])}
         flat = {name: value.reshape(-1) for name, value in values.items()}
-        if coding.family.name == "Gamma":
-            flat["rate"] = flat["rate"] * unit
-        if coding.family.name == "InverseGamma":
-            flat["rate"] = flat["rate"] / unit
+        if "rate" in flat:
+            flat["rate"] = flat["rate"] * unit**coding.family.rate_power
         return flat
 
     def outside(self, coding: Coding, q: Values) -> dict[str, Tensor]:
@@ -206,10 +204,8 @@ class Lifted:
             loc, scale = centre + unit * q["loc"], unit * q["scale"]
             return {"loc": loc.reshape(shape), "scale": scale.reshape(shape)}
         made = {name: value.reshape(shape) for name, value in q.items()}
-        if coding.family.name == "Gamma":
-            made["rate"] = made["rate"] / variable.unit
-        if coding.family.name == "InverseGamma":
-            made["rate"] = made["rate"] * variable.unit
+        if "rate" in made:
+            made["rate"] = made["rate"] / variable.unit**coding.family.rate_power
         return made
 
     def entropy(self, name: str, values: Values) -> Tensor:
@@ -269,7 +265,7 @@ class Lifted:
                 found[name] = table.value(statistics).sum()
         for members in components(factors):
             if only is None or any(not self.found.tables[f.name].scope.isdisjoint(only) for f in members):
-                found[self.seat(members)] = log_sum(members, self.plates)
+                found[seat(members, self.observed)] = log_sum(members, self.plates)
         return found
 
     @contextmanager
@@ -286,10 +282,6 @@ class Lifted:
             yield
         finally:
             self._noise = {}
-
-    def seat(self, members: Sequence[Factor]) -> str:
-        """The site whose term what is summed out together becomes."""
-        return next((f.name for f in members if f.name in self.observed), members[0].name)
 
     def _factor(self, table: Table, statistics: Values, kept: dict[str, Tensor] | None = None) -> Factor:
         known = None if kept is None else kept.get(table.name)

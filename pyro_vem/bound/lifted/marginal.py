@@ -7,7 +7,7 @@ from ...model.runtime import Execution, Site, is_summed_out
 from ...model.sites import plates_of
 from ..terms import Density, log_density
 from ..weights import weighted
-from .contraction import Factor, components, log_rows
+from .contraction import Factor, components, log_rows, seat
 from .elements import Piece, identities, pieces
 
 
@@ -45,9 +45,9 @@ def marginal_rows(run: Execution) -> dict[str, Tensor]:
         else:
             value = weighted(run.sites[name]["fn"].log_prob(run.sites[name]["value"]), run.sites[name])
             found[name] = value.reshape(value.shape[max(0, value.dim() - depth) :])  # one value: no sum
+    observed = {name for name, site in run.sites.items() if site["is_observed"]}
     for members in components(factors):
-        observed = [f.name for f in members if run.sites[f.name]["is_observed"]]
-        found[observed[0] if observed else members[0].name] = log_rows(members, plates)
+        found[seat(members, observed)] = log_rows(members, plates)
     return found
 
 

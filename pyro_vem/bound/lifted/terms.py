@@ -77,6 +77,12 @@ class LiftedTerms:
                 found[name] = found[name] + self.lifted.entropy(name, self.guide.factor_values(name, phi))
         return found
 
+    def responsibilities(self, phi: Values, theta: Values) -> dict[str, Tensor]:
+        """Marginal probabilities of each discrete site: (*plates, values)."""
+        with torch.no_grad():
+            found = self.lifted.responsibilities(self.statistics(phi, theta), theta)
+        return {name: value.movedim(0, -1) for name, value in found.items()}
+
     def flat_total(self, phi: Tensor, theta: Tensor) -> Tensor | None:
         """None: statistics are made of constrained values."""
         return None

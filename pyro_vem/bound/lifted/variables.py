@@ -187,9 +187,8 @@ class Coding:
             first, second = (self.at_probe(i).log()[where] for i in (0, 1))
             slope = (values[1] - values[0]) / (second - first)
             return torch.stack([values[0] - slope * first, slope])
-        statistics = self.family.statistics(self.family.probes)
-        matrix = torch.cat([torch.ones_like(statistics[:1]), statistics]).T
-        return torch.tensordot(torch.linalg.inv(matrix), values, ([1], [0]))
+        inverse = torch.linalg.inv(self.family.design(self.family.probes))
+        return torch.tensordot(inverse, values, ([1], [0]))
 
     def grouped(self, u: Tensor) -> Tensor:
         """Flat u as (groups, members)."""
