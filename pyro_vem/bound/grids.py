@@ -41,9 +41,24 @@ class Batch:
 
 
 def scopes(
+    places: Sequence[Rows], plan: Plan, specs: Sequence[NoiseSpec], generator: torch.Generator
+) -> dict[str, tuple[str, ...]]:
+    """Guide sites whose noise each row of a plan changes with, by site; found by redrawing them.
+
+    What a row sees at one place may be hidden at another: a loading that starts at zero hides
+    what it loads on.
+    """
+    found = [_scopes(rows, plan, specs, generator) for rows in places]
+    names = [spec.name for spec in specs]
+    return {
+        row.site: tuple(name for name in names if any(name in scope[row.site] for scope in found))
+        for row in plan.rows
+    }
+
+
+def _scopes(
     rows: Rows, plan: Plan, specs: Sequence[NoiseSpec], generator: torch.Generator
 ) -> dict[str, tuple[str, ...]]:
-    """Guide sites whose noise each row of a plan changes with, by site; found by redrawing them."""
     here, there = (
         {name: value[0] for name, value in independent_noise(specs, 1, generator).items()} for _ in range(2)
     )
@@ -83,16 +98,27 @@ def grid(specs: Iterable[NoiseSpec], scope: tuple[str, ...], n: int) -> tuple[di
 
 
 def split(
-    rows: Rows, plan: Plan, specs: Sequence[NoiseSpec], generator: torch.Generator, rough: Collection[str]
+    places: Sequence[Rows],
+    plan: Plan,
+    specs: Sequence[NoiseSpec],
+    generator: torch.Generator,
+    rough: Collection[str],
 ) -> tuple[Batch, ...]:
     """The rows of a plan by how they are evaluated: at any noise, on grids, on draws.
 
-    Rows that no noise enters go with the draws, where there are any: they cost nothing there. What is
-    in `rough` is drawn.
+    Rows that no noise enters go with the draws, where there are any: they cost nothing there.
+
+    Args:
+        places: the rows at the present parameters, and at others.
+        plan: which rows.
+        specs: the noise of each guide site.
+        generator: of the noise that shows what rows see.
+        rough: sites whose rows are drawn.
     """
+    rows = places[0]
     sizes = {spec.name: spec.size for spec in specs}
     by_scope: dict[tuple[str, ...], list[str]] = {}
-    for name, scope in scopes(rows, plan, specs, generator).items():
+    for name, scope in scopes(places, plan, specs, generator).items():
         by_scope.setdefault(scope, []).append(name)
     quiet = by_scope.pop((), [])
     steady, drawn = [n for n in quiet if n not in rough], [n for n in quiet if n in rough]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..model.runtime import Execution, is_summed_out
 from .draws import NoiseSpec, independent_noise, matched_noise
 from .exact import ExactTerms
-from .grids import Batch, grid, split
+from .grids import Batch, Rows, grid, split
 from .lifted.marginal import density_of
 from .problem import Problem
 from .tables import Plan
@@ -44,6 +44,7 @@ class Objective:
         self.is_gridded = False  # whether terms with few numbers may go on a grid
         self.drawn: set[str] = set()  # those that may not
         self._batches: tuple[Batch, ...] | None = None  # of the terms that run the model
+        self.elsewhere: Values = {}  # other parameters of the model, to see what rows depend on
         self.is_twice = True  # second derivatives by autograd are right
 
     @property
@@ -116,15 +117,19 @@ class Objective:
                 self.terms(phi, theta)
 
     def _split(self, phi: Values, theta: Values) -> tuple[Batch, ...]:
-        def rows(plan: Plan, noise: dict[str, Tensor]) -> dict[str, Tensor]:
-            return self._each(lambda one: self._once(plan, phi, theta, one), noise)
+        def at(theta: Values) -> Rows:
+            def rows(plan: Plan, noise: dict[str, Tensor]) -> dict[str, Tensor]:
+                return self._each(lambda one: self._once(plan, phi, theta, one), noise)
 
+            return rows
+
+        places = [at(theta), *([at(self.elsewhere)] if self.elsewhere else [])]
         generator = torch.Generator().manual_seed(self.seed + 1)
         drawn = set(self.drawn) if self.is_gridded else {row.site for row in self.rest.rows}
         if self.exact is not None:
             drawn |= set(self.exact.rough)
         with torch.no_grad():
-            return split(rows, self.rest, self.specs, generator, drawn)
+            return split(places, self.rest, self.specs, generator, drawn)
 
     def regrid(self, phi: Values, theta: Values) -> bool:
         """Enough nodes of every grid at a point; True if a batch changed."""

@@ -25,6 +25,7 @@ class ClosedForm:
     Attributes:
         latents: sites that the E-step updates in closed form.
         parameters: what the M-step maximises in closed form.
+        moments: priors of vectors whose parameters it matches with their factors.
     """
 
     def __init__(self, setup: Setup, terms: LiftedTerms) -> None:
@@ -40,7 +41,9 @@ class ClosedForm:
         simplexes = all(codings[name].variable.support == "simplex" for name in weights)
         self.is_restarting = bool(weights and others) and simplexes
         self.parameters = lifted.batches(lifted.closed(setup.theta.names))
-        closed = {name for batch in (*self.latents, *self.parameters) for name in batch}
+        self.moments = lifted.moments
+        matched = [m.names for m in self.moments]
+        closed = {name for batch in (*self.latents, *self.parameters, *matched) for name in batch}
         self.is_all_of = {
             "E": closed >= set(lifted.latents),
             "M": closed >= set(setup.theta.names),
@@ -49,11 +52,10 @@ class ClosedForm:
     @property
     def is_exact(self) -> bool:
         """True if one E-step is the optimum in phi, wherever it starts."""
-        families = self.terms.lifted.found.codings
-        exps = any(
-            families[n].family.num > 2 and not families[n].family.has_unit for n in sum(self.latents, ())
-        )
-        return self.is_all_of["E"] and len(self.latents) <= 1 and not exps
+        lifted = self.terms.lifted
+        families = {n: lifted.found.codings[n].family for n in sum(self.latents, ())}
+        newton = any((f.num > 2 and not f.has_unit) or n in lifted.singles for n, f in families.items())
+        return self.is_all_of["E"] and len(self.latents) <= 1 and not newton
 
     @property
     def is_complete(self) -> bool:
@@ -62,11 +64,11 @@ class ClosedForm:
 
     def step(self, state: State, block: str, iteration: int) -> tuple[State, Step | None]:
         """Each factor (or each parameter) in turn at its best given the others; None if there is none."""
-        batches = self.latents if block == "E" else self.parameters
-        if not batches:
+        batches, moments = (self.latents, ()) if block == "E" else (self.parameters, self.moments)
+        if not (batches or moments):
             return state, None
         start = time.perf_counter()
-        moved, note, evaluations = state, "closed form", len(batches) + 1
+        moved, note, evaluations = state, "closed form", len(batches) + len(moments) + 1
         if block == "E" and self.is_restarting:
             moved = self._restarted(state)
             note += ", weights from equal ones"
@@ -76,6 +78,8 @@ class ClosedForm:
             sweep, note = Sweep(self.setup, self.terms, state), "closed form"
             for batch in batches:
                 sweep.update(batch)
+            for prior in moments:
+                sweep.match(prior)
             moved = sweep.state()
         elbo = moved.elbo
         if not elbo >= state.elbo - NOISE * (1 + abs(state.elbo)):  # only rounding makes an exact update fall

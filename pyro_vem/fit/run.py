@@ -18,6 +18,7 @@ from .exactness import compile_terms, more_draws, settle, settle_nodes
 from .measure import disagreement
 from .profile import Profile
 from .result import VEMResult
+from .saddle import past_saddle
 from .scales import Scales
 from .setup import FitOptions, Setup
 from .smooth import Method, Vector
@@ -39,6 +40,7 @@ SLOW_AFTER = 10  # rounds of EM before a joint step may follow
 SELF_CHECK = 256  # draws that closed forms are held against at the start
 MOST_KEPT = 100_000  # parameters of which the points after each step are kept, for plots
 NEWTON_LIMIT = 5_000_000  # parameters in a block beyond which its Krylov vectors outgrow memory
+MOST_SADDLES = 5  # that a fit leaves
 STALLED, STALLED_GAIN = 3, 1e-4  # steps, and nats that none of them gains
 MOST_POLISHED = 30  # rounds of closed forms after convergence
 FIXED = 1e-13  # movement in a round at which closed forms stand still
@@ -63,6 +65,8 @@ class Run:
     closed: ClosedForm | None = None
     anderson: Anderson = field(default_factory=Anderson)
     before: Vector | None = None  # what is extrapolated, a round ago
+    saddles: int = 0  # that the fit has left
+    is_expected: bool = False  # whether phi has followed the extrapolated theta
 
     def start(self, warm: VEMResult | None, number: int = 0) -> None:
         """Put both blocks at their initial values and the variances near their optimum.
@@ -128,6 +132,10 @@ class Run:
             if set(self.methods[1]) >= set(self.setup.theta.names):
                 return
         if self.closed is not None and block != "joint":
+            if block == "E" and self.is_expected:  # the extrapolation has taken this step
+                self.is_expected = False
+                if self.closed.is_all_of["E"]:
+                    return
             self.state, row = self.closed.step(self.state, block, iteration)
             self._record(row)
             if self.closed.is_all_of[block]:
@@ -196,13 +204,15 @@ class Run:
         start = time.perf_counter()
         proposal, old = self.anderson.proposal(point, image), self.state
         phi, theta = (old.phi, proposal) if has_theta else (proposal, old.theta)
-        trial = State(phi, theta, elbo_at(self.setup, phi, theta))
-        if has_theta and np.isfinite(trial.elbo):
-            trial = self._best_phi(trial)
+        if has_theta:
+            trial = self._best_phi(State(phi, theta, -np.inf))
+        else:
+            trial = State(phi, theta, elbo_at(self.setup, phi, theta))
         note = "extrapolated"
         if trial.elbo > old.elbo:
             self.state = trial
             self.before = trial.theta if has_theta else trial.phi
+            self.is_expected = has_theta
         else:
             self.anderson.restart()
             note = "extrapolation rolled back: the bound would have fallen"
@@ -223,11 +233,32 @@ class Run:
         if not is_solved or is_slow or self.iterations < self.next_check:
             return False
         scale = self.scales.of(self.state, "joint", self.iterations)
-        if remaining(self.setup, self.state, scale, tol).is_small(tol):
-            return True
+        left = remaining(self.setup, self.state, scale, tol)
+        if left.is_small(tol) or (left.gain == np.inf and gain < tol):
+            if self._has_left_saddle(scale):
+                return False
+            if left.is_small(tol):
+                return True
         self.failed += 1
         self.next_check = self.iterations + min(2**self.failed, 32)
         return False
+
+    def _has_left_saddle(self, scale: Vector) -> bool:
+        """True if the point was a saddle of the bound, and the fit goes on from a higher one."""
+        if self.saddles == MOST_SADDLES:
+            return False
+        start = time.perf_counter()
+        found = past_saddle(self.setup, self.state, scale, self._tolerance())
+        if found is None:
+            return False
+        old, (self.state, names) = self.state, found
+        self.saddles, self.failed, self.next_check = self.saddles + 1, 0, self.iterations + 2
+        self.before, self.is_expected = None, False
+        self.anderson.restart()
+        self.__dict__.pop("profiled", None)
+        seconds, note = time.perf_counter() - start, f"left a saddle of the bound along {names}"
+        self._record(Step(self.iterations, "check", old.elbo, self.state.elbo, 0.0, 0, 0, seconds, note))
+        return True
 
     def _tolerance(self) -> float:
         """The caller's tolerance, or what rounding leaves of a bound of many nats."""

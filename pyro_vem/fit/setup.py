@@ -149,7 +149,7 @@ def set_up(
         lifted = _lifted(program, call, proto, theta, map_sites, held, seed)
     guide = _bound_guide(_chosen(guide, model, lifted), model, latents)
     if lifted is not None and isinstance(guide, MeanFieldConjugate):
-        guide.blocks = lifted.blocks
+        guide.blocks, guide.singles = lifted.blocks, lifted.singles
     guide_program = discover_modules(Program(guide), raw) if guide is not None else None
     problem = Problem(program, guide_program, call, map_sites)
     phi = Block(_guide_parameters(guide_program, call))
@@ -161,6 +161,7 @@ def set_up(
     is_lifted = lifted is not None and is_conjugate and lifted.is_complete
     plan, specs = plan_problem(problem, start, values, analytic, bounds, is_lifted)
     objective = Objective(problem, plan, specs, options.num_draws, seed)
+    objective.elsewhere = _elsewhere(theta, held)
     if lifted is not None and is_conjugate:
         objective.exact = LiftedTerms(lifted, guide, _draws_of(objective))
     if lifted is not None and isinstance(guide, MeanFieldNormal):
@@ -191,6 +192,13 @@ def _chosen(guide: Any, model: Callable[..., Any], lifted: Lifted | None) -> Any
         return guide
     assert lifted is not None
     return MeanFieldConjugate(model) if lifted.is_complete else MeanFieldNormal(model)
+
+
+def _elsewhere(theta: Block, held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Generic parameters: where they start, what they multiply may vanish."""
+    start = theta.initial()
+    noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return {**theta.constrained(start + 0.3 * noise), **held} if theta.size else {}
 
 
 def _draws_of(objective: Objective) -> Callable[..., list[Mapping[str, Tensor]]]:

@@ -279,14 +279,14 @@ def predicted_gain(loss: Loss, x: Vector, scale: Vector, *, tol: float, max_prod
         x: the point.
         scale: lengths of the coordinates.
         max_products: most Hessian-vector products.
-        tol: accuracy that matters when the products run out before the residual is small.
+        tol: what the gain is held against: a sum that has passed it is returned as it is.
 
     Returns:
-        The predicted gain in nats; +inf if the Hessian is not positive along a search
-        direction (no maximum of the bound here) or the products run out.
+        The predicted gain in nats, or the part of it that is more than tol; +inf if the Hessian is
+        not positive along a search direction (no maximum of the bound here) or the products run out.
 
     Example:
-        >>> predicted_gain(Loss(lambda x: 2 * (x**2).sum()), np.ones(2), np.ones(2), tol=1e-8)
+        >>> predicted_gain(Loss(lambda x: 2 * (x**2).sum()), np.ones(2), np.ones(2), tol=10.0)
         4.0
     """
     if not x.size:
@@ -298,7 +298,7 @@ def predicted_gain(loss: Loss, x: Vector, scale: Vector, *, tol: float, max_prod
     gain, step, square = 0.0, 0.0, float(residual @ residual)
     target = 1e-8 * square if square > tol else 1e-2 * square  # far below tol a rough figure will do
     for _ in range(min(max_products, 2 * x.size + 10)):
-        if square <= target:
+        if square <= target or gain > tol:
             return gain
         product = smooth.hessian_product(zero, direction)
         curvature = float(direction @ product)

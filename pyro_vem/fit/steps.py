@@ -128,9 +128,12 @@ def check_second_derivatives(setup: Setup, state: State, scale: Vector) -> None:
 def note_idle(setup: Setup, state: State) -> None:
     """Record in the plan each parameter that does not move the bound where it starts."""
     loss, theta = loss_of(setup, state, "M")
-    gradient = Smooth(loss, theta, np.ones_like(theta)).gradient(np.zeros_like(theta))
+    smooth, zero = Smooth(loss, theta, np.ones_like(theta)), np.zeros_like(theta)
+    gradient, noise = smooth.gradient(zero), 1e-14 * (1 + abs(state.elbo))
     for name in setup.theta.names:
-        if (np.abs(gradient[setup.theta.where([name])]) <= 1e-14 * (1 + abs(state.elbo))).all():
+        where = setup.theta.where([name])
+        is_still = (np.abs(gradient[where]) <= noise).all()
+        if is_still and not smooth.hessian_product(zero, where.astype(float))[where].sum() > noise:
             setup.objective.add_note(
                 f"{name}: the bound does not change with it where it starts; if that is not its optimum, "
                 "give it another start with init="

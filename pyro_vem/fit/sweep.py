@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..bound.lifted.moments import Moments
 from ..bound.lifted.terms import LiftedTerms
 from .setup import Setup
 from .state import State, elbo_at
@@ -42,15 +43,24 @@ class Sweep:
             coding = lifted.found.codings[name]
             if name in lifted.latents:
                 assert guide is not None
-                assert coding.family.updated is not None
-                now = lifted.factor(coding, guide.factor_values(name, self._phi))
-                made = lifted.outside(coding, coding.family.updated(eta, now))
+                now = coding.factor(guide.factor_values(name, self._phi))
+                made = coding.outside(lifted.updated(name, eta, now, self._theta))
                 self._move(name, made)
             else:
                 value = self._best(name, eta)
                 if bool(torch.isfinite(value).all()):
                     self._theta[name] = value
                     self._moved(name, self._theta)
+
+    @torch.no_grad()
+    def match(self, moments: Moments) -> None:
+        """Give a prior of vectors its factor's moments."""
+        lifted, guide = self._terms.lifted, self._terms.guide
+        assert guide is not None
+        made = lifted.matched(moments, guide.factor_values(moments.site, self._phi), self._theta)
+        if all(bool(torch.isfinite(value).all()) for value in made.values()):
+            self._theta |= made
+            self._kept.clear()  # parameters may move coefficients
 
     @torch.no_grad()
     def level(self, batch: Sequence[str]) -> None:

@@ -74,7 +74,8 @@ class MeanFieldConjugate(Factorised):
     Where the log joint is affine in a site's sufficient statistics this is the best factor there
     is, and `fit_vem` updates it in closed form. Exponential and Chi2 priors get Gamma factors, a
     vector under a MultivariateNormal prior (or one that `fit_vem` finds to be tied together) a
-    full covariance; other sites get a Normal on the unconstrained scale. Discrete sites marked
+    full covariance, unless `fit_vem` has closed forms for independent elements only; other sites
+    get a Normal on the unconstrained scale. Discrete sites marked
     ``infer={"enumerate": "parallel"}`` are summed out in the model and have no factor here.
 
     Args:
@@ -102,11 +103,14 @@ class MeanFieldConjugate(Factorised):
     def __init__(self, model: Callable[..., Any], *, init: Any = None, name: str = "guide") -> None:
         super().__init__(model, init=init, name=name)
         self.blocks: frozenset[str] = frozenset()
+        self.singles: frozenset[str] = frozenset()
 
     def kind(self, site: Latent) -> str:
         """Family of a site's factor; "" for a Normal on the unconstrained scale."""
         if site.name in self.blocks:
             return "MultivariateNormal"
+        if site.name in self.singles:
+            return "Normal"
         return site.prior if site.prior in FAMILIES and site.idle is None else ""
 
     def parameter_name(self, parameter: str, site: str) -> str:

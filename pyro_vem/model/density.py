@@ -25,7 +25,7 @@ def lean_log_prob(fn: Any, value: Tensor) -> Tensor:
         return log_prob
     given = "probs" if "probs" in fn.__dict__ else "logits"
     table = fn.__dict__[given]
-    kept = _collapsed(table)
+    kept = collapsed(table, 1)
     if given == "probs":
         logits = torch.distributions.utils.probs_to_logits(kept / kept.sum(-1, keepdim=True))
     else:
@@ -36,9 +36,9 @@ def lean_log_prob(fn: Any, value: Tensor) -> Tensor:
     return logits.gather(-1, index.expand(*shape, 1)).squeeze(-1)
 
 
-def _collapsed(table: Tensor) -> Tensor:
-    """One copy along each dimension along which a tensor is an expanded view."""
-    for dim in range(table.dim() - 1):
+def collapsed(table: Tensor, event_dim: int) -> Tensor:
+    """One copy along each batch dimension along which a tensor is an expanded view."""
+    for dim in range(table.dim() - event_dim):
         if table.stride(dim) == 0 and table.shape[dim] > 1:
             table = table.narrow(dim, 0, 1)
     return table

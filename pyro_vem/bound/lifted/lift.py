@@ -1,12 +1,13 @@
 """Finding closed forms in an ordinary model: is its log joint affine in each site's statistics?"""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..weights import widened
+from .coupled import Coupled
 from .elements import Piece
 from .families import Family
 from .index import CHECK, Index, coded_index, simplex_index
@@ -22,12 +23,14 @@ from .table import (
     monomials_of,
     narrowed,
 )
-from .variables import LEVELS, Coding, Variable, block_family
+from .variables import LEVELS, Coding, Variable, families_of
 
 MOST_RUNS = 600  # of the model, for one factor
 Pieces = dict[str, Piece]
 Evaluate = Callable[[Mapping[str, Tensor]], Pieces]
 """Values of all latents and parameters -> the log density of every site."""
+Vectors = Callable[[Variable, Mapping[str, Tensor]], Coupled | str]
+"""A variable and values of all -> its prior of vectors as a quadratic, or why it is none."""
 
 
 @dataclass
@@ -35,11 +38,14 @@ class Probe:
     """Runs of a model at chosen values; what is not chosen stands at generic ones.
 
     Attributes:
+        evaluate: log densities at values.
+        vectors: priors of vectors at values.
         variables: those that may have statistics.
         others: two values each of those that cannot.
     """
 
     evaluate: Evaluate
+    vectors: Vectors
     variables: dict[str, Variable]
     others: Mapping[str, tuple[Tensor, Tensor]]
     generator: torch.Generator
@@ -50,8 +56,16 @@ class Probe:
 
     def pieces(self, u: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None) -> Pieces:
         """The log densities at flat internal values of variables, and at given values of others."""
+        return self.evaluate({**self.values(u), **(given or {})})
+
+    def vectors_of(self, name: str, given: Mapping[str, Tensor] | None = None) -> Coupled | str:
+        """A variable's prior of vectors, at given values of others."""
+        return self.vectors(self.variables[name], {**self.values({}), **(given or {})})
+
+    def values(self, u: Mapping[str, Tensor], other: int = 0) -> dict[str, Tensor]:
+        """Values of everything, where variables stand at u; `other` chooses those of the rest."""
         values = {name: v.placed(u.get(name, self.base[name])) for name, v in self.variables.items()}
-        return self.evaluate({**values, **{n: pair[0] for n, pair in self.others.items()}, **(given or {})})
+        return {**values, **{name: pair[other] for name, pair in self.others.items()}}
 
     def along(self, name: str) -> Callable[[Tensor], dict[str, Tensor]]:
         """The factors as a function of one variable."""
@@ -93,16 +107,17 @@ class Found:
     Attributes:
         codings: variables with statistics.
         refused: latents and parameters without, with the reason.
-        tables: factors as polynomials in statistics.
+        tables: factors as polynomials in statistics, and priors of vectors under independent factors.
         rest: factors that are none, with the reason.
-        live: factors whose coefficients move with parameters that have no statistics.
+        live: factors whose coefficients move with parameters that have no statistics; None for a
+            prior of vectors.
     """
 
     codings: dict[str, Coding]
     refused: dict[str, str]
-    tables: dict[str, Table] = field(default_factory=dict)
+    tables: dict[str, Table | Coupled] = field(default_factory=dict)
     rest: dict[str, str] = field(default_factory=dict)
-    live: dict[str, Live] = field(default_factory=dict)
+    live: dict[str, Live | None] = field(default_factory=dict)
 
 
 def lift(probe: Probe, refused: Mapping[str, str], parameters: Sequence[str], seed: int) -> Found:
@@ -116,7 +131,11 @@ def lift(probe: Probe, refused: Mapping[str, str], parameters: Sequence[str], se
     """
     found = Found({}, dict(refused))
     for variable in list(probe.variables.values()):
+        if variable.name in found.refused:
+            continue
         coding = _coding(probe, variable, seed)
+        if variable.is_tied and (isinstance(coding, str) or coding.failed):
+            coding = _coupled(probe, found, variable, parameters, seed) or coding
         if isinstance(coding, str):
             found.refused[variable.name] = coding
         elif coding.failed and not variable.is_latent:  # of a latent the rest can be sampled
@@ -140,16 +159,41 @@ def _coding(probe: Probe, variable: Variable, seed: int) -> Coding | str:
         failed = dict.fromkeys(index.several, "not affine in the log of one component")
         return Coding(variable, variable.families[0], layout, index.where, failed)
     for layout in variable.layouts():
-        if layout.shape[1] == 1 and not variable.families:
-            continue
         index = coded_index(probe.along(variable.name), layout, _levels(variable, layout), seed)
-        for family in block_family(layout, variable.families):
+        for family in families_of(variable, layout):
             coding = _tried(probe, variable, family, layout, index)
             if best is None or len(coding.failed) < len(best.failed):
                 best = coding
             if not best.failed:
                 return best
     return best or "its elements are tied together"
+
+
+def _coupled(
+    probe: Probe, found: Found, variable: Variable, parameters: Sequence[str], seed: int
+) -> Coding | None:
+    """Vectors by single elements, with their own prior as a quadratic; None if that fails too."""
+    name, variable = variable.name, variable.with_one_unit()
+    movers = [v for v in (*probe.variables, *probe.others) if v != name and name in probe.moved_by(v)]
+    if any(v not in parameters for v in movers):
+        return None
+    before, probe.variables[name] = probe.variables[name], variable
+    layout = torch.arange(variable.size).unsqueeze(-1)
+    index = coded_index(probe.along(name), layout, _levels(variable, layout), seed)
+    for family in variable.families:
+        coding = _tried(probe, variable, family, layout, index)
+        if set(coding.failed) <= {name}:
+            probe.variables[name] = coding.variable
+            table = probe.vectors_of(name)
+            if isinstance(table, str):
+                break
+            found.tables[name] = table
+            found.refused |= {v: f"it moves the prior of {name}" for v in movers}
+            if movers:
+                found.live[name] = None
+            return replace(coding, failed={})
+    probe.variables[name] = before
+    return None
 
 
 def _levels(variable: Variable, layout: Tensor) -> Tensor:
@@ -191,6 +235,8 @@ def _tabulate(probe: Probe, found: Found, parameters: Sequence[str]) -> None:
     scopes = {n: tuple(v for v, c in found.codings.items() if n in c.where) for n in first}
     seen = {name: probe.moved_by(name) for name in found.refused}
     for name in first:
+        if name in found.tables:
+            continue
         reasons = [c.failed[name] for c in found.codings.values() if name in c.failed]
         reasons += [
             f"depends on {other}: {why}"
@@ -202,7 +248,7 @@ def _tabulate(probe: Probe, found: Found, parameters: Sequence[str]) -> None:
             reasons.append(f"{runs:,} runs of the model would be needed")
         if reasons:
             found.rest[name] = reasons[0]
-    names = [name for name in first if name not in found.rest]
+    names = [name for name in first if name not in found.rest and name not in found.tables]
     values = grid_values(probe, found, {name: scopes[name] for name in names})
     for name in names:
         is_live = any(name in seen[other] for other in found.refused)
@@ -271,7 +317,7 @@ def _check(probe: Probe, found: Found) -> None:
 
 
 def misfits(
-    found: Found, tables: Mapping[str, Table], u: Mapping[str, Tensor], pieces: Pieces
+    found: Found, tables: Mapping[str, Table | Coupled], u: Mapping[str, Tensor], pieces: Pieces
 ) -> dict[str, float]:
     """Tables that differ from the model at given values, and by how much of their terms' size."""
     statistics = {n: c.family.statistics(c.grouped(u[n])) for n, c in found.codings.items()}

@@ -13,14 +13,17 @@ from ...errors import UnsupportedModelError
 from ...model.parameters import Parameter
 from ...model.prototype import Prototype
 from .contraction import Factor, components, log_sum, seat
+from .coupled import Coupled, coupled_of
 from .elements import identities, pieces
 from .lift import Found, Pieces, Probe, grid_values, lift, misfits
+from .moments import Moments, mean_of, moments_of
 from .table import Table, monomials_of
-from .variables import Coding, Variable, latent_variable, parameter_variable
+from .variables import Variable, latent_variable, parameter_variable
 
 LEVEL = 1e-9  # nats within which components are equal
 Values = Mapping[str, Tensor]
 Factors = Callable[[str, Values], dict[str, Tensor]]
+Tables = dict[str, Table | Coupled]
 
 
 class Lifted:
@@ -51,9 +54,15 @@ class Lifted:
         latent_names = {site.name for site in prototype.latents}
         start = {p.name: p.init.double() for p in parameters} | {s.name: s.init for s in prototype.latents}
 
-        def evaluate(values: Values) -> Pieces:
+        def execute(values: Values) -> Any:
             theta = {n: v for n, v in values.items() if n not in latent_names}
-            return pieces(run({**held, **theta}, {n: values[n] for n in latent_names}), depth)
+            return run({**held, **theta}, {n: values[n] for n in latent_names})
+
+        def evaluate(values: Values) -> Pieces:
+            return pieces(execute(values), depth)
+
+        def vectors(variable: Variable, values: Values) -> Coupled | str:
+            return coupled_of(execute(values).sites[variable.name], variable)
 
         first = run({**held, **{p.name: start[p.name] for p in parameters}}, start)
         self.discrete = identities(first)
@@ -77,19 +86,40 @@ class Lifted:
         free = {s.name: (s.transform, s.unconstrained) for s in prototype.latents}
         free |= {p.name: (transform_to(p.constraint), p.unconstrained) for p in parameters}
         others = {n: (_generic(*free[n], generator), _generic(*free[n], generator)) for n in refused}
-        self.probe = Probe(evaluate, variables, others, generator)
+        self._execute = execute
+        self.probe = Probe(evaluate, vectors, variables, others, generator)
         self.parameters = tuple(p.name for p in parameters) + self.map_sites
         with torch.no_grad():
             self.found: Found = lift(self.probe, refused, self.parameters, seed)
+            self.moments = self._moments()
         self.latents = tuple(s.name for s in prototype.latents if s.name not in self.map_sites)
         for name, reason in self.found.rest.items():
             if pieces(first, depth)[name].discrete:
                 raise UnsupportedModelError(
                     f"site {name!r} depends on a discrete site and has no closed form: {reason}"
                 )
-        self._live: tuple[Values, dict[str, Table]] | None = None
+        self._live: tuple[Values, Tables] | None = None
         self._noise: dict[str, Tensor] = {}
         self._is_alone = False
+
+    def _moments(self) -> tuple[Moments, ...]:
+        """Priors of vectors whose parameters have no statistics and enter nowhere else."""
+        found, probe = self.found, self.probe
+        free = [p for p in self.parameters if p in found.refused]
+        sites = [n for n, c in found.codings.items() if c.variable.is_vector and n in found.live]
+        if not (free and sites):
+            return ()
+        seen = {p: probe.moved_by(p) for p in free}
+        return moments_of(
+            sites, self._execute, [probe.values({}), probe.values({}, 1)], free, seen.__getitem__
+        )
+
+    def matched(self, moments: Moments, q: Values, theta: Values) -> dict[str, Tensor]:
+        """Parameters of a prior of vectors at their best for a factor."""
+        if moments.loc is not None:
+            return moments.best(q["loc"], q)
+        run = self._execute({**self.probe.values({}), **{n: theta[n] for n in self.parameters}})
+        return moments.best(mean_of(run.sites[moments.site]), q)
 
     @property
     def names(self) -> frozenset[str]:
@@ -101,6 +131,12 @@ class Lifted:
         """Latents whose vectors have one factor each."""
         codings = self.found.codings.items()
         return frozenset(n for n, c in codings if c.layout.shape[1] > 1 and c.variable.is_latent)
+
+    @property
+    def singles(self) -> frozenset[str]:
+        """Latent vectors whose elements have one factor each, though they are dependent a priori."""
+        codings = self.found.codings.items()
+        return frozenset(n for n, c in codings if c.layout.shape[1] == 1 and c.variable.is_vector)
 
     @property
     def is_complete(self) -> bool:
@@ -128,6 +164,8 @@ class Lifted:
         families = {n: self.found.codings[n].family.name for n in table.index}
         seen = ", ".join(f"{n} ({family})" for n, family in families.items()) or "no variable"
         text = f"affine in the statistics of {seen}"
+        if isinstance(table, Coupled):
+            text = f"quadratic in the means of {seen}, whose elements have factors of their own"
         return f"{text}; coefficients move with parameters" if name in self.found.live else text
 
     @property
@@ -169,53 +207,24 @@ class Lifted:
         if name not in self.latents:
             return coding.statistics(values[name])
         assert coding.family.expected is not None
-        return coding.family.expected(self.factor(coding, values))
+        return coding.family.expected(coding.factor(values))
 
-    def factor(self, coding: Coding, values: Values) -> dict[str, Tensor]:
-        """A factor's parameters on the internal scale, by group."""
-        variable, layout = coding.variable, coding.layout
-        centre, unit = variable.centre.reshape(-1), variable.unit.reshape(-1)
-        if "scale_tril" in values:
-            size = layout.shape[1]
-            tril = values["scale_tril"].reshape(-1, size, size) / unit[layout].unsqueeze(-1)
-            return {"loc": ((values["loc"].reshape(-1) - centre) / unit)[layout], "scale_tril": tril}
-        if "loc" in values:
-            return {
-                "loc": (values["loc"].reshape(-1) - centre) / unit,
-                "scale": values["scale"].reshape(-1) / unit,
-            }
-        if variable.support == "simplex":
-            return {"concentration": values["concentration"].reshape(-1, variable.shape[-1])}
-        flat = {name: value.reshape(-1) for name, value in values.items()}
-        if "rate" in flat:
-            flat["rate"] = flat["rate"] * unit**coding.family.rate_power
-        return flat
-
-    def outside(self, coding: Coding, q: Values) -> dict[str, Tensor]:
-        """The way back: shaped like the guide's parameters."""
-        variable, shape = coding.variable, coding.variable.shape
-        centre, unit = variable.centre.reshape(-1), variable.unit.reshape(-1)
-        if "scale_tril" in q:
-            size = coding.layout.shape[1]
-            tril = q["scale_tril"] * unit[coding.layout].unsqueeze(-1)
-            loc = centre + unit * coding.flat(q["loc"])
-            return {"loc": loc.reshape(shape), "scale_tril": tril.reshape(*shape, size)}
-        if "loc" in q:
-            loc, scale = centre + unit * q["loc"], unit * q["scale"]
-            return {"loc": loc.reshape(shape), "scale": scale.reshape(shape)}
-        made = {name: value.reshape(shape) for name, value in q.items()}
-        if "rate" in made:
-            made["rate"] = made["rate"] / variable.unit**coding.family.rate_power
-        return made
+    def updated(self, name: str, eta: Tensor, now: Values, theta: Values) -> dict[str, Tensor]:
+        """A latent's best factor at natural parameters; rows of dependent vectors go there by Newton."""
+        table, coding = self.tables(theta).get(name), self.found.codings[name]
+        if isinstance(table, Coupled):
+            return table.updated(eta, now)
+        assert coding.family.updated is not None
+        return coding.family.updated(eta, now)
 
     def entropy(self, name: str, values: Values) -> Tensor:
         """Of a latent's factor with these parameters, in nats."""
         coding = self.found.codings[name]
         assert coding.family.entropy is not None
-        inner = coding.family.entropy(self.factor(coding, values)).sum()
+        inner = coding.family.entropy(coding.factor(values)).sum()
         return inner + coding.variable.unit.log().sum()
 
-    def tables(self, theta: Values) -> dict[str, Table]:
+    def tables(self, theta: Values) -> Tables:
         """All tables, those whose coefficients move with parameters at these ones."""
         if not self.found.live:
             return self.found.tables
@@ -225,15 +234,20 @@ class Lifted:
             known = self._live[0]
             if all(torch.equal(known[n], given[n]) for n in given):
                 return self._live[1]
-        scopes = {name: live.scope for name, live in self.found.live.items()}
-        made = dict(self.found.tables)
+        made, lives = dict(self.found.tables), {n: v for n, v in self.found.live.items() if v is not None}
+        for name in self.found.live.keys() - lives.keys():
+            prior = self.probe.vectors_of(name, given)
+            assert isinstance(prior, Coupled)
+            made[name] = prior
+        scopes = {name: live.scope for name, live in lives.items()}
         for name, values in grid_values(self.probe, self.found, scopes, given).items():
-            live = self.found.live[name]
+            live, table = lives[name], made[name]
+            assert isinstance(table, Table)
             codings = [self.found.codings[n] for n in live.scope]
             _, monomials = monomials_of(values, name, codings, live.kept)
             if live.grouping is not None:
                 monomials = [replace(m, coefficient=live.grouping.added(m.coefficient)) for m in monomials]
-            made[name] = replace(made[name], monomials=tuple(monomials))
+            made[name] = replace(table, monomials=tuple(monomials))
         if not needs_gradient:
             self._live = {n: v.detach().clone() for n, v in given.items()}, made
         return made
@@ -257,7 +271,7 @@ class Lifted:
         """
         found, factors = {}, []
         for name, table in self.tables(theta).items():
-            if table.discrete:
+            if isinstance(table, Table) and table.discrete:
                 is_still = kept is not None and only is not None and table.scope.isdisjoint(only)
                 factors.append(self._factor(table, statistics, kept if is_still else None))
                 found[name] = torch.zeros((), dtype=torch.float64)
@@ -307,7 +321,9 @@ class Lifted:
     def responsibilities(self, statistics: Values, theta: Values) -> dict[str, Tensor]:
         """Marginal probabilities of each discrete site: (values, *plates)."""
         tables = self.tables(theta)
-        factors = [self._factor(t, statistics) for t in tables.values() if t.discrete]
+        factors = [
+            self._factor(t, statistics) for t in tables.values() if isinstance(t, Table) and t.discrete
+        ]
         values = [f.value.detach().clone().requires_grad_() for f in factors]
         with torch.enable_grad():
             made = [replace(f, value=v, scale=1.0) for f, v in zip(factors, values, strict=True)]

@@ -30,6 +30,7 @@ class Variable:
         families: candidates for single elements, best first.
         centre, unit: shaped like the value.
         event_dim: trailing dimensions that one factor of a guide may tie together.
+        is_vector: whether its prior is one of vectors.
     """
 
     name: str
@@ -39,6 +40,12 @@ class Variable:
     centre: Tensor
     unit: Tensor
     event_dim: int
+    is_vector: bool = False
+
+    @property
+    def is_tied(self) -> bool:
+        """True if elements depend on each other a priori."""
+        return self.is_vector and self.shape[-1] > 1
 
     @property
     def shape(self) -> torch.Size:
@@ -62,6 +69,10 @@ class Variable:
         """The same variable with u in its own unit."""
         return replace(self, unit=torch.ones_like(self.unit))
 
+    def with_one_unit(self) -> "Variable":
+        """The same variable with one unit for all elements, their average."""
+        return replace(self, unit=torch.full_like(self.unit, float(self.unit.mean())))
+
     def random(self, generator: torch.Generator) -> Tensor:
         """Flat generic values of u."""
         noise = torch.randn(self.size, generator=generator, dtype=torch.float64)
@@ -76,12 +87,11 @@ class Variable:
     def layouts(self) -> list[Tensor]:
         """Ways to see the elements as groups, (groups, members): one by one first, then blocks."""
         numbers = torch.arange(self.size).reshape(self.shape)
-        found = [numbers.reshape(-1, 1)]
+        found = [] if self.is_tied else [numbers.reshape(-1, 1)]
         if self.support != "real" or self.size == 1:
             return found
         if self.is_latent:
-            inner = self.shape[len(self.shape) - self.event_dim :].numel()
-            blocks = [numbers.reshape(-1, inner)] if self.event_dim else []
+            blocks = [numbers.reshape(-1, self.shape[-1])] if self.event_dim == 1 else []  # no matrices
         else:
             last = self.shape[-1]
             blocks = [numbers.reshape(-1, last), numbers.reshape(-1, last).T, numbers.reshape(1, -1)]
@@ -100,8 +110,8 @@ def latent_variable(latent: Latent, site: Site) -> Variable | str:
         return Variable(latent.name, True, "simplex", (dirichlet(size),), *_plain(shape), latent.event_dim)
     if kind == "MultivariateNormal":
         return Variable(
-            latent.name, True, "real", (), fn.loc.detach().expand(shape).clone(),
-            fn.variance.detach().sqrt().expand(shape).clone(), latent.event_dim,
+            latent.name, True, "real", FACTORS["Normal"], fn.loc.detach().expand(shape).clone(),
+            fn.variance.detach().sqrt().expand(shape).clone(), latent.event_dim, True,
         )  # fmt: skip
     if kind not in FACTORS:
         return f"no conjugate family for {kind}"
@@ -204,7 +214,44 @@ class Coding:
         """T at a value of the variable, (statistics, groups)."""
         return self.family.statistics(self.grouped(self.variable.internal(value)))
 
+    def factor(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A factor's parameters on the internal scale, by group."""
+        variable, layout = self.variable, self.layout
+        centre, unit = variable.centre.reshape(-1), variable.unit.reshape(-1)
+        if "scale_tril" in values:
+            size = layout.shape[1]
+            tril = values["scale_tril"].reshape(-1, size, size) / unit[layout].unsqueeze(-1)
+            return {"loc": ((values["loc"].reshape(-1) - centre) / unit)[layout], "scale_tril": tril}
+        if "loc" in values:
+            return {
+                "loc": (values["loc"].reshape(-1) - centre) / unit,
+                "scale": values["scale"].reshape(-1) / unit,
+            }
+        if variable.support == "simplex":
+            return {"concentration": values["concentration"].reshape(-1, variable.shape[-1])}
+        flat = {name: value.reshape(-1) for name, value in values.items()}
+        if "rate" in flat:
+            flat["rate"] = flat["rate"] * unit**self.family.rate_power
+        return flat
 
-def block_family(layout: Tensor, families: Sequence[Family]) -> tuple[Family, ...]:
-    """The candidates for groups of a layout."""
-    return tuple(families) if layout.shape[1] == 1 and families else (block_normal(layout.shape[1]),)
+    def outside(self, q: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The way back: shaped like the guide's parameters."""
+        variable, shape = self.variable, self.variable.shape
+        centre, unit = variable.centre.reshape(-1), variable.unit.reshape(-1)
+        if "scale_tril" in q:
+            size = self.layout.shape[1]
+            tril = q["scale_tril"] * unit[self.layout].unsqueeze(-1)
+            loc = centre + unit * self.flat(q["loc"])
+            return {"loc": loc.reshape(shape), "scale_tril": tril.reshape(*shape, size)}
+        if "loc" in q:
+            loc, scale = centre + unit * q["loc"], unit * q["scale"]
+            return {"loc": loc.reshape(shape), "scale": scale.reshape(shape)}
+        made = {name: value.reshape(shape) for name, value in q.items()}
+        if "rate" in made:
+            made["rate"] = made["rate"] / variable.unit**self.family.rate_power
+        return made
+
+
+def families_of(variable: Variable, layout: Tensor) -> tuple[Family, ...]:
+    """The candidates for the groups of a layout."""
+    return variable.families if layout.shape[1] == 1 else (block_normal(layout.shape[1]),)

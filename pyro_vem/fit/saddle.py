@@ -1,0 +1,78 @@
+"""Points where the gradient vanishes and the bound still rises: saddles, where no step would leave."""
+
+import warnings
+
+import numpy as np
+from scipy.sparse import linalg as sparse_linalg
+
+from .setup import Setup
+from .smooth import Smooth, Vector
+from .state import State, elbo_at, joint_loss, moved
+
+SMALL = 30  # parameters up to which the whole Hessian is formed
+MOST_ROUNDS = 12  # of the search for a direction of negative curvature
+NEGATIVE = -1e-3  # curvature in scaled coordinates, where one is a factor's own
+LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01)  # of trial steps; coordinates are scaled to posterior sds
+ENTERS = 0.1  # share of the largest part of a direction, by which a name enters it
+
+
+def past_saddle(setup: Setup, state: State, scale: Vector, tol: float) -> tuple[State, str] | None:
+    """A higher point along a direction of negative curvature, with what lies along it.
+
+    None if the smallest curvature that a few Hessian-vector products find is not negative, or if
+    nothing is gained along it (a flat direction, of parameters that are not identified).
+
+    Args:
+        setup: the problem.
+        state: where the gradient vanishes.
+        scale: lengths of both blocks.
+        tol: gain in nats that matters.
+
+    References:
+        Knyazev (2001), Toward the optimal preconditioned eigensolver, SIAM J. Sci. Comput. 23.
+    """
+    smooth = Smooth(joint_loss(setup), state.joint, scale)
+    direction = _most_negative(smooth, scale.size)
+    if direction is None:
+        return None
+    best = state
+    for length in LENGTHS:
+        for sign in (1.0, -1.0):
+            x = smooth.point(sign * length * direction)
+            trial = moved(setup, state, "joint", x, elbo_at(setup, *np.split(x, [setup.phi.size])))
+            if trial.elbo > best.elbo:
+                best = trial
+        if best.elbo > state.elbo + 10 * tol:
+            return best, _names(setup, direction)
+    return None
+
+
+def _most_negative(smooth: Smooth, size: int) -> Vector | None:
+    """A direction of negative curvature, its largest part one; None if none was found."""
+    zero = np.zeros(size)
+    if size <= SMALL:
+        hessian = np.stack([smooth.hessian_product(zero, e) for e in np.eye(size)])
+        if not np.isfinite(hessian).all():
+            return None
+        values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+    else:
+        operator = sparse_linalg.LinearOperator(
+            (size, size), matvec=lambda v: smooth.hessian_product(zero, np.ravel(v)), dtype=float
+        )
+        start = np.random.default_rng(0).standard_normal((size, 1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its own accuracy does not matter here
+            values, vectors = sparse_linalg.lobpcg(
+                operator, start, largest=False, maxiter=MOST_ROUNDS, tol=0.1
+            )
+    if not values[0] < NEGATIVE:
+        return None
+    return np.asarray(vectors[:, 0] / np.abs(vectors[:, 0]).max())
+
+
+def _names(setup: Setup, direction: Vector) -> str:
+    """The parameters that enter a direction."""
+    parts: dict[str, float] = {}
+    for block, part in zip((setup.phi, setup.theta), np.split(direction, [setup.phi.size]), strict=True):
+        parts |= {name: float(np.abs(part[block.where([name])]).max(initial=0)) for name in block.names}
+    return ", ".join(name for name, size in parts.items() if size > ENTERS)
