@@ -292,17 +292,22 @@ def _table(
     shape = tuple(values.shape[len(scope) :])
     kept, monomials = monomials_of(values, name, [found.codings[n] for n in scope], None)
     groups: Grouping | None = None
-    entries: dict[str, Tensor | Rows] = {}
+    entries: dict[str, Tensor | Rows | None] = {}
     if piece.discrete:
         noise = ROUNDING * float(values.abs().amax())
         entries |= {n: in_rows(narrowed(i), len(found.codings[n].layout)) for n, i in index.items()}
         monomials = [Monomial(m.powers, narrowed(m.coefficient, noise)) for m in monomials]
     else:
         groups, kept_index = grouping(index, shape)
-        entries |= kept_index
+        entries |= {n: _in_order(i, len(found.codings[n].layout)) for n, i in kept_index.items()}
         monomials = [Monomial(m.powers, groups.added(m.coefficient)) for m in monomials]
     table = Table(name, entries, tuple(monomials), shape, piece.discrete, piece.scale, piece.inner)
     return table, Live(scope, tuple(kept), groups)
+
+
+def _in_order(index: Tensor, groups: int) -> Tensor | None:
+    """None for an index that is all groups in order: nothing need be gathered."""
+    return None if len(index) == groups and torch.equal(index, torch.arange(groups)) else index
 
 
 def _check(probe: Probe, found: Found) -> None:

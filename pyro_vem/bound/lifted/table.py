@@ -54,7 +54,7 @@ class Table:
 
     Attributes:
         name: site of the factor.
-        index: group of each variable in scope, for each element of the factor.
+        index: group of each variable in scope, for each element of the factor; None for all in order.
         monomials: what is added up.
         shape: of the elements; empty leading part if there is no discrete site.
         discrete: the enumerated sites that the leading dimensions run over.
@@ -63,7 +63,7 @@ class Table:
     """
 
     name: str
-    index: Mapping[str, Tensor | Rows]
+    index: Mapping[str, Tensor | Rows | None]
     monomials: tuple[Monomial, ...]
     shape: tuple[int, ...]
     discrete: tuple[int, ...]
@@ -96,8 +96,10 @@ class Table:
         return total
 
 
-def gathered(statistic: Tensor, index: Tensor | Rows) -> Tensor:
-    """A statistic at an index."""
+def gathered(statistic: Tensor, index: Tensor | Rows | None) -> Tensor:
+    """A statistic at an index; None stands for all groups in order."""
+    if index is None:
+        return statistic
     if isinstance(index, Rows):
         return index.of(statistic)
     return statistic.index_select(0, index.reshape(-1)).reshape(index.shape)
