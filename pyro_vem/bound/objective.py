@@ -16,7 +16,7 @@ from .grids import Batch, Rows, grid, split
 from .lifted.marginal import density_of
 from .problem import Problem
 from .tables import Plan
-from .terms import site_terms
+from .terms import Part, site_terms, term_parts
 
 Values = Mapping[str, Tensor]
 
@@ -193,6 +193,15 @@ class Objective:
             return {name: values.mean(0) for name, values in self._each(one, self.noise).items()}
         noise, weights = grid(self.specs, batch.scope, batch.nodes)
         return {name: weights @ values for name, values in self._each(one, noise).items()}
+
+    def row_parts(self, phi: Values, theta: Values, of: Callable[[list[Part]], Tensor]) -> Tensor:
+        """Something made of the pieces of one draw's terms, at each of the fixed draws: (draws, ...)."""
+
+        def one(noise: Values) -> dict[str, Tensor]:
+            sites, model = self.problem.run(phi, theta, noise)
+            return {"": of(term_parts(self.plan, sites, model.sites, density_of(model)))}
+
+        return self._each(one, self.noise)[""] if self.specs else one({})[""].unsqueeze(0)
 
     def with_other_draws(self, num_draws: int) -> "Objective":
         """The same bound on draws of another seed, and another number of them."""

@@ -1,7 +1,7 @@
 """`VEMResult`: what a fit found, frozen, with everything one does next as a method."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -224,51 +224,23 @@ class VEMResult:
         with isolated(torch.float64):
             return terms.responsibilities(self.guide_params, self.params)
 
-    def covariance(
-        self,
-        of: Literal["latents", "params"] = "latents",
-        method: Literal["linear_response", "psis"] = "linear_response",
-        names: Sequence[str] | None = None,
-    ) -> Any:
-        """Covariance matrix on the constrained scale, as a labelled pandas frame.
+    def covariance(self, of: Literal["latents", "params"] = "latents", **kwargs: Any) -> Any:
+        """Of latents or estimates, as a labelled frame; see `pyro_vem.posterior.covariance.covariance`."""
+        from ..posterior.covariance import covariance
 
-        Args:
-            of: "latents" (given the parameters), or "params": of the estimates, from the inverse
-                Hessian of the bound in all its parameters.
-            method: of latents: "linear_response", or "psis" for importance-weighted moments.
-            names: sites (or parameters) to look at; all by default.
+        return covariance(self, of, **kwargs)
 
-        Raises:
-            ModelError: where there is none: the fit has not converged, the Hessian is not
-                definite, or the weights cannot be believed; the message says which.
-
-        References:
-            Giordano, Broderick and Jordan (2018), Covariances, robustness, and variational
-            Bayes, JMLR 19(51).
-
-        Example:
-            >>> import pyro, torch, pyro.distributions as dist
-            >>> import pyro_vem as vem
-            >>> def model(x, y):
-            ...     a = pyro.sample("a", dist.Normal(0.0, 1.0))
-            ...     b = pyro.sample("b", dist.Normal(0.0, 1.0))
-            ...     with pyro.plate("rows", 2):
-            ...         pyro.sample("y", dist.Normal(a + b * x, 1.0), obs=y)
-            >>> data = {"x": torch.tensor([1.0, 1.0]), "y": torch.tensor([2.0, 0.0])}
-            >>> print(vem.fit_vem(model, data, progress=False).covariance().round(3))
-                 a    b
-            a  0.6 -0.4
-            b -0.4  0.6
-        """
-        from ..posterior import covariance
-
-        return covariance.covariance(self, of, method, names)
-
-    def standard_errors(self) -> dict[str, Tensor]:
-        """Standard errors of the parameters on their constrained scale; see `covariance`."""
+    def standard_errors(self, plate: str | None = None) -> dict[str, Tensor]:
+        """Of the parameters on their constrained scale; with a plate, by the sandwich; see `covariance`."""
         from ..posterior.covariance import standard_errors
 
-        return standard_errors(self)
+        return standard_errors(self, plate)
+
+    def criteria(self, plate: str | None = None) -> Any:
+        """AIC and BIC, or bounds on them; see `pyro_vem.posterior.criteria.criteria`."""
+        from ..posterior.criteria import criteria
+
+        return criteria(self, plate)
 
     def diagnose(self, **kwargs: Any) -> Any:
         """How far the fit can be believed; see `pyro_vem.posterior.diagnose.diagnose`."""

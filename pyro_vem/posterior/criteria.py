@@ -1,0 +1,105 @@
+"""AIC and BIC of a fit by maximum likelihood; what a bound makes of them is said."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.distributions import (
+    LowerCholeskyTransform,
+    PositiveDefiniteTransform,
+    SoftmaxTransform,
+    transform_to,
+)
+
+from ..errors import ModelError, unknown_names
+from ..fit.result import VEMResult
+from ..model.parameters import Parameter
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """Information criteria; lower is better.
+
+    Attributes:
+        aic: Akaike's (1974), -2 log likelihood + 2 k.
+        bic: Schwarz's (1978), -2 log likelihood + k log n.
+        num_parameters: k, free numbers in the parameters.
+        num_rows: n.
+        is_bound: whether latents are averaged over by factors: the ELBO stands for the log
+            likelihood then, and each criterion is at most what is given here. Two such bounds do
+            not rank two models unless their gaps are alike.
+    """
+
+    aic: float
+    bic: float
+    num_parameters: int
+    num_rows: int
+    is_bound: bool
+
+    def __str__(self) -> str:
+        sign = "<=" if self.is_bound else "="
+        return (
+            f"AIC {sign} {self.aic:.2f}, BIC {sign} {self.bic:.2f} "
+            f"({self.num_parameters} parameters, {self.num_rows} rows)"
+        )
+
+
+def criteria(fit: VEMResult, plate: str | None = None) -> Criteria:
+    """AIC and BIC of the fitted parameters.
+
+    Args:
+        fit: the result.
+        plate: whose rows are independent, n of the BIC; by default every observed value counts.
+
+    Raises:
+        ModelError: if the model has no parameters, or its parameters have priors (`map_sites`).
+
+    References:
+        Akaike (1974), A new look at the statistical model identification, IEEE Trans. Autom.
+        Control 19. Schwarz (1978), Estimating the dimension of a model, Ann. Stat. 6.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> import pyro_vem as vem
+        >>> def model(y):
+        ...     mu = pyro.param("mu", torch.tensor(0.0))
+        ...     with pyro.plate("rows", len(y)):
+        ...         z = pyro.sample("z", dist.Normal(mu, 1.0))
+        ...         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> fit = vem.fit_vem(model, {"y": torch.tensor([1.0, 2.0, 6.0])}, progress=False)
+        >>> print(fit.criteria())
+        AIC <= 16.59, BIC <= 15.69 (1 parameters, 3 rows)
+    """
+    setup = fit.setup
+    if setup.problem.map_sites:
+        raise ModelError(
+            f"latents {', '.join(setup.problem.map_sites)} are point estimates with priors: AIC and BIC are "
+            "of likelihoods; fit.loo() compares such models"
+        )
+    if not setup.theta.size:
+        raise ModelError("the model has no free parameters: fit.loo() compares models by their posteriors")
+    k = sum(_free(parameter) for parameter in setup.theta.parameters)
+    n = _rows(fit, plate)
+    aic, bic = -2 * fit.elbo + 2 * k, -2 * fit.elbo + k * math.log(n)
+    return Criteria(aic, bic, k, n, setup.phi.size > 0)
+
+
+def _free(parameter: Parameter) -> int:
+    """Numbers of a parameter that may move by themselves."""
+    shape, transform = parameter.init.shape, transform_to(parameter.constraint)
+    if isinstance(transform, SoftmaxTransform):
+        return shape[:-1].numel() * (shape[-1] - 1)
+    if isinstance(transform, LowerCholeskyTransform | PositiveDefiniteTransform):
+        return int(torch.ones(shape).tril().sum())
+    return int(transform.inv(parameter.init).numel())
+
+
+def _rows(fit: VEMResult, plate: str | None) -> int:
+    plates = {p.name: p.size for plates in fit.setup.prototype.plates for p in plates}
+    if plate is not None:
+        message = unknown_names("plate", (plate,), list(plates))
+        if message:
+            raise ModelError(message)
+        return plates[plate]
+    values = fit.draw(1, 0, "log_likelihood")["log_likelihood"].values()
+    return max(1, sum(value.numel() for value in values))

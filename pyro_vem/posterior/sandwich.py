@@ -1,0 +1,109 @@
+"""Standard errors that do not believe the model: the sandwich, over the rows of a plate."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..bound.terms import Part
+from ..errors import ModelError, unknown_names
+from ..fit.result import VEMResult
+from ..model.runtime import isolated
+from ..model.sites import plates_of
+from .arrowhead import Indices, Vector
+from .linear_response import inverse_hessian
+
+STEP = 1e-4  # of a coordinate's length, for central differences of the scores
+MOST_COORDINATES = 2000  # of parameters and global factors: the bound is evaluated twice for each
+POINTS = 256  # fixed draws that rows without a closed form are averaged over
+
+
+def sandwich(fit: VEMResult, plate: str) -> Vector:
+    """Covariance of the unconstrained parameters, A^-1 B A^-1.
+
+    A is minus the Hessian of the bound with the factors inside the plate profiled out, B the sum of
+    outer products of the rows' scores. Rows must be independent given the parameters and the
+    factors outside the plate; whether they follow the model does not matter.
+
+    Args:
+        fit: the result.
+        plate: name of the plate.
+
+    Raises:
+        ModelError: if the bound does not come apart by the rows of that plate, or has no covariance.
+    """
+    setup = fit.setup
+    known = {p.name: p for plates in setup.prototype.plates for p in plates}
+    message = unknown_names("plate", (plate,), list(known))
+    if message:
+        raise ModelError(message)
+    inverse, lengths, flat = inverse_hessian(fit, "joint")
+    size = setup.phi.size
+    outer = _outside(fit, plate)
+    psi = np.concatenate([outer, np.arange(size, len(flat))]).astype(np.intp)
+    if len(psi) > MOST_COORDINATES:
+        raise ModelError(
+            f"{len(psi):,} parameters and factors outside plate {plate!r}: scores of more than "
+            f"{MOST_COORDINATES:,} are not computed"
+        )
+    theta = np.arange(len(outer), len(psi))
+    bread = inverse.covariance(psi)[theta]
+    scores = _scores(fit, plate, flat, lengths, psi)
+    half = scores @ bread.T  # (rows, parameters)
+    return np.outer(lengths[size:], lengths[size:]) * (half.T @ half)
+
+
+def _outside(fit: VEMResult, plate: str) -> Indices:
+    """Coordinates of phi that belong to factors outside a plate."""
+    phi, prefixes = fit.setup.phi, []
+    for site in fit.setup.prototype.latents:
+        if any(p.name == plate for p in site.plates):
+            prefixes.append(site.name)
+    inside = [name for name in phi.names if name.split(".")[-1] in prefixes]
+    encoded = [name for name in phi.names if "$$$" in name]
+    if encoded:
+        raise ModelError("factors from an encoder are not those of single rows: there is no sandwich")
+    return np.flatnonzero(~phi.where(inside))
+
+
+def _scores(fit: VEMResult, plate: str, flat: Vector, lengths: Vector, psi: Indices) -> Vector:
+    """Derivatives of each row's part of the bound in the scaled coordinates psi, (rows, psi)."""
+    columns = []
+    for index in psi:
+        step = np.zeros_like(flat)
+        step[index] = STEP * lengths[index]
+        up, down = (_rows(fit, plate, x) for x in (flat + step, flat - step))
+        columns.append((up - down).numpy() / (2 * STEP))
+    return np.stack(columns, axis=1)
+
+
+def _rows(fit: VEMResult, plate: str, x: Vector) -> Tensor:
+    """The bound by rows of a plate, at a flat point."""
+    setup, objective = fit.setup, fit.setup.objective
+    if objective.exact is not None and objective.exact.not_averages:
+        raise ModelError(
+            "the bound sums discrete sites out at expected log densities, which do not come apart by "
+            "rows: there is no sandwich where latents go with discrete sites"
+        )
+    phi, theta = (torch.from_numpy(part.copy()) for part in np.split(x, [setup.phi.size]))
+    with isolated(torch.float64), torch.no_grad():
+        values = setup.phi.constrained(phi), setup.theta_values(theta)
+        return objective.row_parts(*values, lambda parts: _by_row(parts, plate)).mean(0)
+
+
+def _by_row(parts: list[Part], plate: str) -> Tensor:
+    """Pieces of one draw's terms, added up by rows of a plate."""
+    total: Tensor | None = None
+    for row, value, frames in parts:
+        dims = [p.dim for p in plates_of({"cond_indep_stack": frames}) if p.name == plate]
+        if dims:
+            rest = [d for d in range(-value.dim(), 0) if d != dims[0]]
+            one = value.sum(rest) if rest else value
+            total = one if total is None else total + one
+        elif row.kind == "likelihood":
+            raise ModelError(
+                f"site {row.site!r} is outside plate {plate!r}: rows are found by plates; nest the plate of "
+                "the site in it, instead of an index"
+            )
+    if total is None:
+        raise ModelError(f"nothing is inside plate {plate!r}")
+    return total
