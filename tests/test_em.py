@@ -442,6 +442,12 @@ def test_a_mixture_can_be_saved(fit, tmp_path):
     assert torch.equal(again.sample(3)["mu"], result.sample(3)["mu"])
 
 
+def test_starts_are_saved(fit, tmp_path):
+    result = fit(zoo_em.two_waits, WAITS, num_starts=2)
+    result.save(tmp_path / "fit")
+    assert vem.VEMResult.load(tmp_path / "fit", zoo_em.two_waits).starts == result.starts
+
+
 PARALLEL = {"infer": {"enumerate": "parallel"}}
 Y8 = torch.tensor([0.1, -0.8, 0.4, 0.9, -0.3, 6.1, 5.2, 5.9], dtype=D)
 
@@ -530,3 +536,28 @@ def test_a_latent_under_a_discrete_site(fit):
     evidence = float((wide.log_prob(Y8.unsqueeze(-1)).logsumexp(-1) - np.log(2)).sum())
     assert evidence - 5 < result.elbo < evidence
     assert result.sample(2)["u"].shape == (2, 8)
+
+
+def test_a_component_that_collapses_has_run_away(fit):
+    """One point alone in a component: the likelihood grows without bound as its sd vanishes."""
+
+    def model(y):
+        mu = pyro.param("mu", torch.tensor([0.0, 5.0]))
+        sd = pyro.param("sd", torch.tensor([1.0, 0.05]), constraint=constraints.positive)
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2), **PARALLEL)
+            pyro.sample("y", dist.Normal(mu[z], sd[z]), obs=y)
+
+    y = torch.cat([torch.randn(50, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0])])
+    with pytest.warns(UserWarning, match="'sd' has run away"):
+        assert fit(model, {"y": y}).status is vem.Status.diverged
+
+
+def test_an_observation_mask_under_a_discrete_site_names_the_remedy(fit):
+    def model(y, mask):
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2), **PARALLEL)
+            pyro.sample("y", dist.Normal(torch.tensor([0.0, 5.0])[z], 1.0), obs=y, obs_mask=mask)
+
+    with pytest.raises(vem.UnsupportedModelError, match=r"use pyro\.poutine\.mask"):
+        fit(model, {"y": Y8, "mask": torch.arange(8) > 2})

@@ -234,7 +234,7 @@ class Run:
             return False
         scale = self.scales.of(self.state, "joint", self.iterations)
         left = remaining(self.setup, self.state, scale, tol)
-        if left.is_small(tol) or (left.gain == np.inf and gain < tol):
+        if left.is_small(tol) or (left.is_no_maximum and gain < tol):
             if self._has_left_saddle(scale):
                 return False
             if left.is_small(tol):

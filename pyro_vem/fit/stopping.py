@@ -12,6 +12,7 @@ from .state import State, joint_loss
 GRADIENT_LIMIT = 1e-3  # of the scaled gradient per square root of dimension: posterior sds
 RUNAWAY = 25.0  # |log sd| beyond which a factor has collapsed or exploded
 DRIFT = 1e8  # movement of a real parameter, relative to its start, that no data set needs
+CANCELLED = 17.0  # log ratio at which x^-2 outgrows the digits of the statistics beside it
 FAR = 50.0  # movement of a constrained one on its unconstrained (mostly log) scale, likewise
 
 
@@ -30,6 +31,11 @@ class Remaining:
     def is_small(self, tol: float) -> bool:
         """The stopping rule."""
         return self.gain < tol and self.gradient < GRADIENT_LIMIT
+
+    @property
+    def is_no_maximum(self) -> bool:
+        """True where the gradient vanishes, and the bound curves upwards."""
+        return self.gain == float("inf") and self.gradient < GRADIENT_LIMIT
 
 
 def remaining(setup: Setup, state: State, scale: Vector, tol: float) -> Remaining:
@@ -51,9 +57,12 @@ def runaway(setup: Setup, state: State, start: State) -> str | None:
             if log_scale.size and np.abs(log_scale).max() > RUNAWAY:
                 return site.name
     drift = np.abs(state.theta - start.theta)
+    tabulated = setup.lifted.lifted.found.codings if setup.lifted is not None else {}
     for parameter in setup.theta.parameters:
         where = setup.theta.where([parameter.name])
         limit = DRIFT * (1 + np.abs(start.theta[where])) if parameter.is_real else FAR
+        if parameter.name in tabulated and tabulated[parameter.name].variable.support == "positive":
+            limit = CANCELLED
         if (drift[where] > limit).any():
             return parameter.name
     return None

@@ -20,10 +20,11 @@ from ..model.runtime import isolated
 from .exactness import compile_terms, settle
 from .result import VEMResult
 from .setup import FitOptions, Setup, set_up
+from .starts import Start
 from .state import State
 from .status import Status, Step
 
-FORMAT = "pyro_vem.result.1"
+FORMAT = "pyro_vem.result.2"
 
 
 def save(fit: VEMResult, path: str | Path) -> None:
@@ -50,6 +51,7 @@ def save(fit: VEMResult, path: str | Path) -> None:
         "history": [asdict(row) for row in fit.history],
         "plan": {"rows": [asdict(row) for row in fit.plan.rows], "notes": fit.plan.notes},
         "terms": asdict(fit.terms),
+        "starts": [{**asdict(start), "status": start.status.name} for start in fit.starts],
     }
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -92,6 +94,7 @@ def load(path: str | Path, model: Callable[..., Any], data: Any, guide: Any) -> 
         ElboTerms(tuple(_row(TermRow, row) for row in terms["rows"]), terms["elbo"], terms["elbo_se"]),
         summary["seed"],
         setup,
+        starts=tuple(Start(**{**start, "status": Status[start["status"]]}) for start in summary["starts"]),
     )
 
 

@@ -104,7 +104,7 @@ def latent_variable(latent: Latent, site: Site) -> Variable | str:
     kind = type(fn).__name__
     shape = latent.init.shape
     if latent.idle is not None:
-        return "some of its elements are masked out"
+        return "some of its elements are masked out (instead of obs_mask, use pyro.poutine.mask)"
     if kind == "Dirichlet":
         size = shape[-1]
         return Variable(latent.name, True, "simplex", (dirichlet(size),), *_plain(shape), latent.event_dim)
