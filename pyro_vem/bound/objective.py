@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..model.data import Arguments
 from ..model.runtime import Execution, is_summed_out
 from .draws import NoiseSpec, independent_noise, matched_noise
 from .exact import ExactTerms
@@ -202,6 +203,14 @@ class Objective:
             return {"": of(term_parts(self.plan, sites, model.sites, density_of(model)))}
 
         return self._each(one, self.noise)[""] if self.specs else one({})[""].unsqueeze(0)
+
+    def on(self, call: Arguments, noise: Values | None) -> "Objective":
+        """The same bound on other data of the same shapes, and on given noise."""
+        twin = copy.copy(self)
+        twin.problem = replace(self.problem, call=call)
+        if noise is not None:
+            twin._noise = dict(noise)
+        return twin
 
     def with_other_draws(self, num_draws: int) -> "Objective":
         """The same bound on draws of another seed, and another number of them."""

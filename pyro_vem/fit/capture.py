@@ -117,8 +117,8 @@ def capture(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, other: Tens
     for eager, extra in ((both, False), (product, True)):
         arguments = [[*point, _noise(x, generator)] if extra else point for point in points]
         try:
-            graph = _compiled(eager, arguments[0])
-            gap = max(_gap(graph(*given), eager(*given)) for given in arguments)
+            graph = compiled(eager, arguments[0])
+            gap = max(gap_between(graph(*given), eager(*given)) for given in arguments)
         except Exception as error:  # whatever tracer or compiler refuses, the eager path serves
             return str(error).strip().splitlines()[0][:160]
         if not gap <= AGREEMENT:
@@ -131,7 +131,8 @@ def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype)
 
 
-def _gap(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def gap_between(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest difference between two lists of tensors, relative to each one's size."""
     worst = 0.0
     for a, b in zip(found, wanted, strict=True):
         gap = float((a - b).abs().max() / (b.abs().max() + 1e-300)) if b.numel() else 0.0
@@ -139,7 +140,8 @@ def _gap(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return worst
 
 
-def _compiled(eager: Callable[..., Any], arguments: list[Tensor]) -> Graph:
+def compiled(eager: Callable[..., Any], arguments: list[Tensor], has_compiler: bool = True) -> Graph:
+    """The graph of a function of tensors, through inductor or replayed as it is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's of itself
         # Here: they load dynamo and sympy, seconds that few fits need.
@@ -150,7 +152,7 @@ def _compiled(eager: Callable[..., Any], arguments: list[Tensor]) -> Graph:
         warnings.simplefilter("ignore")  # torch's of itself
         module = make_fx(eager)(*arguments)
         constants = _lift(module)
-        graph = inductor.compile(module, [*arguments, *constants])
+        graph: Graph = inductor.compile(module, [*arguments, *constants]) if has_compiler else module
     return lambda *given: graph(*given, *constants)
 
 

@@ -14,12 +14,15 @@ from ..bound.elbo import AnalyticKL_ELBO
 from ..model.runtime import isolated
 from ..model.sites import init_strategy
 from .capture import Compile
+from .minibatch import fit_batches
 from .result import VEMResult
 from .run import Callback, MStep, Run, Schedule, StepMethod
 from .setup import FitOptions, Setup, set_up
 from .starts import best_of
-from .status import Status
+from .state import State
+from .status import Status, Step
 
+PILOT_TOL, PILOT_ROUNDS = 1e-2, 100
 SERIAL = 10_000_000  # numbers in the data below which a fit runs on one thread
 
 
@@ -35,6 +38,8 @@ def fit_vem(
     tol: float = 1e-8,
     max_iter: int = 1000,
     num_starts: int = 1,
+    batch_size: int | None = None,
+    validation: Any = None,
     init: Any = None,
     compile: Compile = "auto",
     callbacks: Sequence[Callback] = (),
@@ -73,6 +78,12 @@ def fit_vem(
         num_starts: fits from different starts, of which the best is returned; ``fit.starts`` says
             how far the others agree. Starts after the first one draw latents from the prior, or
             responsibilities of discrete sites at random.
+        batch_size: rows of a minibatch, for data that are too many for full sweeps (a DataLoader or
+            another iterable of mappings as `data` says it itself). Every array whose first dimension a
+            plate follows is sliced, and that plate is scaled by rows / batch in model and guide.
+            `max_iter` counts epochs then.
+        validation: held-out rows, as `data`, for a fit with encoders on batches: the rate falls where
+            their bound stops rising, and the best state is returned.
         init: initial values on the constrained scale by site and parameter name, a Pyro init
             strategy, or an earlier result (warm start).
         compile: whether a bound that runs the model is traced once and compiled (by inductor, which
@@ -117,6 +128,12 @@ def fit_vem(
     begin = time.perf_counter()
     warm = init if isinstance(init, VEMResult) else None
     given = _warm_strategy(warm) if warm else init
+    if batch_size is not None or _is_stream(data):
+        with isolated(torch.float64, seed, 1), np.errstate(over="ignore", invalid="ignore"):
+            return fit_batches(
+                model, data, guide, elbo, given, options, seed, batch_size, validation, max_iter, compile,
+                lambda setup: climb(setup, options, begin, PILOT_TOL, PILOT_ROUNDS)[0], tuple(callbacks),
+            )  # fmt: skip
     # Trial points may lie anywhere: what overflows there is +inf, and is not stepped to.
     with isolated(torch.float64, seed, _threads(data)), np.errstate(over="ignore", invalid="ignore"):
 
@@ -141,6 +158,24 @@ def fit_vem(
                 break
     best = best_of(found)
     return replace(best, seconds=time.perf_counter() - begin)
+
+
+def _is_stream(data: Any) -> bool:
+    """True for a DataLoader, or any other iterable of batches."""
+    is_one = isinstance(data, Mapping | tuple | list | Tensor | np.ndarray) or hasattr(data, "to_numpy")
+    is_batches = isinstance(data, list) and bool(data) and all(isinstance(batch, Mapping) for batch in data)
+    return is_batches or (not is_one and isinstance(data, Iterable))
+
+
+def climb(
+    setup: Setup, options: FitOptions, begin: float, tol: float = 1e-8, max_iter: int = 1000
+) -> tuple[State, Status, tuple[Step, ...], int]:
+    """The optimum of a problem that is set up already: where, how it ended, its history and rounds."""
+    run = Run(setup, options, tol, ("auto", "auto"), begin, (), False)
+    run.start(None)
+    status = _alternate(run, max_iter, "auto")
+    run.close()
+    return run.state, status, tuple(run.history), run.iterations
 
 
 def _threads(data: Any) -> int | None:

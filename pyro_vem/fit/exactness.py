@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..bound.deterministic import Deterministic, Flat, factors_of
 from ..guides.factorised import FactorisedNormal
+from ..model.parameters import PartlyHeld
 from ..model.sites import Latent
 from .scales import free_sites
 from .setup import FitOptions, Setup
@@ -56,7 +57,7 @@ def compile_terms(setup: Setup, options: FitOptions) -> None:
 def _flat_moments(setup: Setup, latents: Mapping[str, Latent]) -> Flat | None:
     """Gathers from the flat vectors, for a guide whose factors are parameters of their own."""
     guide, map_names = setup.guide, setup.problem.map_sites
-    if not isinstance(guide, FactorisedNormal) or guide.encoded:
+    if not isinstance(guide, FactorisedNormal) or guide.encoded or isinstance(setup.phi, PartlyHeld):
         return None
     plain = [name for name in setup.theta.names if name not in map_names]
     loc = setup.phi.positions(guide.loc_name(name) for name in latents)

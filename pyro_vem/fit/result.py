@@ -69,6 +69,7 @@ class VEMResult:
     _setup: Setup | None = field(default=None, repr=False)
     _points: tuple[State, ...] = field(default=(), repr=False)
     starts: tuple["Start", ...] = ()
+    _whole: Callable[[], Setup] | None = field(default=None, repr=False)  # of a fit on batches
 
     @classmethod
     def of(
@@ -114,6 +115,9 @@ class VEMResult:
         Raises:
             ModelError: on a result that was loaded without data.
         """
+        if self._setup is None and self._whole is not None:
+            with isolated(torch.float64, self.seed):
+                object.__setattr__(self, "_setup", self._whole())
         if self._setup is None:
             raise ModelError("this result was loaded without data: VEMResult.load(path, model, data)")
         return self._setup
@@ -312,6 +316,18 @@ class VEMResult:
         from ..posterior.predict import log_likelihood
 
         return log_likelihood(self, data=data, **kwargs)
+
+    def infer(self, data: Any, **kwargs: Any) -> "VEMResult":
+        """The posterior of new rows, all that was learnt held; see `pyro_vem.posterior.infer.infer`."""
+        from ..posterior.infer import infer
+
+        return infer(self, data, **kwargs)
+
+    def amortization_gap(self, data: Any = None, **kwargs: Any) -> Any:
+        """What an encoder loses, row by row; see `pyro_vem.posterior.infer.amortization_gap`."""
+        from ..posterior.infer import amortization_gap
+
+        return amortization_gap(self, data, **kwargs)
 
     def to_arviz(self, **kwargs: Any) -> Any:
         """The fit as ArviZ data; see `pyro_vem.posterior.arviz.to_arviz` for the arguments."""

@@ -50,6 +50,8 @@ def past_saddle(setup: Setup, state: State, scale: Vector, tol: float) -> tuple[
 def _most_negative(smooth: Smooth, size: int) -> Vector | None:
     """A direction of negative curvature, its largest part one; None if none was found."""
     zero = np.zeros(size)
+    if not size:
+        return None
     if size <= SMALL:
         hessian = np.stack([smooth.hessian_product(zero, e) for e in np.eye(size)])
         if not np.isfinite(hessian).all():

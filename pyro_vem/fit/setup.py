@@ -22,6 +22,7 @@ from ..model.data import Arguments, arguments
 from ..model.parameters import Block, Parameter
 from ..model.prototype import Prototype, discover_modules, parameters_of, prototype
 from ..model.roles import roles_of
+from ..model.rows import Rows
 from ..model.runtime import Program, copied
 from .capture import Captures, Compile
 
@@ -119,14 +120,18 @@ def set_up(
     options: FitOptions,
     seed: int,
     compile: Compile = "auto",
+    rows: Rows | None = None,
 ) -> Setup:
-    """Run the model a few times, check everything, and choose the method of each term."""
+    """Run the model a few times, check everything, and choose the method of each term.
+
+    With `rows` the data are a batch, which stands for all rows.
+    """
     if not callable(model):
         raise ModelError(f"model={model!r}: give a Pyro model, a function or a PyroModule")
     raw = arguments(model, data)
     call = raw.cast(torch.float64)
     guide = _check_guide(guide)
-    program = discover_modules(Program(model), raw)
+    program = discover_modules(_program(model, rows), raw)
     own_init = guide.init if init is None and isinstance(guide, Factorised) else init
     proto = prototype(program, call, own_init)
     theta, held, map_sites = _model_block(model, proto)
@@ -150,7 +155,7 @@ def set_up(
     guide = _bound_guide(_chosen(guide, model, lifted), model, latents)
     if lifted is not None and isinstance(guide, MeanFieldConjugate):
         guide.blocks, guide.singles = lifted.blocks, lifted.singles
-    guide_program = discover_modules(Program(guide), raw) if guide is not None else None
+    guide_program = discover_modules(_program(guide, rows), raw) if guide is not None else None
     problem = Problem(program, guide_program, call, map_sites)
     phi = Block(_guide_parameters(guide_program, call))
     _check_shared(problem, phi, proto)
@@ -167,6 +172,12 @@ def set_up(
     if lifted is not None and isinstance(guide, MeanFieldNormal):
         objective.add_note(f"guide='auto' took MeanFieldNormal: not conjugate: {lifted.why_not()}")
     return Setup(problem, objective, phi, theta, held, proto, guide, analytic, bounds, Captures(compile))
+
+
+def _program(fn: Callable[..., Any], rows: Rows | None) -> Program:
+    program = Program(fn)
+    program.around = rows.around if rows is not None else None
+    return program
 
 
 def _lifted(

@@ -129,3 +129,22 @@ class Block:
         }
         parts = [spans[name] for name in names]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+
+
+class PartlyHeld(Block):
+    """Parameters of which some stand still at given values.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> both = [Parameter(name, dist.constraints.real, torch.tensor(0.0)) for name in ("a", "b")]
+        >>> PartlyHeld(both, {"b": torch.tensor(2.0)}).constrained(torch.ones(1))
+        {'a': tensor(1.), 'b': tensor(2.)}
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], held: Mapping[str, Tensor]) -> None:
+        super().__init__(p for p in parameters if p.name not in held)
+        self.held = dict(held)
+
+    def constrained(self, flat: Float[Tensor, " n"]) -> dict[str, Tensor]:
+        """All values by name."""
+        return {**super().constrained(flat), **self.held}

@@ -8,7 +8,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 Site: TypeAlias = dict[str, Any]
 """A Pyro message of type "sample" or "param" after the run: name, fn, value, scale, mask, ..."""
+
+Around: TypeAlias = Callable[[tuple[Any, ...], Mapping[str, Any]], Messenger]
+"""Gives a run of a program, by its arguments, a handler."""
 
 Choose: TypeAlias = Callable[[Site], Tensor | None]
 """Gives a latent site its value; None leaves the draw to the site's own distribution."""
@@ -242,6 +245,7 @@ class Program:
     def __init__(self, fn: Callable[..., Any], modules: list[nn.Module] | None = None) -> None:
         self.fn = fn
         self.first_available_dim: int | None = None  # left of all plates, if sites are summed out
+        self.around: Around | None = None  # handler of each recorded run, from its arguments
         self.modules = modules or []
         shell = _Shell(self.modules)
         self.shell = shell
@@ -302,9 +306,14 @@ class Program:
         run = self.fn
         if self.first_available_dim is not None:
             run = Enumeration(self.first_available_dim)(run)
-        with execution:
+        with execution, self.around(args, kwargs) if self.around else nullcontext():
             self._with_weights(params, self._constants, lambda: run(*args, **kwargs))
         return execution
+
+    def apply(self, params: Mapping[str, Tensor], function: Callable[[], Any]) -> Any:
+        """Call a function of modules of this program, with `params` in place of weights."""
+        with pyro.poutine.substitute(data={n: v for n, v in params.items() if n not in self._paths}):
+            return self._with_weights(params, self._constants, function)
 
     def call(self, params: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call the program as Pyro would, with `params` in place of its parameters, in their dtype."""

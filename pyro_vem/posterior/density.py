@@ -13,7 +13,7 @@ from ..bound.lifted.marginal import marginal_rows
 from ..bound.problem import Problem, Values
 from ..bound.terms import log_density
 from ..errors import ModelError
-from ..fit.capture import AGREEMENT, POINTS, _compiled, _gap
+from ..fit.capture import AGREEMENT, POINTS, compiled, gap_between
 from ..fit.result import VEMResult
 from ..model.sites import Latent
 
@@ -158,8 +158,8 @@ class Density:
         points, reason = [self.start(seed) for seed in range(POINTS)], ""
         for told in ("compiled", "traced") if is_long else ("traced",):
             try:
-                graph = _compiled(eager, points[:1]) if told == "compiled" else make_fx(eager)(points[0])
-                gap = max(_gap(graph(z), eager(z)) for z in points)
+                graph = compiled(eager, points[:1]) if told == "compiled" else make_fx(eager)(points[0])
+                gap = max(gap_between(graph(z), eager(z)) for z in points)
             except Exception as error:  # whatever tracer or compiler refuses, the model itself serves
                 reason = str(error).strip().splitlines()[0][:120]
                 continue

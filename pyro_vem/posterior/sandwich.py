@@ -87,10 +87,10 @@ def _rows(fit: VEMResult, plate: str, x: Vector) -> Tensor:
     phi, theta = (torch.from_numpy(part.copy()) for part in np.split(x, [setup.phi.size]))
     with isolated(torch.float64), torch.no_grad():
         values = setup.phi.constrained(phi), setup.theta_values(theta)
-        return objective.row_parts(*values, lambda parts: _by_row(parts, plate)).mean(0)
+        return objective.row_parts(*values, lambda parts: by_row(parts, plate)).mean(0)
 
 
-def _by_row(parts: list[Part], plate: str) -> Tensor:
+def by_row(parts: list[Part], plate: str) -> Tensor:
     """Pieces of one draw's terms, added up by rows of a plate."""
     total: Tensor | None = None
     for row, value, frames in parts:

@@ -1,0 +1,379 @@
+"""Fits on batches of rows: stochastic variational EM.
+
+Factors of single rows keep their parameters for all rows, and the rows of a batch take
+natural-gradient E-steps (Hoffman et al. 2013). What all rows share starts at the optimum of a pilot
+batch, which the deterministic engine finds, and then takes averaged Adam steps in units of its
+posterior sds. With networks there is no pilot: one Adam for encoder and decoder.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from ..bound.elbo import AnalyticKL_ELBO
+from ..bound.tables import ElboTerms, TermRow
+from ..errors import ModelError, UnsupportedModelError
+from ..guides.factorised import FactorisedNormal
+from ..model.batches import Source
+from ..model.data import Arguments
+from ..model.parameters import Block
+from ..model.prototype import discover_modules
+from ..model.rows import Rows, rows_of
+from ..model.runtime import Program
+from .averaging import AveragedAdam
+from .capture import Compile
+from .locals import Locals, natural_step
+from .network import NetworkStep
+from .result import VEMResult
+from .scales import Scales, free_sites
+from .setup import FitOptions, Setup, set_up
+from .state import State
+from .status import Status, Step
+
+PAIRS = 4  # antithetic pairs of draws a step; one draw where only encoders draw
+PATIENCE, LEAST_RATE = 10, 1e-5  # epochs without a rise after which a network's rate falls, and its end
+FADING = 0.2  # share of the epochs over which it falls where no rows are held out
+FINAL_PAIRS = 2048  # for a last pass over all rows: shared among its batches, 16 to 256 each
+ROUNDS = 3  # natural-gradient steps of the rows of a batch in the first epoch, one later
+LAST_ROUNDS, FINAL_PASSES = 4, 2
+MEASURED = 64  # draws of the reported bound, a batch
+Pilot = Callable[[Setup], State]
+"""Fits a batch by the deterministic engine."""
+
+
+@dataclass
+class BatchFit:
+    """A problem seen through batches of its rows.
+
+    Attributes:
+        source: of the batches.
+        rows: arguments and plates that follow them.
+        make: sets the problem up on a batch.
+        first: the problem on a first batch; others of other sizes are made when they come.
+    """
+
+    source: Source
+    rows: Rows
+    make: Callable[[Arguments], Setup]
+    first: Setup
+    setups: dict[int, Setup] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        size = self.rows.size(self.first.problem.call)
+        self.setups[size] = self.first
+        self.locals = Locals.of(self.first, self.rows)
+        inside = self.locals.names
+        self.block = Block(
+            p for p in (*self.first.phi.parameters, *self.first.theta.parameters) if p.name not in inside
+        )
+        self.has_network = any("$$$" in name for name in self.block.names)
+        guide = self.first.guide
+        encoded = set(guide.encoded) if isinstance(guide, FactorisedNormal) else set()
+        self.is_amortized = bool(encoded) and encoded == {s.name for s in self.first.prototype.latents}
+
+    def at(self, call: Arguments) -> Setup:
+        """The problem on a batch, set up for its number of rows."""
+        size = self.rows.size(call)
+        if size not in self.setups:
+            self.setups[size] = self.make(call)
+        return self.setups[size]
+
+    def value(
+        self, x: Tensor, rows: Mapping[str, Tensor], call: Arguments, noise: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The bound that a batch stands for, in nats, on some draws; differentiable in x and rows."""
+        return self.bound({**self.block.constrained(x), **rows}, call, noise)
+
+    def bound(self, values: Mapping[str, Tensor], call: Arguments, noise: Mapping[str, Tensor]) -> Tensor:
+        """The same at constrained parameters by name."""
+        setup = self.at(call)
+        phi = {name: values[name] for name in setup.phi.names}
+        theta = {**{name: values[name] for name in setup.theta.names}, **setup.held}
+        return setup.objective.on(call, noise).value(phi, theta)
+
+    def noise(self, call: Arguments, pairs: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Standard normal draws: one, or antithetic pairs with unit variance where there are enough."""
+        made = {}
+        for spec in self.at(call).objective.specs:
+            draws = torch.randn(max(1, pairs), *spec.shape, generator=generator, dtype=torch.float64)
+            if pairs > 1:
+                draws = draws / draws.square().mean(0).sqrt()
+            made[spec.name] = torch.cat([draws, -draws]) if pairs else draws
+        return made
+
+    def epoch(self, number: int, is_shuffled: bool = True) -> Iterator[tuple[Tensor | None, Arguments]]:
+        """Batches of all rows; each is held against the rows that it should have."""
+        for index, call in self.source.epoch(self.rows.names, self.rows.total, number, is_shuffled):
+            lengths = {len(v) for n, v in call.kwargs.items() if n in self.rows.names}
+            if len(lengths) != 1 or (index is not None and lengths != {len(index)}):
+                raise ModelError(
+                    f"a batch has {sorted(lengths)} rows in {', '.join(self.rows.names)}: they must agree"
+                )
+            yield index, call
+
+
+def fit_batches(
+    model: Callable[..., Any],
+    data: Any,
+    guide: Any,
+    elbo: AnalyticKL_ELBO | None,
+    init: Any,
+    options: FitOptions,
+    seed: int,
+    batch_size: int | None,
+    validation: Any,
+    max_iter: int,
+    mode: Compile,
+    pilot: Pilot,
+    callbacks: tuple[Any, ...],
+) -> VEMResult:
+    """See `pyro_vem.fit_vem`; runs inside its isolation."""
+    begin = time.perf_counter()
+    source = Source.of(model, data, batch_size, seed)
+    head = source.head(next(iter(source.lengths.values()), []), source.size)
+    program = discover_modules(Program(model), head)
+    program.own_weights({}, torch.float64 if program.modules else None)
+    rows = rows_of(program, source)
+    options = replace(options, num_draws=max(32, options.num_draws))
+
+    def make(call: Arguments) -> Setup:
+        with pyro.get_param_store().scope():  # another size has other parameters of the same names
+            return set_up(model, dict(call.kwargs), guide, elbo, init, options, seed, False, rows)
+
+    if guide == "auto":
+        guide = None  # closed forms are of all rows
+    first = make(source.head(rows.names, min(source.size, rows.total)))
+    if first.lifted is not None:
+        raise UnsupportedModelError(
+            "closed forms and discrete sites are fitted on all rows at once: leave batch_size= out"
+        )
+    fit = BatchFit(source, rows, make, first)
+    held_out = Source.of(model, validation, source.size, seed) if validation is not None else None
+    names = ", ".join(site.name for site in fit.locals.sites)
+    if names and held_out is not None:
+        raise ModelError(f"validation= needs an encoder for {names}: held-out rows have no factors")
+    if names and source.stream is not None:
+        raise ModelError(
+            f"latent {names} has a factor for each row, and a stream of batches does not say which rows they "
+            "are: give the data as a mapping, or an encoder (AmortizedNormal)"
+        )
+    if names and fit.has_network:
+        raise UnsupportedModelError(f"latent {names} needs an encoder where a network is trained on batches")
+    climb = _Network(fit, max_iter, held_out, mode) if fit.has_network else _Global(fit, max_iter, pilot)
+    x, status, history = climb.run(callbacks)
+    x = _settled(fit, x)
+    terms = _measured(fit, x)
+    values = fit.block.constrained(x)
+    theta = {**{n: values[n].detach() for n in first.theta.names}, **first.held}
+    phi = {**{n: values[n].detach() for n in first.phi.names if n in values}, **fit.locals.full()}
+    whole = None
+    if source.stream is None:
+        everything = {n: v for n, v in source.arrays.items()}
+
+        def whole() -> Setup:
+            return set_up(model, everything, guide, elbo, init, options, seed, False)
+
+    return VEMResult(
+        theta, phi, terms.elbo, terms.elbo_se, status, climb.epochs, tuple(history),
+        time.perf_counter() - begin, first.objective.shown_plan, terms, seed,
+        first if whole is None else None, _whole=whole,
+    )  # fmt: skip
+
+
+class _Climb:
+    """What both ways to climb share: epochs, history, callbacks."""
+
+    def __init__(self, fit: BatchFit, max_iter: int) -> None:
+        self.fit, self.max_iter, self.epochs = fit, max_iter, 0
+        self.history: list[Step] = []
+        self.generator = torch.Generator().manual_seed(fit.source.seed)
+
+    def gradient(self, x: Tensor, index: Tensor | None, call: Arguments, pairs: int) -> tuple[float, Tensor]:
+        """The bound of a batch and its gradient; the factors of its rows take their E-step.
+
+        In the first epoch they take a few before, as they start far off; later the step is from the
+        same gradient.
+        """
+        fit, noise = self.fit, self.fit.noise(call, pairs, self.generator)
+        if fit.locals.sites and not self.epochs:
+            assert index is not None
+            fit.locals.e_step(fit, x, index, call, noise, ROUNDS)
+        leaf = x.detach().requires_grad_()
+        rows = {name: v.detach().requires_grad_() for name, v in fit.locals.taken(index).items()}
+        value = fit.value(leaf, rows, call, noise)
+        gradient, *others = torch.autograd.grad(value, [leaf, *rows.values()])
+        if index is not None and rows:
+            fit.locals.move(index, rows, dict(zip(rows, others, strict=True)))
+        return float(value.detach()), gradient
+
+    def record(
+        self, values: list[float], seconds: float, note: str, x: Tensor, callbacks: tuple[Any, ...]
+    ) -> None:
+        """One row of history an epoch."""
+        mean = float(np.mean(values))
+        before = self.history[-1].after if self.history else values[0]
+        row = Step(self.epochs, "epoch", before, mean, 0.0, len(values), 0, seconds, note)
+        self.history.append(row)
+        for callback in callbacks:
+            with torch.no_grad():
+                known = self.fit.block.constrained(x)
+                callback(row, {n: known[n] for n in self.fit.first.theta.names})
+
+
+class _Global(_Climb):
+    """Averaged Adam from the optimum of a pilot batch."""
+
+    def __init__(self, fit: BatchFit, max_iter: int, pilot: Pilot) -> None:
+        super().__init__(fit, max_iter)
+        self.pilot = pilot
+
+    def run(self, callbacks: tuple[Any, ...]) -> tuple[Tensor, Status, list[Step]]:
+        """Epochs until two averages agree."""
+        fit = self.fit
+        engine = fit.make(fit.first.problem.call)  # its compiled terms hold the pilot's rows
+        state = self.pilot(engine)
+        joint = torch.from_numpy(np.concatenate([state.phi, state.theta]))
+        lengths = torch.from_numpy(Scales(engine).of(state, "joint", 0))
+        where = torch.from_numpy(
+            np.concatenate(
+                [
+                    fit.first.phi.where(set(fit.first.phi.names) - fit.locals.names),
+                    np.ones(fit.first.theta.size, dtype=bool),
+                ]
+            )
+        )
+        fit.locals.start(fit.first.phi.constrained(torch.from_numpy(state.phi)))
+        rule = AveragedAdam(joint[where], lengths[where])
+        while self.epochs < self.max_iter and not rule.is_done:
+            start = time.perf_counter()
+            values = list(self._epoch(rule))
+            self.epochs += 1
+            note = f"rate {rule.rate:.3g} sd, {rule.stages} averages"
+            self.record(values, time.perf_counter() - start, note, rule.answer, callbacks)
+        status = Status.converged if rule.is_done else Status.max_iterations
+        return rule.answer, status, self.history
+
+    def _epoch(self, rule: AveragedAdam) -> Iterator[float]:
+        for index, call in self.fit.epoch(self.epochs):
+            value, gradient = self.gradient(rule.x, index, call, PAIRS)
+            rule.step(-gradient)
+            yield value
+            if rule.is_done:
+                return
+
+
+class _Network(_Climb):
+    """One Adam for encoder and decoder.
+
+    With held-out rows the rate falls where their bound stops rising, and the best state is kept; else
+    it falls to zero over the last epochs, which averages the steps.
+    """
+
+    def __init__(self, fit: BatchFit, max_iter: int, held_out: Source | None, mode: Compile) -> None:
+        super().__init__(fit, max_iter)
+        batches = -(-fit.rows.total // fit.source.size)
+        self.held_out = held_out
+        self.steps = NetworkStep(fit, 0 if fit.is_amortized else 1, mode, max_iter * batches, fit.source.seed)
+
+    def run(self, callbacks: tuple[Any, ...]) -> tuple[Tensor, Status, list[Step]]:
+        """Epochs until the rate has fallen away."""
+        fit, steps = self.fit, self.steps
+        holder = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=float(steps.rate))
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(holder, "max", 0.5, PATIENCE, threshold=1e-5)
+        best, best_value = steps.x, -np.inf
+        while self.epochs < self.max_iter:
+            start, rate = time.perf_counter(), float(holder.param_groups[0]["lr"])
+            if self.held_out is None:
+                rate *= min(1.0, (self.max_iter - self.epochs) / max(1.0, FADING * self.max_iter))
+            steps.rate = torch.tensor(rate, dtype=torch.float64)
+            values = [steps.step(call) for _, call in fit.epoch(self.epochs)]
+            self.epochs += 1
+            note = f"rate {rate:.1g}"
+            if self.held_out is not None:
+                score = held_out_bound(fit, steps.x, self.held_out)
+                note += f", held out {score:.6g}"
+                plateau.step(score)
+                if score > best_value:
+                    best, best_value = steps.x, score
+            self.record(values, time.perf_counter() - start, note, steps.x, callbacks)
+            if rate < LEAST_RATE and self.held_out is not None:
+                return best, Status.converged, self.history
+        return best if self.held_out is not None else steps.x, Status.max_iterations, self.history
+
+
+def held_out_bound(fit: BatchFit, x: Tensor, source: Source) -> float:
+    """The bound of other rows, scaled to the number of rows of the fit, in nats."""
+    generator = torch.Generator().manual_seed(0)
+    total, seen = 0.0, 0
+    length = next(n for n, names in source.lengths.items() if set(names) & set(fit.rows.names))
+    with torch.no_grad():
+        for _, call in source.epoch(fit.rows.names, length, 0, is_shuffled=False):
+            size = fit.rows.size(call)
+            total += size * float(fit.value(x, {}, call, fit.noise(call, 1, generator)))
+            seen += size
+    return total / seen
+
+
+def _settled(fit: BatchFit, x: Tensor) -> Tensor:
+    """All rows twice more, on many draws: E-steps of their factors, then of those that they share.
+
+    The natural-gradient step of a shared factor takes the gradient of all rows, so that its sd does
+    not carry the noise of the last batches.
+    """
+    guide = fit.first.guide
+    shared = [s for s in free_sites(guide) if s not in {site.name for site in fit.locals.sites}]
+    if not isinstance(guide, FactorisedNormal) or not (shared or fit.locals.sites):
+        return x
+    generator = torch.Generator().manual_seed(1)
+    pairs = min(256, max(16, FINAL_PAIRS * fit.source.size // fit.rows.total))
+    for _ in range(FINAL_PASSES):
+        values = {n: v.detach() for n, v in fit.block.constrained(x).items()}
+        total = {
+            n: torch.zeros_like(values[n]) for s in shared for n in (guide.loc_name(s), guide.scale_name(s))
+        }
+        for index, call in fit.epoch(0, is_shuffled=False):
+            noise = fit.noise(call, pairs, generator)
+            rows: dict[str, Tensor] = {}
+            if fit.locals.sites:
+                assert index is not None
+                rows = fit.locals.e_step(fit, x, index, call, noise, LAST_ROUNDS)
+            leaves = {n: values[n].clone().requires_grad_() for n in total}
+            bound = fit.bound({**values, **rows, **leaves}, call, noise)
+            found = torch.autograd.grad(bound, list(leaves.values())) if leaves else ()
+            for name, gradient in zip(total, found, strict=True):
+                total[name] += gradient * fit.rows.size(call) / fit.rows.total
+        for site in shared:
+            loc, scale = guide.loc_name(site), guide.scale_name(site)
+            values[loc], values[scale] = natural_step(values[loc], values[scale], total[loc], total[scale])
+        x = fit.block.flat(values)
+    return x
+
+
+def _measured(fit: BatchFit, x: Tensor) -> ElboTerms:
+    """The bound of all rows, batch by batch, on fresh draws."""
+    total, square, seen = 0.0, 0.0, 0
+    parts: dict[str, float] = {}
+    plan = fit.first.objective.shown_plan
+    for number, (index, call) in enumerate(fit.epoch(0, is_shuffled=False)):
+        setup, size = fit.at(call), fit.rows.size(call)
+        with torch.no_grad():
+            values = {**fit.block.constrained(x), **(fit.locals.taken(index) if fit.locals.sites else {})}
+            phi = {n: values[n] for n in setup.phi.names}
+            theta = {**{n: values[n] for n in setup.theta.names}, **setup.held}
+            found = setup.objective.on(call, None).sample(
+                phi, theta, MEASURED, 7919 + number, ("densities", "terms")
+            )
+        ratio = found["densities"]["log_p"] - found["densities"]["log_q"]
+        total += size * float(ratio.mean())
+        square += (size * float(ratio.std())) ** 2 / MEASURED
+        seen += size
+        for name, term in found["terms"].items():
+            parts[name] = parts.get(name, 0.0) + size * float(term.mean())
+    rows = tuple(TermRow.of(row, parts[row.site] / seen, 0.0) for row in plan.rows)
+    return ElboTerms(rows, total / seen, square**0.5 / seen)

@@ -1,0 +1,120 @@
+"""Training of encoders and decoders on batches: one Adam, its whole step captured where that pays."""
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..model.data import Arguments
+from .capture import AGREEMENT, Compile, Graph, compiled, gap_between
+
+if TYPE_CHECKING:
+    from .minibatch import BatchFit
+
+RATE, BETAS, EPSILON = 1e-3, (0.9, 0.999), 1e-8
+WORTH_TRACE, WORTH_COMPILER = 5.0, 40.0  # predicted seconds of eager steps after which a graph pays
+TIMED = 20  # eager steps before that is decided
+Moments = tuple[Tensor, Tensor, Tensor, Tensor]
+"""x, Adam's two running means, and its count of steps."""
+
+
+class NetworkStep:
+    """Adam steps on minus the bound per row; bound, gradient and Adam in one graph where it pays.
+
+    Args:
+        fit: the problem on batches.
+        pairs: antithetic pairs of draws; 0 for one draw.
+        mode: `compile=` of the fit.
+        num_steps: predicted.
+        seed: of the draws.
+    """
+
+    def __init__(self, fit: "BatchFit", pairs: int, mode: Compile, num_steps: int, seed: int) -> None:
+        self.fit, self.pairs, self.mode, self.num_steps = fit, pairs, mode, num_steps
+        x = fit.block.initial()
+        self.moments: Moments = (x, torch.zeros_like(x), torch.zeros_like(x), torch.zeros(()).double())
+        self.rate = torch.tensor(RATE, dtype=torch.float64)
+        self.generator = torch.Generator().manual_seed(seed)
+        self._graph: Graph | None = None
+        self._is_decided, self._eager_seconds, self._num_eager = mode is False, 0.0, 0
+
+    @property
+    def x(self) -> Tensor:
+        """Where the steps have come to."""
+        return self.moments[0]
+
+    def step(self, call: Arguments) -> float:
+        """One step on a batch; the bound that it stands for, before the step."""
+        noise = self.fit.noise(call, self.pairs, self.generator)
+        given = [*self.moments, self.rate, *_tensors(call).values(), *noise.values()]
+        is_first_size = self.fit.rows.size(call) == self.fit.rows.size(self.fit.first.problem.call)
+        if not self._is_decided and is_first_size:
+            self._decide(call, noise, given)
+        start = time.perf_counter()
+        graph = self._graph if is_first_size else None
+        found = graph(*given) if graph is not None else self._eager(call, noise)(*given)
+        self._eager_seconds += time.perf_counter() - start
+        self._num_eager += 1
+        value, *moments = found
+        self.moments = tuple(moments)
+        return float(value)
+
+    def _eager(self, call: Arguments, noise: Mapping[str, Tensor]) -> Any:
+        """The step as a function of tensors: moments, rate, data, noise."""
+        names, draws, total = list(_tensors(call)), list(noise), self.fit.rows.total
+
+        def run(x: Tensor, mean: Tensor, square: Tensor, count: Tensor, rate: Tensor, *rest: Tensor) -> Any:
+            kwargs = {**call.kwargs, **dict(zip(names, rest[: len(names)], strict=True))}
+            here = dict(zip(draws, rest[len(names) :], strict=True))
+            leaf = x.detach().requires_grad_()
+            value = self.fit.value(leaf, {}, Arguments((), kwargs), here)
+            (gradient,) = torch.autograd.grad(-value / total, leaf)
+            count = count + 1
+            mean = BETAS[0] * mean + (1 - BETAS[0]) * gradient
+            square = BETAS[1] * square + (1 - BETAS[1]) * gradient * gradient
+            size = (square / (1 - BETAS[1] ** count)).sqrt() + EPSILON
+            return value.detach(), x - rate * mean / (1 - BETAS[0] ** count) / size, mean, square, count
+
+        return run
+
+    def _decide(self, call: Arguments, noise: Mapping[str, Tensor], given: list[Tensor]) -> None:
+        """Trace or compile the step when the eager ones tell that it pays; say so in the plan."""
+        predicted = self.num_steps * self._eager_seconds / max(1, self._num_eager)
+        if self.mode == "auto" and self._num_eager < TIMED:
+            return
+        self._is_decided = True
+        has_compiler = self.mode is True or predicted > WORTH_COMPILER
+        if not has_compiler and predicted < WORTH_TRACE:
+            return
+        start, objective = time.perf_counter(), self.fit.first.objective
+        eager = self._eager(call, noise)
+        try:
+            graph = compiled(eager, given, has_compiler)
+            gap = max(gap_between(graph(*point), eager(*point)) for point in self._points(given))
+        except Exception as error:  # whatever tracer or compiler refuses, the eager step serves
+            objective.add_note(f"steps not captured: {str(error).strip().splitlines()[0][:120]}")
+            return
+        if not gap <= AGREEMENT:
+            objective.add_note(
+                f"steps not captured: the graph is off by {gap:.1g}, the model looks at values"
+            )
+            return
+        self._graph = graph
+        what = "compiled" if has_compiler else "traced"
+        objective.add_note(f"steps {what} in {time.perf_counter() - start:.1f} s")
+
+    def _points(self, given: list[Tensor]) -> list[list[Tensor]]:
+        """Other parameters, rows and draws of the same shapes: what a graph must not have kept."""
+        points = []
+        for shift in (1, 2):
+            generator = torch.Generator().manual_seed(shift)
+            x = given[0] + 0.05 * torch.randn(given[0].shape, generator=generator, dtype=torch.float64)
+            others = [v.roll(shift, 0) if v.dim() else v for v in given[5:]]
+            points.append([x, *given[1:5], *others])
+        return points
+
+
+def _tensors(call: Arguments) -> dict[str, Tensor]:
+    return {name: value for name, value in call.kwargs.items() if isinstance(value, Tensor)}

@@ -1,0 +1,131 @@
+"""Batches of a user's data: rows of arrays in memory or on disk, or what a DataLoader yields."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+from .data import Arguments, arguments
+
+Batch = tuple[Tensor | None, Arguments]
+"""Numbers of the rows (None if they are not known), and the call that holds them."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where batches come from.
+
+    Attributes:
+        model: whose arguments are named.
+        arrays: whole data by argument name; tensors, arrays, memory maps, pandas columns.
+        stream: an iterable of mappings instead, one pass an epoch.
+        size: rows of a batch.
+        seed: of the order of rows.
+    """
+
+    model: Callable[..., Any]
+    arrays: Mapping[str, Any]
+    stream: Iterable[Mapping[str, Any]] | None
+    size: int
+    seed: int
+
+    @classmethod
+    def of(cls, model: Callable[..., Any], data: Any, batch_size: int | None, seed: int) -> "Source":
+        """The source of what a user gave as data.
+
+        Raises:
+            ModelError: if a stream can be read only once, or there is no batch size.
+        """
+        is_batches = isinstance(data, list) and bool(data) and all(isinstance(b, Mapping) for b in data)
+        if isinstance(data, tuple | list) and not is_batches:
+            target = model.forward if isinstance(model, torch.nn.Module) else model
+            data = dict(zip(inspect.signature(target).parameters, data, strict=False))
+        if isinstance(data, Mapping):
+            if batch_size is None or batch_size < 4:
+                raise ModelError(f"batch_size={batch_size}: give at least 4 rows a batch")
+            arrays = {str(n): v.to_numpy() if hasattr(v, "to_numpy") else v for n, v in data.items()}
+            arguments(model, {n: _taken(v, slice(0, 4)) if _has_rows(v) else v for n, v in arrays.items()})
+            return cls(model, arrays, None, batch_size, seed)
+        if not isinstance(data, Iterable) or isinstance(data, Tensor | np.ndarray):
+            raise ModelError(f"data is a {type(data).__name__}: give a mapping, or a DataLoader of mappings")
+        if iter(data) is data:
+            raise ModelError(
+                "data is an iterator, which ends after one epoch: give a DataLoader, a list of mappings, or "
+                "an object whose __iter__ starts anew"
+            )
+        return cls(model, {}, data, _length(next(iter(data))), seed)
+
+    @property
+    def lengths(self) -> dict[int, list[str]]:
+        """Names of the arguments by their number of rows (of a first batch, for a stream)."""
+        arrays = self.arrays if self.stream is None else next(iter(self.stream))
+        found: dict[int, list[str]] = {}
+        for name, value in arrays.items():
+            if _has_rows(value):
+                found.setdefault(int(value.shape[0]), []).append(name)
+        return found
+
+    @property
+    def total(self) -> int | None:
+        """Rows of all data, if a stream knows; None for arrays, whose lengths tell."""
+        if self.stream is None:
+            return None
+        dataset = getattr(self.stream, "dataset", None)
+        return len(dataset) if isinstance(dataset, Sized) else sum(_length(batch) for batch in self.stream)
+
+    def head(self, names: Iterable[str], num: int) -> Arguments:
+        """The call with the first rows."""
+        if self.stream is not None:
+            return self._call(next(iter(self.stream)), tuple(names), slice(0, num))
+        return self._call(self.arrays, tuple(names), slice(0, num))
+
+    def epoch(
+        self, names: tuple[str, ...], total: int, number: int, is_shuffled: bool = True
+    ) -> Iterator[Batch]:
+        """Batches of all rows, in a new order each epoch; the last one may be smaller."""
+        if self.stream is not None:
+            for batch in self.stream:
+                yield None, self._call(batch, names, slice(None))
+            return
+        generator = torch.Generator().manual_seed(self.seed + number)
+        order = torch.randperm(total, generator=generator) if is_shuffled else torch.arange(total)
+        for start in range(0, total, self.size):
+            index = order[start : start + self.size]
+            if len(index) >= 2:
+                yield index, self._call(self.arrays, names, index)
+
+    def _call(self, arrays: Mapping[str, Any], names: tuple[str, ...], where: Tensor | slice) -> Arguments:
+        taken = {n: _taken(v, where) if n in names else v for n, v in arrays.items()}
+        return Arguments.of((), taken).cast(torch.float64)
+
+
+def _taken(value: Any, where: Tensor | slice) -> Any:
+    """Some rows; of a memory map no more is read."""
+    if isinstance(where, slice) or isinstance(value, Tensor):
+        return value[where]
+    return (
+        np.asarray(value)[where.numpy()]
+        if not isinstance(value, np.memmap)
+        else np.array(value[where.numpy()])
+    )
+
+
+def _has_rows(value: Any) -> bool:
+    return bool(getattr(value, "shape", ()))
+
+
+def _length(batch: Any) -> int:
+    if not isinstance(batch, Mapping):
+        raise ModelError(
+            f"a batch is a {type(batch).__name__}: let the DataLoader yield mappings of the model's argument "
+            "names to tensors (collate_fn=)"
+        )
+    sizes = [int(v.shape[0]) for v in batch.values() if _has_rows(v)]
+    if not sizes:
+        raise ModelError("a batch holds no tensor with rows")
+    return max(sizes)

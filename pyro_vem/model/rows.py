@@ -1,0 +1,200 @@
+"""Rows of the data: which arguments hold them, which plates run over them, and batches of them.
+
+A batch stands for all rows if every plate over them is scaled by rows / batch, in model and guide
+alike, and if rows are independent given the rest. Both are tested before a fit starts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from ..errors import ModelError
+from .batches import Source
+from .data import Arguments
+from .density import lean_log_prob
+from .runtime import Execution, Program, Site, is_summed_out
+
+FEWEST = 4  # fewest rows of a batch: halves must be plates
+UNBIASED = 1e-8  # of a site's log density, that halves of a batch may be off its whole
+
+
+class RowScale(Messenger):  # type: ignore[misc]
+    """Scales every site in plates over rows, as if a batch were all of them."""
+
+    def __init__(self, plates: frozenset[str], factor: float) -> None:
+        super().__init__()
+        self.plates, self.factor = plates, factor
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if any(frame.name in self.plates for frame in msg["cond_indep_stack"]):
+            msg["scale"] = msg["scale"] * self.factor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of the data are.
+
+    Attributes:
+        names: arguments whose first dimension runs over rows (positions where they have no name).
+        total: rows of all data.
+        plates: that run over the rows of a batch, and are scaled here.
+        scaled: that know how many rows there are, and scale themselves.
+    """
+
+    names: tuple[str, ...]
+    total: int
+    plates: frozenset[str]
+    scaled: frozenset[str] = frozenset()
+
+    @property
+    def all_plates(self) -> frozenset[str]:
+        """Every plate over rows."""
+        return self.plates | self.scaled
+
+    def taken(self, call: Arguments, index: Tensor | slice) -> Arguments:
+        """The call with some of the rows."""
+        args = tuple(v[index] if str(i) in self.names else v for i, v in enumerate(call.args))
+        kwargs = {n: v[index] if n in self.names else v for n, v in call.kwargs.items()}
+        return Arguments(args, kwargs)
+
+    def size(self, call: Arguments) -> int:
+        """Rows of a call."""
+        return next(len(value) for name, value in _tensors(call).items() if name in self.names)
+
+    def around(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RowScale:
+        """The same, as a program's handler of each run."""
+        return self.scaling(Arguments(args, dict(kwargs)))
+
+    def scaling(self, call: Arguments) -> RowScale:
+        """The handler under which the rows of a call stand for all."""
+        return RowScale(self.plates, self.total / self.size(call))
+
+
+def _tensors(call: Arguments) -> dict[str, Tensor]:
+    named = {**{str(i): v for i, v in enumerate(call.args)}, **call.kwargs}
+    return {n: v for n, v in named.items() if isinstance(v, Tensor) and v.dim() > 0}
+
+
+def rows_of(program: Program, source: Source) -> Rows:
+    """Find the rows that a model's plates follow.
+
+    Args:
+        program: the model.
+        source: its data.
+
+    Raises:
+        ModelError: if no plate follows the rows of the data; if a site or a parameter follows them
+            outside such a plate; if a plate has another number of rows; or if halves of a batch do
+            not average to the whole.
+    """
+    problems, lengths = [], source.lengths
+    for length in sorted(lengths, reverse=True):
+        if length < FEWEST:
+            continue
+        rows = Rows(tuple(lengths[length]), source.total or length, frozenset())
+        size = min(source.size, length) // 4 * 4
+        call = source.head(rows.names, size)
+        try:
+            whole, less = (_run(program, rows.taken(call, slice(0, n))) for n in (size, size - 2))
+        except Exception as error:
+            problems.append(f"with {size} of {length} rows of {', '.join(rows.names)}: {error}")
+            continue
+        found = _plates(whole, less, rows, size)
+        if found is not None:
+            _check_alignment(whole, less, found)
+            _check_unbiased(program, call, found, whole)
+            return found
+    tried = f" ({problems[0]})" if problems else ""
+    raise ModelError(
+        f"no plate of the model follows the rows of the data{tried}; in batches of {source.size} one must: "
+        "pyro.plate('rows', len(y))"
+    )
+
+
+def _run(program: Program, call: Arguments, values: Mapping[str, Tensor] | None = None) -> Execution:
+    given = values or {}
+    with pyro.validation_enabled(True), torch.no_grad(), pyro.get_param_store().scope():
+        torch.manual_seed(0)
+        return program.run(call.args, call.kwargs, {}, lambda site: given.get(site["name"]))
+
+
+def _frames(run: Execution) -> dict[str, tuple[int, int]]:
+    """Rows and full size of every vectorised plate, by name."""
+    return {
+        f.name: (f.size, f.full_size if f.full_size is not None else f.size)
+        for site in run.sites.values()
+        for f in site["cond_indep_stack"]
+        if f.vectorized
+    }
+
+
+def _plates(whole: Execution, less: Execution, rows: Rows, size: int) -> Rows | None:
+    first, second = _frames(whole), _frames(less)
+    follow = {n for n, (s, _) in first.items() if s == size and second.get(n, (0, 0))[0] == size - 2}
+    if not follow:
+        return None
+    scaled = {n for n in follow if first[n][1] != first[n][0]}
+    for name in scaled:
+        if first[name][1] != rows.total:
+            raise ModelError(
+                f"plate {name!r} is scaled to {first[name][1]:,} rows, but the data have {rows.total:,}: "
+                "leave the scale to fit_vem, pyro.plate(name, len(y))"
+            )
+    return Rows(rows.names, rows.total, frozenset(follow - scaled), frozenset(scaled))
+
+
+def _check_alignment(whole: Execution, less: Execution, rows: Rows) -> None:
+    names = ", ".join(map(repr, sorted(rows.all_plates)))
+    for name, site in whole.sites.items():
+        shape, other = site["fn"].shape(), less.sites[name]["fn"].shape()
+        inside = any(f.name in rows.all_plates for f in site["cond_indep_stack"])
+        if shape != other and not inside:
+            raise ModelError(f"site {name!r} has a value for each row, but is outside plate {names}")
+    for name, parameter in whole.params.items():
+        if parameter["value"].shape != less.params[name]["value"].shape:
+            raise ModelError(
+                f"parameter {name!r} has a value for each row of a batch: a parameter is one for all rows; "
+                f"make it a latent site inside plate {names}, or let a module compute it from the data"
+            )
+
+
+def _check_unbiased(program: Program, call: Arguments, rows: Rows, whole: Execution) -> None:
+    """Halves of a batch, each scaled to all rows, must average to the batch, site by site."""
+    size = rows.size(call)
+    values = {n: s["value"] for n, s in whole.sites.items() if not s["is_observed"] and not is_summed_out(s)}
+    parts = []
+    for where in (slice(0, size), slice(0, size // 2), slice(size // 2, size)):
+        here = {n: rows_of_value(v, whole.sites[n], rows, where) for n, v in values.items()}
+        part = rows.taken(call, where)
+        with rows.scaling(part):
+            parts.append({n: _density(s) for n, s in _run(program, part, here).sites.items()})
+    for name, value in parts[0].items():
+        error = abs(0.5 * (parts[1][name] + parts[2][name]) - value)
+        if not error <= UNBIASED * (1 + abs(value)):
+            plates = ", ".join(map(repr, sorted(rows.all_plates)))
+            raise ModelError(
+                f"site {name!r}: two halves of a batch do not average to the whole (off by {error:.3g} nats "
+                f"of {abs(value):.3g}): its rows in plate {plates} depend on each other, or on how many "
+                "there are (a scale of the model's own?)"
+            )
+
+
+def _density(site: Site) -> float:
+    value = lean_log_prob(site["fn"], site["value"])
+    if site["mask"] is not None:
+        value = torch.where(torch.as_tensor(site["mask"]), value, torch.zeros_like(value))
+    return float((torch.as_tensor(site["scale"]) * value).sum().detach())
+
+
+def rows_of_value(value: Tensor, site: Site, rows: Rows, index: Tensor | slice) -> Tensor:
+    """Some rows of a site's value."""
+    dims = [f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name in rows.all_plates]
+    if not dims:
+        return value
+    axis = value.dim() - site["fn"].event_dim + dims[0]
+    return value.movedim(axis, 0)[index].movedim(0, axis)

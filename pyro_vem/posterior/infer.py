@@ -1,0 +1,177 @@
+"""Factors of new rows, with all that was learnt held; and what an encoder loses against them."""
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import ModelError
+from ..fit.driver import climb
+from ..fit.result import VEMResult
+from ..fit.setup import FitOptions, Setup, set_up
+from ..guides.amortized import AmortizedNormal
+from ..guides.factorised import FactorisedNormal
+from ..guides.mean_field import MeanFieldNormal
+from ..model.batches import Source
+from ..model.parameters import Block, Parameter, PartlyHeld
+from ..model.prototype import discover_modules
+from ..model.rows import rows_of
+from ..model.runtime import Program, isolated
+from .sandwich import by_row
+
+LOOKED_AT = 64  # rows on which plates are told apart
+SHOWN = 5  # rows with the largest gaps
+
+
+def infer(fit: VEMResult, data: Any, *, refine: bool = False, seed: int = 0) -> VEMResult:
+    """The posterior of new rows: an E-step with the parameters and the shared factors held.
+
+    Args:
+        fit: the result, of a fit with `MeanFieldNormal` or `AmortizedNormal`.
+        data: new rows, as `fit_vem` takes them.
+        refine: with an encoder, optimise each row's own factor from where the encoder puts it
+            (semi-amortized inference); without, encoders answer alone.
+        seed: of the fixed draws.
+
+    Returns:
+        A result on the new data: `sample`, `diagnose` (with k-hat by row) and the rest work. Its
+        ELBO is that of the new rows.
+
+    Raises:
+        ModelError: if the guide has no factors of rows, or no plate follows the rows.
+
+    References:
+        Kim, Wiseman, Miller, Sontag and Rush (2018), Semi-amortized variational autoencoders, ICML.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> import pyro_vem as vem
+        >>> def model(y):
+        ...     mu = pyro.param("mu", torch.tensor(0.0))
+        ...     with pyro.plate("rows", len(y)):
+        ...         z = pyro.sample("z", dist.Normal(mu, 1.0))
+        ...         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> fit = vem.fit_vem(model, {"y": torch.tensor([1.0, 2.0, 4.0, 5.0])}, progress=False)
+        >>> new = fit.infer({"y": torch.tensor([3.0, 7.0, 9.0, 1.0])})
+        >>> new.guide_params["guide.loc.z"].round(decimals=4)
+        tensor([3., 5., 6., 2.], dtype=torch.float64)
+    """
+    begin = time.perf_counter()
+    with isolated(torch.float64, seed, 1):
+        setup = _held(fit, data, refine, seed)
+        state, status, history, rounds = climb(setup, FitOptions(), begin)
+        return VEMResult.of(setup, state, status, history, rounds, time.perf_counter() - begin, FitOptions())
+
+
+def _held(fit: VEMResult, data: Any, refine: bool, seed: int) -> Setup:
+    """The problem on new data, in which only factors of rows move."""
+    model, guide = fit.setup.problem.model.fn, fit.setup.guide
+    if not isinstance(guide, FactorisedNormal):
+        raise ModelError("infer() needs factors of rows: fit with MeanFieldNormal or AmortizedNormal")
+    fresh: Any = guide
+    if refine and isinstance(guide, AmortizedNormal):
+        fresh = MeanFieldNormal(model, init=guide.init, name=guide.name)
+    setup = set_up(model, data, fresh, None, None, FitOptions(), seed)
+    rows = _row_plates(fit)
+    assert isinstance(setup.guide, FactorisedNormal)
+    inside = [s.name for s in setup.guide.latents() if any(p.name in rows for p in s.plates)]
+    moving = {n for s in inside for n in (setup.guide.loc_name(s), setup.guide.scale_name(s))}
+    known = fit.guide_params
+    held = {p.name: known[p.name] for p in setup.phi.parameters if p.name not in moving}
+    parameters: tuple[Parameter, ...] = setup.phi.parameters
+    if refine and isinstance(guide, AmortizedNormal):
+        start = _encoded(fit, guide, setup, data)
+        parameters = tuple(replace(p, init=start.get(p.name, p.init)) for p in parameters)
+    theta = {**setup.held, **fit.params}
+    return replace(setup, phi=PartlyHeld(parameters, held), theta=Block(()), held=theta)
+
+
+def _row_plates(fit: VEMResult) -> frozenset[str]:
+    """Plates that follow the rows of the data, seen on some rows of those of the fit."""
+    model, call = fit.setup.problem.model.fn, fit.setup.problem.call
+    source = Source.of(model, dict(call.kwargs) or call.args, LOOKED_AT, 0)
+    program = discover_modules(Program(model), call)
+    program.own_weights({}, torch.float64 if program.modules else None)
+    return rows_of(program, source).all_plates
+
+
+def _encoded(fit: VEMResult, guide: AmortizedNormal, setup: Setup, data: Any) -> dict[str, Tensor]:
+    """What encoders say of new rows, as parameters of factors of their own."""
+    encoder = set_up(fit.setup.problem.model.fn, data, guide, None, None, FitOptions(), 0)
+    program = encoder.problem.guide
+    assert program is not None
+    assert isinstance(encoder.guide, AmortizedNormal)
+    call, moments = encoder.problem.call, encoder.guide
+
+    def read() -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        for site in moments.latents():
+            if site.name in moments.encoded:
+                loc, scale = moments.moments(site, call.args, call.kwargs)
+                values |= {moments.loc_name(site.name): loc, moments.scale_name(site.name): scale}
+        return values
+
+    with torch.no_grad():
+        found = program.apply(fit.guide_params, read)
+    return {name: value.detach() for name, value in found.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class AmortizationGap:
+    """What an encoder's factors lose against each row's own best ones, in nats.
+
+    Attributes:
+        plate: over the rows.
+        rows: gap of each row, (rows,).
+    """
+
+    plate: str
+    rows: NDArray[np.float64]
+
+    @property
+    def mean(self) -> float:
+        """Nats a row."""
+        return float(self.rows.mean())
+
+    @property
+    def worst(self) -> tuple[int, ...]:
+        """Rows with the largest gaps, largest first."""
+        return tuple(int(i) for i in np.argsort(-self.rows)[:SHOWN])
+
+    def __str__(self) -> str:
+        worst = ", ".join(f"{i} ({self.rows[i]:.2g})" for i in self.worst)
+        return f"amortization gap {self.mean:.3g} nats a row of plate {self.plate!r}; largest: {worst}"
+
+
+def amortization_gap(fit: VEMResult, data: Any = None, seed: int = 0) -> AmortizationGap:
+    """How much higher the bound of each row would be with a factor of its own.
+
+    Args:
+        fit: the result, of a fit with `AmortizedNormal`.
+        data: rows to look at; None for those of the fit.
+        seed: of the fixed draws, common to both.
+
+    Raises:
+        ModelError: if the guide has no encoder, or its sites are in different plates.
+
+    References:
+        Cremer, Li and Duvenaud (2018), Inference suboptimality in variational autoencoders, ICML.
+    """
+    guide = fit.setup.guide
+    if not isinstance(guide, AmortizedNormal):
+        raise ModelError("the guide has no encoder: nothing is amortized")
+    call = fit.setup.problem.call
+    data = (dict(call.kwargs) or call.args) if data is None else data
+    (plate,) = {p.name for s in guide.latents() if s.name in guide.encoded for p in s.plates[:1]}
+    bounds = []
+    for refine in (False, True):
+        one = infer(fit, data, refine=refine, seed=seed)
+        objective = one.setup.objective
+        with isolated(torch.float64), torch.no_grad():
+            parts = objective.row_parts(one.guide_params, one.params, lambda p: by_row(p, plate))
+        bounds.append(parts.mean(0).numpy())
+    return AmortizationGap(plate, bounds[1] - bounds[0])

@@ -1,0 +1,378 @@
+"""Fits on batches of rows: what they agree with, what they refuse, encoders, new rows."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+from torch.distributions import constraints
+
+import pyro_vem as vem
+from pyro_vem.fit import network
+from pyro_vem.model.batches import Source
+from pyro_vem.model.rows import rows_of
+from pyro_vem.model.runtime import Program, isolated
+
+D = torch.float64
+
+
+def regression_data(groups=400, size=4):
+    rng = np.random.default_rng(0)
+    x, u = rng.normal(size=(groups, size)), 0.7 * rng.normal(size=groups)
+    y = 1.5 + 2 * x + u[:, None] + 0.8 * rng.normal(size=(groups, size))
+    return {"x": torch.tensor(x), "y": torch.tensor(y)}
+
+
+def regression(x, y):
+    sd_u = pyro.param("sd_u", torch.tensor(1.0), constraint=constraints.positive)
+    sd = pyro.param("sd", torch.tensor(1.0), constraint=constraints.positive)
+    a, b = (pyro.sample(name, dist.Normal(0.0, 10.0)) for name in "ab")
+    with pyro.plate("groups", x.shape[0], dim=-2):
+        u = pyro.sample("u", dist.Normal(0.0, sd_u))
+        with pyro.plate("rows", x.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(a + b * x + u, sd), obs=y)
+
+
+def test_batches_find_what_a_full_fit_finds(fit, global_state):
+    """A conjugate hierarchical regression: parameters within 1 %, sds within 5 %; a ragged last batch."""
+    snapshot, same = global_state
+    data, before = regression_data(), snapshot()
+    full = fit(regression, data)
+    found = fit(regression, data, batch_size=110)  # 400 = 3 * 110 + 70
+    pilot = fit(regression, {name: value[:110] for name, value in data.items()})
+    assert found.status is vem.Status.converged
+    for name, value in full.params.items():
+        assert float(found.params[name]) == pytest.approx(float(value), rel=0.01)
+    assert abs(float(pilot.params["sd_u"] / full.params["sd_u"]) - 1) > 0.01  # one batch alone is off
+    for name, value in full.guide_params.items():
+        other = found.guide_params[name]
+        assert other.shape == value.shape
+        if ".scale." in name:
+            torch.testing.assert_close(other, value, rtol=0.05, atol=0)
+        else:
+            sd = full.guide_params[name.replace(".loc.", ".scale.")]
+            assert float(((other - value) / sd).abs().max()) < 0.1
+    assert abs(found.elbo - full.elbo) < 5 * found.elbo_se + 0.05
+    assert found.sample(10)["u"].shape == (10, 400, 1)  # methods see all rows
+    same(before)
+
+
+def test_the_plates_of_the_rows_are_found():
+    data = regression_data()
+    with isolated(D):
+        rows = rows_of(Program(regression), Source.of(regression, data, 64, 0))
+    assert rows.names == ("x", "y")
+    assert rows.total == 400
+    assert rows.all_plates == {"groups"}
+
+
+def outside(x, y):
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    pyro.sample("noise", dist.Normal(torch.zeros(len(y)), 1.0).to_event(1))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+
+def told_wrongly(x, y):
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 1200, subsample=torch.arange(len(y))):
+        pyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+
+def scaled_twice(x, y):
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)), pyro.poutine.scale(scale=1000 / len(y)):
+        pyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+
+def centred(x, y):
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(b * (x - x.mean()), 1.0), obs=y)
+
+
+def fixed_size(x, y):
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 1000):
+        pyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+
+def own_rows(x, y):
+    b = pyro.param("b", torch.zeros(len(y)))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+
+def local(x, y):
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z * x, 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (outside, ["'noise'", "outside plate 'rows'"]),
+        (told_wrongly, ["'rows'", "1,200 rows", "1,000"]),
+        (scaled_twice, ["'y'", "'rows'", "do not average"]),
+        (centred, ["'y'", "'rows'", "do not average"]),
+        (fixed_size, ["no plate of the model follows", "1000"]),
+        (own_rows, ["parameter 'b'", "plate 'rows'"]),
+    ],
+)
+def test_what_batches_cannot_stand_for_is_refused_before_the_fit(fit, model, told):
+    data = {"x": torch.arange(1000.0) / 1000, "y": torch.arange(1000.0) / 500}
+    with pytest.raises(vem.ModelError) as error:
+        fit(model, data, batch_size=100)
+    for text in told:
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "told"),
+    [
+        (local, {"batch_size": 2}, "at least 4 rows"),
+        (local, {"batch_size": 10, "validation": {"x": torch.ones(8), "y": torch.ones(8)}}, "encoder for z"),
+        (local, {"data": iter([])}, "iterator"),
+        (local, {"data": [{"x": torch.ones(8), "y": torch.ones(8)}] * 3}, "does not say which rows"),
+        (local, {"data": [torch.ones(8)].__iter__().__class__, "batch_size": 8}, "data is a type"),
+        (local, {"batch_size": 10, "guide": pyro.infer.autoguide.AutoNormal(local)}, "MeanFieldNormal"),
+    ],
+)
+def test_bad_settings_name_the_remedy(fit, model, arguments, told):
+    data = {"x": torch.ones(40), "y": torch.linspace(-1, 1, 40)}
+    with pytest.raises((vem.ModelError, vem.UnsupportedModelError), match=told):
+        fit(model, **{"data": data, **arguments})
+
+
+def test_a_plate_that_scales_itself_is_left_alone(fit):
+    """The model may know how many rows there are."""
+
+    def told(x, y):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 200, subsample=torch.arange(len(y))):
+            pyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+    def plain(x, y):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=200)
+    data = {"x": x, "y": 0.5 * x + rng.normal(size=200)}
+    full, found = fit(plain, data), fit(told, data, batch_size=40)
+    assert float(found.guide_params["guide.loc.b"]) == pytest.approx(
+        float(full.guide_params["guide.loc.b"]), abs=0.1 * float(full.guide_params["guide.scale.b"])
+    )
+    assert float(found.guide_params["guide.scale.b"]) == pytest.approx(
+        float(full.guide_params["guide.scale.b"]), rel=0.05
+    )
+
+
+class Net(nn.Module):
+    def __init__(self, size=6, inner=2, bias=True):
+        super().__init__()
+        self.loc = nn.Linear(size, inner, bias=bias)
+        self.log_scale = nn.Parameter(torch.zeros(inner))
+
+    def forward(self, y):
+        loc = self.loc(y)
+        return loc, self.log_scale.exp().expand_as(loc)
+
+
+class Half(Net):
+    """An encoder that never moves the second latent."""
+
+    def forward(self, y):
+        loc, scale = super().forward(y)
+        return loc * torch.tensor([1.0, 0.0]), scale
+
+
+LOADINGS = torch.randn(2, 6, generator=torch.Generator().manual_seed(3))
+
+
+def factors(y):
+    sd = pyro.param("sd", torch.tensor(0.7), constraint=constraints.positive)
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z @ LOADINGS.to(y.dtype), sd).to_event(1), obs=y)
+
+
+def factor_data(rows=200):
+    generator = torch.Generator().manual_seed(4)
+    z = torch.randn(rows, 2, generator=generator, dtype=D)
+    return z @ LOADINGS.double() + 0.5 * torch.randn(rows, 6, generator=generator, dtype=D)
+
+
+def amortized(kind):
+    torch.manual_seed(0)
+    return vem.AmortizedNormal(factors, {"z": kind()}, inputs="y")
+
+
+def test_a_linear_encoder_of_a_linear_model_has_no_gap(fit):
+    """The true posterior is linear in the data, with one covariance; its diagonal part is in reach."""
+    y = factor_data()
+    found = fit(factors, {"y": y}, guide=amortized(Net))
+    gap = found.amortization_gap()
+    assert gap.plate == "rows"
+    assert gap.rows.shape == (200,)
+    assert 0 <= gap.mean < 1e-3
+    assert "amortization gap" in str(gap)
+
+
+def test_a_crippled_encoder_is_reported_with_its_gap(fit):
+    y = factor_data()
+    found = fit(factors, {"y": y}, guide=amortized(Half))
+    gap = found.amortization_gap()
+    # By hand: the best factor of each row, by the normal equations of a Gaussian posterior.
+    sd = float(found.params["sd"])
+    precision = torch.eye(2, dtype=D) + LOADINGS.double() @ LOADINGS.double().T / sd**2
+    best = torch.linalg.solve(precision, LOADINGS.double() @ y.T / sd**2).T
+    with torch.no_grad():
+        loc, scale = found.guide_params["guide.encoder.z$$$loc.weight"], 0
+        encoded = (y @ loc.T + found.guide_params["guide.encoder.z$$$loc.bias"]) * torch.tensor([1.0, 0.0])
+        scale = found.guide_params["guide.encoder.z$$$log_scale"].exp()
+    off = encoded - best
+    ideal = precision.diagonal().rsqrt()
+    by_scale = 0.5 * (precision.diagonal() * scale**2 - 1).sum() - (scale / ideal).log().sum()
+    expected = 0.5 * ((off @ precision) * off).sum(-1) + by_scale
+    np.testing.assert_allclose(gap.rows, expected.numpy(), atol=1e-6)
+    assert gap.mean > 0.5
+    assert gap.worst[0] == int(expected.argmax())
+
+
+def test_new_rows_get_factors_and_nothing_else_moves(fit):
+    def model(x, y):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        sd = pyro.param("sd", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(b * x, 0.5))
+            pyro.sample("y", dist.Normal(z, sd), obs=y)
+
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=80)
+    found = fit(model, {"x": x, "y": x + rng.normal(size=80)})
+    new_x, new_y = torch.tensor([0.5, -1.0, 2.0], dtype=D), torch.tensor([1.0, 0.0, 4.0], dtype=D)
+    new = found.infer({"x": new_x, "y": new_y})
+    b, sd = found.guide_params["guide.loc.b"], found.params["sd"]
+    precision = 1 / 0.25 + 1 / sd**2
+    torch.testing.assert_close(
+        new.guide_params["guide.loc.z"], (b * new_x / 0.25 + new_y / sd**2) / precision, atol=1e-7, rtol=0
+    )
+    torch.testing.assert_close(new.guide_params["guide.scale.z"], precision.rsqrt().expand(3))
+    assert torch.equal(new.guide_params["guide.loc.b"], b)
+    assert torch.equal(new.params["sd"], sd)
+    assert new.sample(5)["z"].shape == (5, 3)
+    with pytest.raises(vem.ModelError, match="no encoder"):
+        found.amortization_gap()
+
+
+def test_new_rows_have_their_own_khat(fit):
+    found = fit(factors, {"y": factor_data()}, guide=amortized(Net))
+    new = found.infer({"y": factor_data(30)}, refine=True)
+    rows = new.diagnose().rows
+    assert rows is not None
+    assert rows.khat.shape == (30,)
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 6))
+
+    def forward(self, z):
+        return self.net(z)
+
+
+def autoencoder():
+    torch.manual_seed(1)
+    decoder, encoder = Decoder(), Net()
+
+    def model(y):
+        pyro.module("decoder", decoder)
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(decoder(z), 0.5).to_event(1), obs=y)
+
+    return model, vem.AmortizedNormal(model, {"z": encoder}, inputs="y")
+
+
+def test_a_loader_is_a_mapping_in_batches(fit):
+    """The same batches in the same order, from memory and from a loader."""
+    y = factor_data(90).float()
+    model, guide = autoencoder()
+    by_rows = fit(model, {"y": y}, guide=guide, batch_size=30, max_iter=1)
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(0))
+    batches = [{"y": y[order[i : i + 30]]} for i in (0, 30, 60)]
+    streamed = fit(model, batches, guide=guide, max_iter=1)
+    for name, value in by_rows.params.items():
+        torch.testing.assert_close(streamed.params[name], value)
+    loader = torch.utils.data.DataLoader([{"y": row} for row in y], batch_size=30, shuffle=True)
+    assert math.isfinite(fit(model, loader, guide=guide, max_iter=2).elbo)
+
+
+def test_training_climbs_and_keeps_the_best_held_out_state(fit):
+    y, held_out = factor_data(120), factor_data(160)[120:]
+    model, guide = autoencoder()
+    found = fit(model, {"y": y}, guide=guide, batch_size=50, max_iter=60, validation={"y": held_out})
+    scores = [float(row.note.split("held out ")[1]) for row in found.history]
+    assert scores[-1] > scores[0] + 100
+    assert found.elbo > found.history[0].after + 100
+    assert len(found.history) == found.n_iter
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_traced_step_is_the_eager_one(fit, monkeypatch, looks):
+    """Data and draws are inputs of the graph; a model that looks at values is not traced."""
+    y = factor_data(90)
+    model, guide = autoencoder()
+    if looks:
+        inner = model
+
+        def model(y):
+            inner(y if float(y.sum()) > 1e9 else y + 0.0)
+
+        guide = vem.AmortizedNormal(model, {"z": Net()}, inputs="y")
+    monkeypatch.setattr(network, "TIMED", 2)
+    monkeypatch.setattr(network, "WORTH_TRACE", 0.0)
+    monkeypatch.setattr(network, "WORTH_COMPILER", math.inf)
+    traced = fit(model, {"y": y}, guide=guide, batch_size=40, max_iter=4)
+    eager = fit(model, {"y": y}, guide=guide, batch_size=40, max_iter=4, compile=False)
+    assert ("steps not captured" if looks else "steps traced") in str(traced.plan)
+    for name, value in eager.params.items():
+        torch.testing.assert_close(traced.params[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_discrete_sites_are_for_all_rows(fit):
+    def model(y):
+        mu = pyro.param("mu", torch.tensor(1.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(mu * z, 1.0), obs=y)
+
+    with pytest.raises(vem.UnsupportedModelError, match="leave batch_size= out"):
+        fit(model, {"y": torch.linspace(-1, 2, 40)}, batch_size=10)
+
+
+def test_arrays_on_disk_are_read_in_batches(fit, tmp_path):
+    rng = np.random.default_rng(1)
+    table = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", "float32", (500, 2))
+    table[:] = rng.normal(size=(500, 2))
+    table[:, 1] += 2 * table[:, 0]
+    table.flush()
+    on_disk = np.load(tmp_path / "x.npy", mmap_mode="r")
+
+    def model(table):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(table)):
+            pyro.sample("y", dist.Normal(b * table[:, 0], 1.0), obs=table[:, 1])
+
+    found = fit(model, {"table": on_disk}, batch_size=100)
+    full = fit(model, {"table": torch.tensor(np.array(on_disk))})
+    assert float(found.guide_params["guide.loc.b"]) == pytest.approx(
+        float(full.guide_params["guide.loc.b"]), abs=0.1 * float(full.guide_params["guide.scale.b"])
+    )
