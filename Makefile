@@ -9,7 +9,7 @@ PYTHON312 ?= python3.12
 ARVIZ1 := .venv-arviz1
 DEMO_FILES := tutorials/plot_pumps.py tutorials/plot_eight_schools.py
 
-.PHONY: demo test test-all lint types unit docs linkcheck bench bench-peers bench-nuts bench-em format clean test-arviz1
+.PHONY: demo test test-all lint types unit docs linkcheck bench bench-peers bench-nuts bench-em bench-scale format clean test-arviz1
 
 # 2 cores and small tensors: threads would only wait for each other.
 export OMP_NUM_THREADS ?= 1
@@ -63,6 +63,9 @@ bench-nuts: $(STAMP)  ## warm and cold starts, Pyro and nutpie; half an hour for
 bench-em: $(STAMP)  ## EM beside scikit-learn, statsmodels and pyPLNmodels; two minutes
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[em-peers]"
 	$(BIN)/python tests/benchmarks/em.py $(BENCH)
+
+bench-scale: $(STAMP)  ## training steps beside Pyro and NumPyro, ten million rows; ten minutes
+	$(or $(PEERS_PYTHON),$(BIN)/python) tests/benchmarks/scale.py $(BENCH)
 
 format: $(STAMP)
 	$(BIN)/ruff format .

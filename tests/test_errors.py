@@ -135,8 +135,8 @@ CASES = {
     "no plate": (no_plate, Y, vem.ModelError, ["'y'", "pyro.plate", "to_event"]),
     "discrete latent": (discrete, Y, vem.UnsupportedModelError, ["'k'", "Bernoulli", "sum it out"]),
     "site twice": (twice, Y, vem.ModelError, ["'z'", "twice"]),
-    "subsample": (subsampled, Y, vem.UnsupportedModelError, ["'rows'", "minibatches"]),
-    "given subsample": (given_subsample, Y, vem.UnsupportedModelError, ["'rows'", "minibatches"]),
+    "subsample": (subsampled, Y, vem.UnsupportedModelError, ["'rows'", "batch_size="]),
+    "given subsample": (given_subsample, Y, vem.UnsupportedModelError, ["'rows'", "batch_size="]),
     "support by parameter": (
         support_moves_with_parameter,
         Y,
@@ -176,8 +176,8 @@ SETTINGS = {
     "strings": ({"data": {"y": np.array(["a", "b"])}}, vem.ModelError, "factorize"),
     "loader": (
         {"data": torch.utils.data.DataLoader(torch.utils.data.TensorDataset(Y))},
-        vem.UnsupportedModelError,
-        "minibatches",
+        vem.ModelError,
+        "yield mappings",
     ),
     "init name": ({"init": {"zz": torch.zeros(3)}}, vem.ModelError, "did you mean 'z'"),
     "init shape": ({"init": {"z": torch.zeros(2)}}, vem.ModelError, "shape"),

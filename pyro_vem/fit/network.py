@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model.data import Arguments
+from ..model.runtime import default_dtype
 from .capture import AGREEMENT, Compile, Graph, compiled, gap_between
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 RATE, BETAS, EPSILON = 1e-3, (0.9, 0.999), 1e-8
 WORTH_TRACE, WORTH_COMPILER = 5.0, 40.0  # predicted seconds of eager steps after which a graph pays
+SINGLE = 1e-2  # agreement of graphs in float32; Adam's first step is a sign
 TIMED = 20  # eager steps before that is decided
 Moments = tuple[Tensor, Tensor, Tensor, Tensor]
 """x, Adam's two running means, and its count of steps."""
@@ -37,8 +39,19 @@ class NetworkStep:
         self.moments: Moments = (x, torch.zeros_like(x), torch.zeros_like(x), torch.zeros(()).double())
         self.rate = torch.tensor(RATE, dtype=torch.float64)
         self.generator = torch.Generator().manual_seed(seed)
+        self.dtype = self._dtype()
         self._graph: Graph | None = None
         self._is_decided, self._eager_seconds, self._num_eager = mode is False, 0.0, 0
+
+    def _dtype(self) -> torch.dtype:
+        """Of forward and backward passes: that of the weights as they were given. Adam's is float64."""
+        programs = (self.fit.first.problem.model, self.fit.first.problem.guide)
+        weights = [w.dtype for p in programs if p is not None for w in p.shell.parameters()]
+        has_buffers = any(True for p in programs if p is not None for _ in p.shell.buffers())
+        is_single = bool(weights) and all(w is torch.float32 for w in weights) and not has_buffers
+        if is_single:
+            self.fit.first.objective.add_note("networks are trained in float32, as their weights are given")
+        return torch.float32 if is_single else torch.float64
 
     @property
     def x(self) -> Tensor:
@@ -54,7 +67,8 @@ class NetworkStep:
             self._decide(call, noise, given)
         start = time.perf_counter()
         graph = self._graph if is_first_size else None
-        found = graph(*given) if graph is not None else self._eager(call, noise)(*given)
+        with default_dtype(self.dtype):  # graphs make constants of the default dtype
+            found = graph(*given) if graph is not None else self._eager(call, noise)(*given)
         self._eager_seconds += time.perf_counter() - start
         self._num_eager += 1
         value, *moments = found
@@ -63,14 +77,16 @@ class NetworkStep:
 
     def _eager(self, call: Arguments, noise: Mapping[str, Tensor]) -> Any:
         """The step as a function of tensors: moments, rate, data, noise."""
-        names, draws, total = list(_tensors(call)), list(noise), self.fit.rows.total
+        names, draws, total, dtype = list(_tensors(call)), list(noise), self.fit.rows.total, self.dtype
 
         def run(x: Tensor, mean: Tensor, square: Tensor, count: Tensor, rate: Tensor, *rest: Tensor) -> Any:
-            kwargs = {**call.kwargs, **dict(zip(names, rest[: len(names)], strict=True))}
-            here = dict(zip(draws, rest[len(names) :], strict=True))
-            leaf = x.detach().requires_grad_()
+            cast = [value.to(dtype) if value.is_floating_point() else value for value in rest]
+            kwargs = {**call.kwargs, **dict(zip(names, cast[: len(names)], strict=True))}
+            here = dict(zip(draws, cast[len(names) :], strict=True))
+            leaf = x.detach().to(dtype).requires_grad_()
             value = self.fit.value(leaf, {}, Arguments((), kwargs), here)
             (gradient,) = torch.autograd.grad(-value / total, leaf)
+            value, gradient = value.double(), gradient.double()
             count = count + 1
             mean = BETAS[0] * mean + (1 - BETAS[0]) * gradient
             square = BETAS[1] * square + (1 - BETAS[1]) * gradient * gradient
@@ -91,12 +107,13 @@ class NetworkStep:
         start, objective = time.perf_counter(), self.fit.first.objective
         eager = self._eager(call, noise)
         try:
-            graph = compiled(eager, given, has_compiler)
-            gap = max(gap_between(graph(*point), eager(*point)) for point in self._points(given))
+            with default_dtype(self.dtype):
+                graph = compiled(eager, given, has_compiler)
+                gap = max(gap_between(graph(*point), eager(*point)) for point in self._points(given))
         except Exception as error:  # whatever tracer or compiler refuses, the eager step serves
             objective.add_note(f"steps not captured: {str(error).strip().splitlines()[0][:120]}")
             return
-        if not gap <= AGREEMENT:
+        if not gap <= (AGREEMENT if self.dtype is torch.float64 else SINGLE):
             objective.add_note(
                 f"steps not captured: the graph is off by {gap:.1g}, the model looks at values"
             )

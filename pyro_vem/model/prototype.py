@@ -15,7 +15,7 @@ from .checks import check_parameter, run_checked
 from .data import Arguments
 from .density import lean_log_prob
 from .parameters import Parameter, off_boundary
-from .runtime import Execution, Program, Scout, Site, is_summed_out, modules_called
+from .runtime import Execution, Program, Scout, Site, default_dtype, is_summed_out, modules_called
 from .sites import Latent, Plate, bijector, init_strategy, initial_values, latent_of, plates_of
 
 
@@ -70,21 +70,18 @@ def _modules_of_run(
     fn: Callable[..., Any], call: Arguments, dtype: torch.dtype, scout: Scout
 ) -> tuple[list[nn.Module], bool]:
     """The modules called, and whether the run ended in an error."""
-    default, ready, failed = torch.get_default_dtype(), call.cast(dtype), True
-    torch.set_default_dtype(dtype)
-    try:
-        for _ in range(2):  # the first call of a lazy guide also runs the model, the second does not
-            with (
-                modules_called() as found,
-                pyro.get_param_store().scope(),
-                pyro.poutine.block(),
-                contextlib.suppress(Exception),
-                scout,
-            ):
-                fn(*ready.args, **ready.kwargs)
-                failed = False
-    finally:
-        torch.set_default_dtype(default)
+    ready, failed = call.cast(dtype), True
+    for _ in range(2):  # the first call of a lazy guide also runs the model, the second does not
+        with (
+            modules_called() as found,
+            pyro.get_param_store().scope(),
+            pyro.poutine.block(),
+            default_dtype(dtype),
+            contextlib.suppress(Exception),
+            scout,
+        ):
+            fn(*ready.args, **ready.kwargs)
+            failed = False
     return found, failed
 
 

@@ -51,7 +51,6 @@ def isolated(dtype: torch.dtype | None = None, seed: int = 0, threads: int | Non
         False
     """
     rng = _generators()
-    default = torch.get_default_dtype()
     torch_validation = torch.distributions.Distribution._validate_args
     usual_threads = torch.get_num_threads()
     try:
@@ -61,19 +60,28 @@ def isolated(dtype: torch.dtype | None = None, seed: int = 0, threads: int | Non
             pyro.poutine.block(),  # outermost, so handlers of the caller see nothing
             pyro.get_param_store().scope(),
             pyro.validation_enabled(False),
+            default_dtype(dtype or torch.get_default_dtype()),
             warnings.catch_warnings(),
         ):
             warnings.filterwarnings("ignore", message=SWAPPED)
             seed_generators(seed)
-            if dtype is not None:
-                torch.set_default_dtype(dtype)
             yield
     finally:
         if torch.get_num_threads() != usual_threads:
             torch.set_num_threads(usual_threads)
-        torch.set_default_dtype(default)
         torch.distributions.Distribution._validate_args = torch_validation
         _set_generators(rng)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Another default dtype inside the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager
@@ -247,9 +255,8 @@ class Program:
         self.first_available_dim: int | None = None  # left of all plates, if sites are summed out
         self.around: Around | None = None  # handler of each recorded run, from its arguments
         self.modules = modules or []
-        shell = _Shell(self.modules)
-        self.shell = shell
-        self.weight_paths: dict[int, str] = {id(p): path for path, p in shell.named_parameters()}
+        self.shell = _Shell(self.modules)
+        self.weight_paths: dict[int, str] = {id(p): path for path, p in self.shell.named_parameters()}
         self.latest = Execution({}, lambda site: None)  # the latest run, also one that raised
         self._paths: dict[str, str] = {}
         self._constants: dict[str, Tensor] = {}
@@ -319,14 +326,9 @@ class Program:
         """Call the program as Pyro would, with `params` in place of its parameters, in their dtype."""
         stored = {name: value for name, value in params.items() if name not in self._paths}
         run = pyro.poutine.substitute(self.fn, data=stored)
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=SWAPPED)
-                return self._with_weights(params, self._constants, lambda: run(*args, **kwargs))
-        finally:
-            torch.set_default_dtype(default)
+        with default_dtype(torch.float64), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=SWAPPED)
+            return self._with_weights(params, self._constants, lambda: run(*args, **kwargs))
 
     def _with_weights(
         self, params: Mapping[str, Tensor], constants: Mapping[str, Tensor], run: Callable[[], Any]
