@@ -384,3 +384,23 @@ def test_arrays_on_disk_are_read_in_batches(fit, tmp_path):
     assert float(found.guide_params["guide.loc.b"]) == pytest.approx(
         float(full.guide_params["guide.loc.b"]), abs=0.1 * float(full.guide_params["guide.scale.b"])
     )
+
+
+def test_steps_to_where_the_bound_is_not_finite_are_not_taken(fit):
+    """A decoder that overflows wherever its bias passes a limit: the rate is halved, and it is said."""
+    y = factor_data(60)
+
+    def model(y):
+        bias = pyro.param("bias", torch.tensor(0.0))
+        pyro.module("decoder", decoder)
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            wall = torch.where(bias > 0.004, torch.tensor(math.nan), torch.tensor(0.0))
+            pyro.sample("y", dist.Normal(decoder(z) + bias + wall, 0.5).to_event(1), obs=y + 1)
+
+    torch.manual_seed(1)
+    decoder, encoder = Decoder(), Net()
+    guide = vem.AmortizedNormal(model, {"z": encoder}, inputs="y")
+    found = fit(model, {"y": y}, guide=guide, batch_size=30, max_iter=6)
+    assert any("not finite not taken: rate halved" in row.note for row in found.history)
+    assert all(bool(torch.isfinite(value).all()) for value in found.params.values())

@@ -216,8 +216,11 @@ class _Climb:
         self, values: list[float], seconds: float, note: str, x: Tensor, callbacks: tuple[Any, ...]
     ) -> None:
         """One row of history an epoch."""
-        mean = float(np.mean(values))
-        before = self.history[-1].after if self.history else values[0]
+        finite = [value for value in values if np.isfinite(value)]
+        if not finite:
+            raise ModelError(f"no step of epoch {self.epochs} ends where the bound is finite")
+        mean = float(np.mean(finite))
+        before = self.history[-1].after if self.history else finite[0]
         row = Step(self.epochs, "epoch", before, mean, 0.0, len(values), 0, seconds, note)
         self.history.append(row)
         for callback in callbacks:
@@ -295,6 +298,10 @@ class _Network(_Climb):
             values = [steps.step(call) for _, call in fit.epoch(self.epochs)]
             self.epochs += 1
             note = f"rate {rate:.1g}"
+            if steps.rejected:
+                note += f", {steps.rejected} steps to where the bound is not finite not taken: rate halved"
+                holder.param_groups[0]["lr"] *= 0.5
+                steps.rejected = 0
             if self.held_out is not None:
                 score = held_out_bound(fit, steps.x, self.held_out)
                 note += f", held out {score:.6g}"

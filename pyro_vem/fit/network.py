@@ -14,7 +14,7 @@ from .capture import AGREEMENT, Compile, Graph, compiled, gap_between
 if TYPE_CHECKING:
     from .minibatch import BatchFit
 
-RATE, BETAS, EPSILON = 1e-3, (0.9, 0.999), 1e-8
+RATE, BETAS, EPSILON = 2e-3, (0.9, 0.999), 1e-8
 WORTH_TRACE, WORTH_COMPILER = 5.0, 40.0  # predicted seconds of eager steps after which a graph pays
 SINGLE = 1e-2  # agreement of graphs in float32; Adam's first step is a sign
 TIMED = 20  # eager steps before that is decided
@@ -37,8 +37,9 @@ class NetworkStep:
         self.fit, self.pairs, self.mode, self.num_steps = fit, pairs, mode, num_steps
         x = fit.block.initial()
         self.moments: Moments = (x, torch.zeros_like(x), torch.zeros_like(x), torch.zeros(()).double())
-        self.rate = torch.tensor(RATE, dtype=torch.float64)
+        self.rate, self._before = torch.tensor(RATE, dtype=torch.float64), self.moments
         self.generator = torch.Generator().manual_seed(seed)
+        self.rejected = 0
         self.dtype = self._dtype()
         self._graph: Graph | None = None
         self._is_decided, self._eager_seconds, self._num_eager = mode is False, 0.0, 0
@@ -59,7 +60,7 @@ class NetworkStep:
         return self.moments[0]
 
     def step(self, call: Arguments) -> float:
-        """One step on a batch; the bound that it stands for, before the step."""
+        """One step on a batch; the bound that it stands for, before the step; nan if it was not taken."""
         noise = self.fit.noise(call, self.pairs, self.generator)
         given = [*self.moments, self.rate, *_tensors(call).values(), *noise.values()]
         is_first_size = self.fit.rows.size(call) == self.fit.rows.size(self.fit.first.problem.call)
@@ -72,7 +73,11 @@ class NetworkStep:
         self._eager_seconds += time.perf_counter() - start
         self._num_eager += 1
         value, *moments = found
-        self.moments = tuple(moments)
+        if not bool(torch.isfinite(moments[0]).all()):
+            self.rejected += 1  # the step before led here: go back, and on with half of it
+            self.moments, self.rate = self._before, self.rate / 2
+            return float("nan")
+        self._before, self.moments = self.moments, tuple(moments)
         return float(value)
 
     def _eager(self, call: Arguments, noise: Mapping[str, Tensor]) -> Any:
