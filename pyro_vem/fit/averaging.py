@@ -53,11 +53,13 @@ class AveragedAdam:
     is_done: bool = False
     answers: list[Tensor] = field(default_factory=list)
     stages: int = 0
-    _iterates: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._origin = self.x.clone()
+        self._origin, size = self.x.clone(), self.x.numel()
         self._scaled = torch.zeros_like(self.x).requires_grad_()
+        self._at = torch.linspace(0, size - 1, min(size, WATCHED)).long()
+        # One buffer: small tensors kept between large ones that come and go would fragment the heap.
+        self._watched = np.empty((MOST, len(self._at)))
         self._start()
 
     @property
@@ -71,24 +73,26 @@ class AveragedAdam:
         self._adam.step()
         scaled = self._scaled.detach()
         self.x = self._origin + self.lengths * scaled
-        self._iterates.append(scaled.clone())
-        count = len(self._iterates)
-        if count >= FEWEST and count % CHECK_EVERY == 0 and (count >= MOST or self._only_wanders()):
-            self._close()
+        self._watched[self._count] = scaled[self._at].numpy()
+        self._sums[-1] += scaled
+        self._count += 1
+        if self._count % CHECK_EVERY == 0:
+            if self._count >= MOST or (self._count >= FEWEST and self._only_wanders()):
+                self._close()
+            else:
+                self._sums.append(torch.zeros_like(scaled))
 
     def _only_wanders(self) -> bool:
-        later = torch.stack(self._iterates[len(self._iterates) // 2 :])
-        if later.shape[1] > WATCHED:
-            later = later[:, torch.linspace(0, later.shape[1] - 1, WATCHED).long()]
-        return bool((split_rhat(later.numpy()) < RHAT).all())
+        return bool((split_rhat(self._watched[self._count // 2 : self._count]) < RHAT).all())
 
     def _close(self) -> None:
-        average = torch.stack(self._iterates[len(self._iterates) // 2 :]).mean(0)
+        later = self._sums[len(self._sums) // 2 :]
+        average = torch.stack(later).sum(0) / (CHECK_EVERY * len(later))
         answer = self._origin + self.lengths * average
         moved = (
             float(((answer - self.answers[-1]) / self.lengths).abs().max()) if self.answers else float("inf")
         )
-        self.answers.append(answer)
+        self.answers = [answer]
         self.stages += 1
         self.is_done = moved < STILL or self.rate * SHRINK < LOWEST_RATE
         self.rate *= SHRINK
@@ -97,7 +101,7 @@ class AveragedAdam:
         self._start()
 
     def _start(self) -> None:
-        self._iterates = []
+        self._count, self._sums = 0, [torch.zeros_like(self.x)]
         self._adam = torch.optim.Adam([self._scaled], lr=self.rate, betas=BETAS)
 
 
