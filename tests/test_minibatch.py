@@ -404,3 +404,37 @@ def test_steps_to_where_the_bound_is_not_finite_are_not_taken(fit):
     found = fit(model, {"y": y}, guide=guide, batch_size=30, max_iter=6)
     assert any("not finite not taken: rate halved" in row.note for row in found.history)
     assert all(bool(torch.isfinite(value).all()) for value in found.params.values())
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"num_starts": 2}, "num_starts="),
+        ({"schedule": "joint"}, "schedule="),
+        ({"m_step": {"sd": lambda latents, params: params["sd"]}}, "m_step="),
+    ],
+)
+def test_settings_that_batches_do_not_take_are_refused(fit, setting, told):
+    with pytest.raises(ValueError, match=told):
+        fit(regression, regression_data(), batch_size=80, **setting)
+
+
+def test_held_out_rows_are_for_batches(fit):
+    with pytest.raises(ValueError, match="give batch_size="):
+        fit(regression, regression_data(), validation=regression_data(12))
+
+
+def test_a_fit_on_batches_is_saved_and_may_be_interrupted(fit, tmp_path):
+    data = regression_data()
+
+    def stop(step, params):
+        if step.iteration == 2:
+            raise KeyboardInterrupt
+
+    found = fit(regression, data, batch_size=80, callbacks=[stop])
+    assert found.status is vem.Status.interrupted
+    assert found.n_iter == 2
+    assert "batches of 80 of 240 rows (x, y): plate groups stands for all of them" in str(found.plan)
+    found.save(tmp_path / "fit")
+    again = vem.VEMResult.load(tmp_path / "fit", regression, data)
+    assert torch.equal(again.sample(4)["u"], found.sample(4)["u"])

@@ -128,11 +128,14 @@ def fit_vem(
     begin = time.perf_counter()
     warm = init if isinstance(init, VEMResult) else None
     given = _warm_strategy(warm) if warm else init
-    if batch_size is not None or _is_stream(data):
+    is_batched = batch_size is not None or _is_stream(data)
+    _check_batched(is_batched, schedule, e_step, m_step, num_starts, validation, warm)
+    if is_batched:
         with isolated(torch.float64, seed, 1), np.errstate(over="ignore", invalid="ignore"):
             return fit_batches(
                 model, data, guide, elbo, given, options, seed, batch_size, validation, max_iter, compile,
                 lambda setup: climb(setup, options, begin, PILOT_TOL, PILOT_ROUNDS)[0], tuple(callbacks),
+                progress,
             )  # fmt: skip
     # Trial points may lie anywhere: what overflows there is +inf, and is not stepped to.
     with isolated(torch.float64, seed, _threads(data)), np.errstate(over="ignore", invalid="ignore"):
@@ -158,6 +161,26 @@ def fit_vem(
                 break
     best = best_of(found)
     return replace(best, seconds=time.perf_counter() - begin)
+
+
+def _check_batched(
+    is_batched: bool, schedule: Any, e_step: Any, m_step: Any, num_starts: int, validation: Any, warm: Any
+) -> None:
+    """Settings that batches do not take, and one that only they do."""
+    if not is_batched:
+        if validation is not None:
+            raise ValueError("validation= is for fits on batches: give batch_size=, or a DataLoader as data")
+        return
+    ignored = {
+        "schedule=": schedule != "auto",
+        "e_step=": e_step != "auto",
+        "m_step=": m_step != "auto",
+        "num_starts=": num_starts != 1,
+        "init=<a result>": warm is not None,
+    }
+    names = ", ".join(name for name, is_given in ignored.items() if is_given)
+    if names:
+        raise ValueError(f"{names}: fits on batches of rows do not take it")
 
 
 def _is_stream(data: Any) -> bool:

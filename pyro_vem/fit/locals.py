@@ -16,7 +16,7 @@ from .scales import free_sites
 from .setup import Setup
 
 if TYPE_CHECKING:
-    from .minibatch import BatchFit
+    from .batched import BatchFit
 
 MOST_CHANGE = 16.0  # of a precision in one step, and its inverse
 

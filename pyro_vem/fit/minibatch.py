@@ -7,8 +7,8 @@ posterior sds. With networks there is no pilot: one Adam for encoder and decoder
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 
 from ..bound.elbo import AnalyticKL_ELBO
-from ..bound.tables import ElboTerms, TermRow
 from ..errors import ModelError, UnsupportedModelError
 from ..guides.factorised import FactorisedNormal
 from ..model.batches import Source
 from ..model.data import Arguments
-from ..model.parameters import Block
 from ..model.prototype import discover_modules
-from ..model.rows import Rows, rows_of
+from ..model.rows import rows_of
 from ..model.runtime import Program
 from .averaging import AveragedAdam
+from .batched import BatchFit, held_out_bound, measured
 from .capture import Compile
-from .locals import Locals, natural_step
+from .locals import natural_step
 from .network import NetworkStep
 from .result import VEMResult
+from .run import progress_bar
 from .scales import Scales, free_sites
 from .setup import FitOptions, Setup, set_up
 from .state import State
@@ -42,80 +42,8 @@ FADING = 0.2  # share of the epochs over which it falls where no rows are held o
 FINAL_PAIRS = 2048  # for a last pass over all rows: shared among its batches, 16 to 256 each
 ROUNDS = 3  # natural-gradient steps of the rows of a batch in the first epoch, one later
 LAST_ROUNDS, FINAL_PASSES = 4, 2
-MEASURED = 64  # draws of the reported bound, a batch
 Pilot = Callable[[Setup], State]
 """Fits a batch by the deterministic engine."""
-
-
-@dataclass
-class BatchFit:
-    """A problem seen through batches of its rows.
-
-    Attributes:
-        source: of the batches.
-        rows: arguments and plates that follow them.
-        make: sets the problem up on a batch.
-        first: the problem on a first batch; others of other sizes are made when they come.
-    """
-
-    source: Source
-    rows: Rows
-    make: Callable[[Arguments], Setup]
-    first: Setup
-    setups: dict[int, Setup] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        size = self.rows.size(self.first.problem.call)
-        self.setups[size] = self.first
-        self.locals = Locals.of(self.first, self.rows)
-        inside = self.locals.names
-        self.block = Block(
-            p for p in (*self.first.phi.parameters, *self.first.theta.parameters) if p.name not in inside
-        )
-        self.has_network = any("$$$" in name for name in self.block.names)
-        guide = self.first.guide
-        encoded = set(guide.encoded) if isinstance(guide, FactorisedNormal) else set()
-        self.is_amortized = bool(encoded) and encoded == {s.name for s in self.first.prototype.latents}
-
-    def at(self, call: Arguments) -> Setup:
-        """The problem on a batch, set up for its number of rows."""
-        size = self.rows.size(call)
-        if size not in self.setups:
-            self.setups[size] = self.make(call)
-        return self.setups[size]
-
-    def value(
-        self, x: Tensor, rows: Mapping[str, Tensor], call: Arguments, noise: Mapping[str, Tensor]
-    ) -> Tensor:
-        """The bound that a batch stands for, in nats, on some draws; differentiable in x and rows."""
-        return self.bound({**self.block.constrained(x), **rows}, call, noise)
-
-    def bound(self, values: Mapping[str, Tensor], call: Arguments, noise: Mapping[str, Tensor]) -> Tensor:
-        """The same at constrained parameters by name."""
-        setup = self.at(call)
-        phi = {name: values[name] for name in setup.phi.names}
-        theta = {**{name: values[name] for name in setup.theta.names}, **setup.held}
-        return setup.objective.on(call, noise).value(phi, theta)
-
-    def noise(self, call: Arguments, pairs: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Standard normal draws: one, or antithetic pairs with unit variance where there are enough."""
-        made = {}
-        for spec in self.at(call).objective.specs:
-            draws = torch.randn(max(1, pairs), *spec.shape, generator=generator, dtype=torch.float64)
-            if pairs > 1:
-                draws = draws / draws.square().mean(0).sqrt()
-            made[spec.name] = torch.cat([draws, -draws]) if pairs else draws
-        return made
-
-    def epoch(self, number: int, is_shuffled: bool = True) -> Iterator[tuple[Tensor | None, Arguments]]:
-        """Batches of all rows; each is held against the rows that it should have."""
-        for index, call in self.source.epoch(self.rows.names, self.rows.total, number, is_shuffled):
-            lengths = {len(v) for n, v in call.kwargs.items() if n in self.rows.names}
-            if len(lengths) != 1 or (index is not None and lengths != {len(index)}):
-                raise ModelError(
-                    f"a batch has {sorted(lengths)} rows in {', '.join(self.rows.names)}: they must agree"
-                )
-            yield index, call
 
 
 def fit_batches(
@@ -132,6 +60,7 @@ def fit_batches(
     mode: Compile,
     pilot: Pilot,
     callbacks: tuple[Any, ...],
+    progress: bool | None,
 ) -> VEMResult:
     """See `pyro_vem.fit_vem`; runs inside its isolation."""
     begin = time.perf_counter()
@@ -165,10 +94,20 @@ def fit_batches(
         )
     if names and fit.has_network:
         raise UnsupportedModelError(f"latent {names} needs an encoder where a network is trained on batches")
+    first.objective.add_note(
+        f"batches of {source.size:,} of {rows.total:,} rows ({', '.join(rows.names)}): plate "
+        f"{', '.join(sorted(rows.all_plates))} stands for all of them"
+    )
     climb = _Network(fit, max_iter, held_out, mode) if fit.has_network else _Global(fit, max_iter, pilot)
-    x, status, history = climb.run(callbacks)
+    climb.bar = progress_bar(progress)
+    try:
+        x, status = climb.run(callbacks)
+    except KeyboardInterrupt:
+        x, status = climb.x, Status.interrupted
+    finally:
+        climb.bar.close()
     x = _settled(fit, x)
-    terms = _measured(fit, x)
+    terms = measured(fit, x)
     values = fit.block.constrained(x)
     theta = {**{n: values[n].detach() for n in first.theta.names}, **first.held}
     phi = {**{n: values[n].detach() for n in first.phi.names if n in values}, **fit.locals.full()}
@@ -180,7 +119,7 @@ def fit_batches(
             return set_up(model, everything, guide, elbo, init, options, seed, False)
 
     return VEMResult(
-        theta, phi, terms.elbo, terms.elbo_se, status, climb.epochs, tuple(history),
+        theta, phi, terms.elbo, terms.elbo_se, status, climb.epochs, tuple(climb.history),
         time.perf_counter() - begin, first.objective.shown_plan, terms, seed,
         first if whole is None else None, _whole=whole,
     )  # fmt: skip
@@ -192,7 +131,9 @@ class _Climb:
     def __init__(self, fit: BatchFit, max_iter: int) -> None:
         self.fit, self.max_iter, self.epochs = fit, max_iter, 0
         self.history: list[Step] = []
+        self.x = fit.block.initial()  # after the last epoch
         self.generator = torch.Generator().manual_seed(fit.source.seed)
+        self.bar: Any = progress_bar(False)
 
     def gradient(self, x: Tensor, index: Tensor | None, call: Arguments, pairs: int) -> tuple[float, Tensor]:
         """The bound of a batch and its gradient; the factors of its rows take their E-step.
@@ -223,6 +164,9 @@ class _Climb:
         before = self.history[-1].after if self.history else finite[0]
         row = Step(self.epochs, "epoch", before, mean, 0.0, len(values), 0, seconds, note)
         self.history.append(row)
+        self.x = x
+        self.bar.set_postfix_str(f"epoch {self.epochs}, ELBO {mean:.6g}", refresh=False)
+        self.bar.update()
         for callback in callbacks:
             with torch.no_grad():
                 known = self.fit.block.constrained(x)
@@ -236,7 +180,7 @@ class _Global(_Climb):
         super().__init__(fit, max_iter)
         self.pilot = pilot
 
-    def run(self, callbacks: tuple[Any, ...]) -> tuple[Tensor, Status, list[Step]]:
+    def run(self, callbacks: tuple[Any, ...]) -> tuple[Tensor, Status]:
         """Epochs until two averages agree."""
         fit = self.fit
         engine = fit.make(fit.first.problem.call)  # its compiled terms hold the pilot's rows
@@ -260,7 +204,7 @@ class _Global(_Climb):
             note = f"rate {rule.rate:.3g} sd, {rule.stages} averages"
             self.record(values, time.perf_counter() - start, note, rule.answer, callbacks)
         status = Status.converged if rule.is_done else Status.max_iterations
-        return rule.answer, status, self.history
+        return rule.answer, status
 
     def _epoch(self, rule: AveragedAdam) -> Iterator[float]:
         for index, call in self.fit.epoch(self.epochs):
@@ -284,7 +228,7 @@ class _Network(_Climb):
         self.held_out = held_out
         self.steps = NetworkStep(fit, 0 if fit.is_amortized else 1, mode, max_iter * batches, fit.source.seed)
 
-    def run(self, callbacks: tuple[Any, ...]) -> tuple[Tensor, Status, list[Step]]:
+    def run(self, callbacks: tuple[Any, ...]) -> tuple[Tensor, Status]:
         """Epochs until the rate has fallen away."""
         fit, steps = self.fit, self.steps
         holder = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=float(steps.rate))
@@ -310,21 +254,8 @@ class _Network(_Climb):
                     best, best_value = steps.x, score
             self.record(values, time.perf_counter() - start, note, steps.x, callbacks)
             if rate < LEAST_RATE and self.held_out is not None:
-                return best, Status.converged, self.history
-        return best if self.held_out is not None else steps.x, Status.max_iterations, self.history
-
-
-def held_out_bound(fit: BatchFit, x: Tensor, source: Source) -> float:
-    """The bound of other rows, scaled to the number of rows of the fit, in nats."""
-    generator = torch.Generator().manual_seed(0)
-    total, seen = 0.0, 0
-    length = next(n for n, names in source.lengths.items() if set(names) & set(fit.rows.names))
-    with torch.no_grad():
-        for _, call in source.epoch(fit.rows.names, length, 0, is_shuffled=False):
-            size = fit.rows.size(call)
-            total += size * float(fit.value(x, {}, call, fit.noise(call, 1, generator)))
-            seen += size
-    return total / seen
+                return best, Status.converged
+        return best if self.held_out is not None else steps.x, Status.max_iterations
 
 
 def _settled(fit: BatchFit, x: Tensor) -> Tensor:
@@ -360,27 +291,3 @@ def _settled(fit: BatchFit, x: Tensor) -> Tensor:
             values[loc], values[scale] = natural_step(values[loc], values[scale], total[loc], total[scale])
         x = fit.block.flat(values)
     return x
-
-
-def _measured(fit: BatchFit, x: Tensor) -> ElboTerms:
-    """The bound of all rows, batch by batch, on fresh draws."""
-    total, square, seen = 0.0, 0.0, 0
-    parts: dict[str, float] = {}
-    plan = fit.first.objective.shown_plan
-    for number, (index, call) in enumerate(fit.epoch(0, is_shuffled=False)):
-        setup, size = fit.at(call), fit.rows.size(call)
-        with torch.no_grad():
-            values = {**fit.block.constrained(x), **(fit.locals.taken(index) if fit.locals.sites else {})}
-            phi = {n: values[n] for n in setup.phi.names}
-            theta = {**{n: values[n] for n in setup.theta.names}, **setup.held}
-            found = setup.objective.on(call, None).sample(
-                phi, theta, MEASURED, 7919 + number, ("densities", "terms")
-            )
-        ratio = found["densities"]["log_p"] - found["densities"]["log_q"]
-        total += size * float(ratio.mean())
-        square += (size * float(ratio.std())) ** 2 / MEASURED
-        seen += size
-        for name, term in found["terms"].items():
-            parts[name] = parts.get(name, 0.0) + size * float(term.mean())
-    rows = tuple(TermRow.of(row, parts[row.site] / seen, 0.0) for row in plan.rows)
-    return ElboTerms(rows, total / seen, square**0.5 / seen)

@@ -12,7 +12,7 @@ from ..model.runtime import default_dtype
 from .capture import AGREEMENT, Compile, Graph, compiled, gap_between
 
 if TYPE_CHECKING:
-    from .minibatch import BatchFit
+    from .batched import BatchFit
 
 RATE, BETAS, EPSILON = 2e-3, (0.9, 0.999), 1e-8
 WORTH_TRACE, WORTH_COMPILER = 5.0, 40.0  # predicted seconds of eager steps after which a graph pays

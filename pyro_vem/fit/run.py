@@ -101,7 +101,7 @@ class Run:
             check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
         if warm is None:
             note_idle(setup, self.state)
-        self.bar = _bar(self.progress)
+        self.bar = progress_bar(self.progress)
         if warm is None:
             self.state, row = start_variances(setup, self.state)
             self._record(row)
@@ -387,7 +387,8 @@ def _finite_elbo(setup: Setup, phi: Any, theta: Any) -> float:
     return float(torch.stack(list(terms.values())).sum())
 
 
-def _bar(progress: bool | None) -> Any:
+def progress_bar(progress: bool | None) -> Any:
+    """On standard error; None shows it in a terminal only."""
     from tqdm import tqdm
 
     return tqdm(desc="fit_vem", unit=" steps", disable=None if progress is None else not progress)

@@ -37,7 +37,8 @@ class Step:
     Attributes:
         iteration: counts E/M rounds from 1.
         block: "E", "M", "joint", "profile", "start" (the two closed-form variance steps before the
-            first E) or "check" (the bound itself changed, as the note says: it may fall there).
+            first E), "epoch" (of batches of rows; bounds are averages over them) or "check" (the bound
+            itself changed, as the note says: it may fall there).
         before, after: the bound on the fixed draws, in nats.
         gradient: norm of the scaled gradient of the block after the step.
         evaluations, products: bound evaluations and Hessian-vector products spent.

@@ -45,6 +45,7 @@ def save(fit: VEMResult, path: str | Path) -> None:
         "seconds": fit.seconds,
         "seed": fit.seed,
         "num_draws": draws,
+        "on_batches": fit._whole is not None,
         "compiled": fit._setup is not None and fit.setup.objective.exact is not None,
         "analytic": fit.setup.analytic if fit._setup is not None else "auto",
         "bounds": fit.setup.bounds if fit._setup is not None else False,
@@ -77,7 +78,8 @@ def load(path: str | Path, model: Callable[..., Any], data: Any, guide: Any) -> 
         except ModelError as error:
             raise ModelError(f"{path} does not fit this model and data: {error}") from error
         _check_same(path, setup, params, guide_params)
-        _check_bound(path, setup, params, guide_params, summary["history"])
+        if not summary["on_batches"]:  # else the last row of history is an average over batches
+            _check_bound(path, setup, params, guide_params, summary["history"])
     plan = summary["plan"]
     rows = tuple(_row(PlanRow, row) for row in plan["rows"])
     terms = summary["terms"]

@@ -1,0 +1,127 @@
+"""A problem seen through batches of its rows, and what it is worth on all of them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..bound.tables import ElboTerms, TermRow
+from ..errors import ModelError
+from ..guides.factorised import FactorisedNormal
+from ..model.batches import Source
+from ..model.data import Arguments
+from ..model.parameters import Block
+from ..model.rows import Rows
+from .locals import Locals
+from .setup import Setup
+
+MEASURED = 64  # draws of the reported bound, a batch
+
+
+@dataclass
+class BatchFit:
+    """A problem seen through batches of its rows.
+
+    Attributes:
+        source: of the batches.
+        rows: arguments and plates that follow them.
+        make: sets the problem up on a batch.
+        first: the problem on a first batch; others of other sizes are made when they come.
+    """
+
+    source: Source
+    rows: Rows
+    make: Callable[[Arguments], Setup]
+    first: Setup
+    setups: dict[int, Setup] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        size = self.rows.size(self.first.problem.call)
+        self.setups[size] = self.first
+        self.locals = Locals.of(self.first, self.rows)
+        inside = self.locals.names
+        self.block = Block(
+            p for p in (*self.first.phi.parameters, *self.first.theta.parameters) if p.name not in inside
+        )
+        self.has_network = any("$$$" in name for name in self.block.names)
+        guide = self.first.guide
+        encoded = set(guide.encoded) if isinstance(guide, FactorisedNormal) else set()
+        self.is_amortized = bool(encoded) and encoded == {s.name for s in self.first.prototype.latents}
+
+    def at(self, call: Arguments) -> Setup:
+        """The problem on a batch, set up for its number of rows."""
+        size = self.rows.size(call)
+        if size not in self.setups:
+            self.setups[size] = self.make(call)
+        return self.setups[size]
+
+    def value(
+        self, x: Tensor, rows: Mapping[str, Tensor], call: Arguments, noise: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The bound that a batch stands for, in nats, on some draws; differentiable in x and rows."""
+        return self.bound({**self.block.constrained(x), **rows}, call, noise)
+
+    def bound(self, values: Mapping[str, Tensor], call: Arguments, noise: Mapping[str, Tensor]) -> Tensor:
+        """The same at constrained parameters by name."""
+        setup = self.at(call)
+        phi = {name: values[name] for name in setup.phi.names}
+        theta = {**{name: values[name] for name in setup.theta.names}, **setup.held}
+        return setup.objective.on(call, noise).value(phi, theta)
+
+    def noise(self, call: Arguments, pairs: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Standard normal draws: one, or antithetic pairs with unit variance where there are enough."""
+        made = {}
+        for spec in self.at(call).objective.specs:
+            draws = torch.randn(max(1, pairs), *spec.shape, generator=generator, dtype=torch.float64)
+            if pairs > 1:
+                draws = draws / draws.square().mean(0).sqrt()
+            made[spec.name] = torch.cat([draws, -draws]) if pairs else draws
+        return made
+
+    def epoch(self, number: int, is_shuffled: bool = True) -> Iterator[tuple[Tensor | None, Arguments]]:
+        """Batches of all rows; each is held against the rows that it should have."""
+        for index, call in self.source.epoch(self.rows.names, self.rows.total, number, is_shuffled):
+            lengths = {len(v) for n, v in call.kwargs.items() if n in self.rows.names}
+            if len(lengths) != 1 or (index is not None and lengths != {len(index)}):
+                raise ModelError(
+                    f"a batch has {sorted(lengths)} rows in {', '.join(self.rows.names)}: they must agree"
+                )
+            yield index, call
+
+
+def held_out_bound(fit: BatchFit, x: Tensor, source: Source) -> float:
+    """The bound of other rows, scaled to the number of rows of the fit, in nats."""
+    generator = torch.Generator().manual_seed(0)
+    total, seen = 0.0, 0
+    length = next(n for n, names in source.lengths.items() if set(names) & set(fit.rows.names))
+    with torch.no_grad():
+        for _, call in source.epoch(fit.rows.names, length, 0, is_shuffled=False):
+            size = fit.rows.size(call)
+            total += size * float(fit.value(x, {}, call, fit.noise(call, 1, generator)))
+            seen += size
+    return total / seen
+
+
+def measured(fit: BatchFit, x: Tensor) -> ElboTerms:
+    """The bound of all rows, batch by batch, on fresh draws."""
+    total, square, seen = 0.0, 0.0, 0
+    parts: dict[str, float] = {}
+    plan = fit.first.objective.shown_plan
+    for number, (index, call) in enumerate(fit.epoch(0, is_shuffled=False)):
+        setup, size = fit.at(call), fit.rows.size(call)
+        with torch.no_grad():
+            values = {**fit.block.constrained(x), **(fit.locals.taken(index) if fit.locals.sites else {})}
+            phi = {n: values[n] for n in setup.phi.names}
+            theta = {**{n: values[n] for n in setup.theta.names}, **setup.held}
+            found = setup.objective.on(call, None).sample(
+                phi, theta, MEASURED, 7919 + number, ("densities", "terms")
+            )
+        ratio = found["densities"]["log_p"] - found["densities"]["log_q"]
+        total += size * float(ratio.mean())
+        square += (size * float(ratio.std())) ** 2 / MEASURED
+        seen += size
+        for name, term in found["terms"].items():
+            parts[name] = parts.get(name, 0.0) + size * float(term.mean())
+    rows = tuple(TermRow.of(row, parts[row.site] / seen, 0.0) for row in plan.rows)
+    return ElboTerms(rows, total / seen, square**0.5 / seen)
