@@ -172,7 +172,10 @@ def test_a_plate_that_scales_itself_is_left_alone(fit):
     rng = np.random.default_rng(1)
     x = rng.normal(size=200)
     data = {"x": x, "y": 0.5 * x + rng.normal(size=200)}
-    full, found = fit(plain, data), fit(told, data, batch_size=40)
+    held_out = {name: value[:40] for name, value in data.items()}
+    full, found = fit(plain, data), fit(plain, data, batch_size=40, validation=held_out)
+    assert all("held out -" in row.note for row in found.history)
+    found = fit(told, data, batch_size=40)
     assert float(found.guide_params["guide.loc.b"]) == pytest.approx(
         float(full.guide_params["guide.loc.b"]), abs=0.1 * float(full.guide_params["guide.scale.b"])
     )
@@ -438,3 +441,23 @@ def test_a_fit_on_batches_is_saved_and_may_be_interrupted(fit, tmp_path):
     found.save(tmp_path / "fit")
     again = vem.VEMResult.load(tmp_path / "fit", regression, data)
     assert torch.equal(again.sample(4)["u"], found.sample(4)["u"])
+
+
+def test_annealing_weighs_what_is_climbed_and_not_what_is_reported(fit):
+    """With nothing left to train the reported bound is the same, annealed or not."""
+    y = factor_data(60)
+    model, guide = autoencoder()
+    annealed = fit(
+        model, {"y": y}, guide=guide, batch_size=30, max_iter=3,
+        options=vem.FitOptions(annealed_epochs=2),
+    )  # fmt: skip
+    notes = [row.note for row in annealed.history]
+    assert "KL times 0.5" in notes[0]
+    assert "KL times 1" in notes[1]
+    assert "KL" not in notes[2]
+    plain = fit(model, {"y": y}, guide=guide, batch_size=30, max_iter=3)
+    assert not torch.equal(annealed.params["decoder$$$net.0.weight"], plain.params["decoder$$$net.0.weight"])
+    # The whole bound at the annealed parameters, by hand.
+    with torch.no_grad():
+        infer = annealed.infer({"y": y})
+    assert annealed.elbo == pytest.approx(infer.elbo, abs=5 * (annealed.elbo_se + infer.elbo_se) + 0.1)

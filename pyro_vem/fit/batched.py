@@ -64,10 +64,23 @@ class BatchFit:
 
     def bound(self, values: Mapping[str, Tensor], call: Arguments, noise: Mapping[str, Tensor]) -> Tensor:
         """The same at constrained parameters by name."""
+        return torch.stack(list(self.terms(values, call, noise).values())).sum()
+
+    def annealed(self, x: Tensor, call: Arguments, noise: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        """The bound with its KL terms times a weight: what a network climbs in its first epochs."""
+        terms = self.terms(self.block.constrained(x), call, noise)
+        kinds = {row.site: row.kind for row in self.at(call).objective.plan.rows}
+        parts = [value if kinds[name] == "likelihood" else weight * value for name, value in terms.items()]
+        return torch.stack(parts).sum()
+
+    def terms(
+        self, values: Mapping[str, Tensor], call: Arguments, noise: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Each term of the bound."""
         setup = self.at(call)
         phi = {name: values[name] for name in setup.phi.names}
         theta = {**{name: values[name] for name in setup.theta.names}, **setup.held}
-        return setup.objective.on(call, noise).value(phi, theta)
+        return setup.objective.on(call, noise).terms(phi, theta)
 
     def noise(self, call: Arguments, pairs: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Standard normal draws: one, or antithetic pairs with unit variance where there are enough."""

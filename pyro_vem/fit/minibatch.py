@@ -7,6 +7,7 @@ posterior sds. With networks there is no pilot: one Adam for encoder and decoder
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -98,7 +99,11 @@ def fit_batches(
         f"batches of {source.size:,} of {rows.total:,} rows ({', '.join(rows.names)}): plate "
         f"{', '.join(sorted(rows.all_plates))} stands for all of them"
     )
-    climb = _Network(fit, max_iter, held_out, mode) if fit.has_network else _Global(fit, max_iter, pilot)
+    climb: _Climb = (
+        _Network(fit, max_iter, held_out, mode, options.annealed_epochs)
+        if fit.has_network
+        else _Global(fit, max_iter, held_out, pilot)
+    )
     climb.bar = progress_bar(progress)
     try:
         x, status = climb.run(callbacks)
@@ -125,7 +130,7 @@ def fit_batches(
     )  # fmt: skip
 
 
-class _Climb:
+class _Climb(ABC):
     """What both ways to climb share: epochs, history, callbacks."""
 
     def __init__(self, fit: BatchFit, max_iter: int) -> None:
@@ -134,6 +139,10 @@ class _Climb:
         self.x = fit.block.initial()  # after the last epoch
         self.generator = torch.Generator().manual_seed(fit.source.seed)
         self.bar: Any = progress_bar(False)
+
+    @abstractmethod
+    def run(self, callbacks: tuple[Any, ...]) -> tuple[Tensor, Status]:
+        """Epochs; where they end, and how."""
 
     def gradient(self, x: Tensor, index: Tensor | None, call: Arguments, pairs: int) -> tuple[float, Tensor]:
         """The bound of a batch and its gradient; the factors of its rows take their E-step.
@@ -176,9 +185,9 @@ class _Climb:
 class _Global(_Climb):
     """Averaged Adam from the optimum of a pilot batch."""
 
-    def __init__(self, fit: BatchFit, max_iter: int, pilot: Pilot) -> None:
+    def __init__(self, fit: BatchFit, max_iter: int, held_out: Source | None, pilot: Pilot) -> None:
         super().__init__(fit, max_iter)
-        self.pilot = pilot
+        self.held_out, self.pilot = held_out, pilot
 
     def run(self, callbacks: tuple[Any, ...]) -> tuple[Tensor, Status]:
         """Epochs until two averages agree."""
@@ -202,6 +211,8 @@ class _Global(_Climb):
             values = list(self._epoch(rule))
             self.epochs += 1
             note = f"rate {rule.rate:.3g} sd, {rule.stages} averages"
+            if self.held_out is not None:
+                note += f", held out {held_out_bound(fit, rule.answer, self.held_out):.6g}"
             self.record(values, time.perf_counter() - start, note, rule.answer, callbacks)
         status = Status.converged if rule.is_done else Status.max_iterations
         return rule.answer, status
@@ -222,8 +233,11 @@ class _Network(_Climb):
     it falls to zero over the last epochs, which averages the steps.
     """
 
-    def __init__(self, fit: BatchFit, max_iter: int, held_out: Source | None, mode: Compile) -> None:
+    def __init__(
+        self, fit: BatchFit, max_iter: int, held_out: Source | None, mode: Compile, annealed: int
+    ) -> None:
         super().__init__(fit, max_iter)
+        self.annealed = annealed
         batches = -(-fit.rows.total // fit.source.size)
         self.held_out = held_out
         self.steps = NetworkStep(fit, 0 if fit.is_amortized else 1, mode, max_iter * batches, fit.source.seed)
@@ -239,9 +253,12 @@ class _Network(_Climb):
             if self.held_out is None:
                 rate *= min(1.0, (self.max_iter - self.epochs) / max(1.0, FADING * self.max_iter))
             steps.rate = torch.tensor(rate, dtype=torch.float64)
+            steps.anneal(self.epochs, self.annealed)
             values = [steps.step(call) for _, call in fit.epoch(self.epochs)]
             self.epochs += 1
             note = f"rate {rate:.1g}"
+            if self.epochs <= self.annealed:
+                note += f", KL times {float(steps.weight):.2g}"
             if steps.rejected:
                 note += f", {steps.rejected} steps to where the bound is not finite not taken: rate halved"
                 holder.param_groups[0]["lr"] *= 0.5

@@ -40,6 +40,7 @@ class NetworkStep:
         self.rate, self._before = torch.tensor(RATE, dtype=torch.float64), self.moments
         self.generator = torch.Generator().manual_seed(seed)
         self.rejected = 0
+        self.weight = torch.ones((), dtype=torch.float64)  # of KL terms
         self.dtype = self._dtype()
         self._graph: Graph | None = None
         self._is_decided, self._eager_seconds, self._num_eager = mode is False, 0.0, 0
@@ -62,7 +63,7 @@ class NetworkStep:
     def step(self, call: Arguments) -> float:
         """One step on a batch; the bound that it stands for, before the step; nan if it was not taken."""
         noise = self.fit.noise(call, self.pairs, self.generator)
-        given = [*self.moments, self.rate, *_tensors(call).values(), *noise.values()]
+        given = [*self.moments, self.rate, self.weight, *_tensors(call).values(), *noise.values()]
         is_first_size = self.fit.rows.size(call) == self.fit.rows.size(self.fit.first.problem.call)
         if not self._is_decided and is_first_size:
             self._decide(call, noise, given)
@@ -80,16 +81,28 @@ class NetworkStep:
         self._before, self.moments = self.moments, tuple(moments)
         return float(value)
 
+    def anneal(self, epoch: int, epochs: int) -> None:
+        """Set the weight of KL terms: rising to one over the first epochs."""
+        self.weight = torch.tensor(min(1.0, (epoch + 1) / max(1, epochs)), dtype=torch.float64)
+
     def _eager(self, call: Arguments, noise: Mapping[str, Tensor]) -> Any:
-        """The step as a function of tensors: moments, rate, data, noise."""
+        """The step as a function of tensors: moments, rate, weight of KL terms, data, noise."""
         names, draws, total, dtype = list(_tensors(call)), list(noise), self.fit.rows.total, self.dtype
 
-        def run(x: Tensor, mean: Tensor, square: Tensor, count: Tensor, rate: Tensor, *rest: Tensor) -> Any:
+        def run(
+            x: Tensor,
+            mean: Tensor,
+            square: Tensor,
+            count: Tensor,
+            rate: Tensor,
+            weight: Tensor,
+            *rest: Tensor,
+        ) -> Any:
             cast = [value.to(dtype) if value.is_floating_point() else value for value in rest]
             kwargs = {**call.kwargs, **dict(zip(names, cast[: len(names)], strict=True))}
             here = dict(zip(draws, cast[len(names) :], strict=True))
             leaf = x.detach().to(dtype).requires_grad_()
-            value = self.fit.value(leaf, {}, Arguments((), kwargs), here)
+            value = self.fit.annealed(leaf, Arguments((), kwargs), here, weight.to(dtype))
             (gradient,) = torch.autograd.grad(-value / total, leaf)
             value, gradient = value.double(), gradient.double()
             count = count + 1
@@ -133,8 +146,8 @@ class NetworkStep:
         for shift in (1, 2):
             generator = torch.Generator().manual_seed(shift)
             x = given[0] + 0.05 * torch.randn(given[0].shape, generator=generator, dtype=torch.float64)
-            others = [v.roll(shift, 0) if v.dim() else v for v in given[5:]]
-            points.append([x, *given[1:5], *others])
+            others = [v.roll(shift, 0) if v.dim() else v for v in given[6:]]
+            points.append([x, *given[1:6], *others])
         return points
 
 

@@ -36,6 +36,8 @@ class FitOptions:
         elbo_draws: most fresh draws spent on the reported ELBO.
         step_iterations: most optimiser iterations within one E- or M-step.
         compiled: whether terms are compiled to closed forms and quadratures where they can be.
+        annealed_epochs: of a network's training, over which its KL terms rise from nothing to their
+            full weight. Bounds that are reported or chosen by are always the full ones.
 
     Raises:
         ValueError: for a number of draws that is odd or too small.
@@ -49,6 +51,7 @@ class FitOptions:
     elbo_draws: int = 4096
     step_iterations: int = 200
     compiled: bool = True
+    annealed_epochs: int = 0
 
     def __post_init__(self) -> None:
         if self.num_draws < 32 or self.num_draws % 2:
