@@ -266,7 +266,8 @@ def cold_run(density, options):
     return density.values(torch.stack(points))
 
 
-@pytest.mark.parametrize("name", ["schools", pytest.param("radon", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["schools", "radon"])
 def test_a_warm_start_needs_half_the_warm_up(schools, name):
     """tests/benchmarks/nuts.py has the lengths that are needed; here 25 steps are held against a cold 50."""
     fit = schools if name == "schools" else radon()

@@ -133,10 +133,19 @@ def reaches(arrows, start):
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor")
-@settings(max_examples=200, derandomize=True, deadline=None, database=None)
-@given(seed=st.integers(0, 2**31))
-def test_random_programs_are_bounded_right(seed):
+@pytest.mark.parametrize("programs", [60, pytest.param(200, marks=pytest.mark.slow)])
+def test_random_programs_are_bounded_right(programs):
     """Closed forms average to what the same draws give, and only where the arrows allow it."""
+
+    @settings(max_examples=programs, derandomize=True, deadline=None, database=None)
+    @given(seed=st.integers(0, 2**31))
+    def check(seed):
+        _check_random_program(seed)
+
+    check()
+
+
+def _check_random_program(seed):
     pyro.set_rng_seed(seed)
     model, guide, model_arrows, guide_arrows = random_pair(seed)
     plan = vem.AnalyticKL_ELBO().plan(model, guide)

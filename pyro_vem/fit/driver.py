@@ -79,10 +79,10 @@ def fit_vem(
             how far the others agree. Starts after the first one draw latents from the prior, or
             responsibilities of discrete sites at random.
         batch_size: rows of a minibatch, for data that are too many for full sweeps (a DataLoader or
-            another iterable of mappings as `data` says it itself). Every array whose first dimension a
+            another iterable of mappings as data says it itself). Every array whose first dimension a
             plate follows is sliced, and that plate is scaled by rows / batch in model and guide.
-            `max_iter` counts epochs then.
-        validation: held-out rows, as `data`, for a fit with encoders on batches: the rate falls where
+            ``max_iter`` counts epochs then.
+        validation: held-out rows, as the data, for a fit with encoders on batches: the rate falls where
             their bound stops rising, and the best state is returned.
         init: initial values on the constrained scale by site and parameter name, a Pyro init
             strategy, or an earlier result (warm start).

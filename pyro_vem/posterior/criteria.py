@@ -52,7 +52,7 @@ def criteria(fit: VEMResult, plate: str | None = None) -> Criteria:
         plate: whose rows are independent, n of the BIC; by default every observed value counts.
 
     Raises:
-        ModelError: if the model has no parameters, or its parameters have priors (`map_sites`).
+        ModelError: if the model has no parameters, or its parameters have priors (``map_sites``).
 
     References:
         Akaike (1974), A new look at the statistical model identification, IEEE Trans. Autom.

@@ -31,14 +31,14 @@ def infer(fit: VEMResult, data: Any, *, refine: bool = False, seed: int = 0) -> 
     """The posterior of new rows: an E-step with the parameters and the shared factors held.
 
     Args:
-        fit: the result, of a fit with `MeanFieldNormal` or `AmortizedNormal`.
-        data: new rows, as `fit_vem` takes them.
+        fit: the result, of a fit with `pyro_vem.MeanFieldNormal` or `pyro_vem.AmortizedNormal`.
+        data: new rows, as `pyro_vem.fit_vem` takes them.
         refine: with an encoder, optimise each row's own factor from where the encoder puts it
             (semi-amortized inference); without, encoders answer alone.
         seed: of the fixed draws.
 
     Returns:
-        A result on the new data: `sample`, `diagnose` (with k-hat by row) and the rest work. Its
+        A result on the new data: ``sample``, ``diagnose`` (with k-hat by row) and the rest work. Its
         ELBO is that of the new rows.
 
     Raises:
@@ -151,7 +151,7 @@ def amortization_gap(fit: VEMResult, data: Any = None, seed: int = 0) -> Amortiz
     """How much higher the bound of each row would be with a factor of its own.
 
     Args:
-        fit: the result, of a fit with `AmortizedNormal`.
+        fit: the result, of a fit with `pyro_vem.AmortizedNormal`.
         data: rows to look at; None for those of the fit.
         seed: of the fixed draws, common to both.
 
