@@ -120,6 +120,7 @@ def centred_schools(sigma, y):
 REGRESSION_DATA = {"x": X, "y": torch.zeros(10)}
 
 
+@pytest.mark.slow
 def test_mean_field_on_correlated_coefficients_is_too_narrow():
     result = run(regression, REGRESSION_DATA, num_simulations=30)
     assert set(result.table["hint"]) == {"too narrow"}

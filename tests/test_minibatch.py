@@ -68,6 +68,21 @@ def test_a_last_batch_may_be_smaller(fit):
     assert math.isfinite(found.elbo)
 
 
+def test_every_row_is_in_one_batch():
+    for total, size, expected in (
+        (10, 4, [4, 6]),
+        (11, 4, [4, 7]),
+        (12, 4, [4, 4, 4]),
+        (9, 5, [5, 4]),
+        (5, 8, [5]),
+    ):
+        data = {"x": torch.arange(total), "y": torch.arange(total)}
+        source = Source.of(lambda x, y: None, data, size, 0)
+        batches = [index for index, _ in source.epoch(("x", "y"), total, 0)]
+        assert [len(index) for index in batches] == expected
+        assert sorted(torch.cat(batches).tolist()) == list(range(total))
+
+
 def test_the_plates_of_the_rows_are_found():
     data = regression_data()
     with isolated(D):
@@ -173,7 +188,7 @@ def test_a_plate_that_scales_itself_is_left_alone(fit):
     x = rng.normal(size=200)
     data = {"x": x, "y": 0.5 * x + rng.normal(size=200)}
     held_out = {name: value[:40] for name, value in data.items()}
-    full, found = fit(plain, data), fit(plain, data, batch_size=40, validation=held_out)
+    full, found = fit(plain, data), fit(plain, data, batch_size=40, validation=held_out, max_iter=2)
     assert all("held out -" in row.note for row in found.history)
     found = fit(told, data, batch_size=40)
     assert float(found.guide_params["guide.loc.b"]) == pytest.approx(

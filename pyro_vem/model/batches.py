@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import ModelError
 from .data import Arguments, arguments
 
+FEWEST = 4  # rows of a batch, whose halves must still be plates
 Batch = tuple[Tensor | None, Arguments]
 """Numbers of the rows (None if they are not known), and the call that holds them."""
 
@@ -46,8 +47,8 @@ class Source:
             target = model.forward if isinstance(model, torch.nn.Module) else model
             data = dict(zip(inspect.signature(target).parameters, data, strict=False))
         if isinstance(data, Mapping):
-            if batch_size is None or batch_size < 4:
-                raise ModelError(f"batch_size={batch_size}: give at least 4 rows a batch")
+            if batch_size is None or batch_size < FEWEST:
+                raise ModelError(f"batch_size={batch_size}: give at least {FEWEST} rows a batch")
             arrays = {str(n): v.to_numpy() if hasattr(v, "to_numpy") else v for n, v in data.items()}
             arguments(model, {n: _taken(v, slice(0, 4)) if _has_rows(v) else v for n, v in arrays.items()})
             return cls(model, arrays, None, batch_size, seed)
@@ -87,17 +88,19 @@ class Source:
     def epoch(
         self, names: tuple[str, ...], total: int, number: int, is_shuffled: bool = True
     ) -> Iterator[Batch]:
-        """Batches of all rows, in a new order each epoch; the last one may be smaller."""
+        """Batches of all rows, in a new order each epoch; the last one may be of another size."""
         if self.stream is not None:
             for batch in self.stream:
                 yield None, self._call(batch, names, slice(None))
             return
         generator = torch.Generator().manual_seed(self.seed + number)
         order = torch.randperm(total, generator=generator) if is_shuffled else torch.arange(total)
-        for start in range(0, total, self.size):
-            index = order[start : start + self.size]
-            if len(index) >= 2:
-                yield index, self._call(self.arrays, names, index)
+        ends = [*range(self.size, total, self.size), total]
+        if len(ends) > 1 and ends[-1] - ends[-2] < FEWEST:
+            del ends[-2]  # the rest is too small for a batch of its own
+        for start, end in zip([0, *ends], ends, strict=False):
+            index = order[start:end]
+            yield index, self._call(self.arrays, names, index)
 
     def _call(self, arrays: Mapping[str, Any], names: tuple[str, ...], where: Tensor | slice) -> Arguments:
         taken = {n: _taken(v, where) if n in names else v for n, v in arrays.items()}

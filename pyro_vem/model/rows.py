@@ -14,12 +14,11 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..errors import ModelError
-from .batches import Source
+from .batches import FEWEST, Source
 from .data import Arguments
 from .density import lean_log_prob
 from .runtime import Execution, Program, Site, is_summed_out
 
-FEWEST = 4  # fewest rows of a batch: halves must be plates
 UNBIASED = 1e-8  # of a site's log density, that halves of a batch may be off its whole
 
 

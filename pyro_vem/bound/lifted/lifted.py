@@ -236,9 +236,7 @@ class Lifted:
                 return self._live[1]
         made, lives = dict(self.found.tables), {n: v for n, v in self.found.live.items() if v is not None}
         for name in self.found.live.keys() - lives.keys():
-            prior = self.probe.vectors_of(name, given)
-            assert isinstance(prior, Coupled)
-            made[name] = prior
+            made[name] = self._prior(name, given)
         scopes = {name: live.scope for name, live in lives.items()}
         for name, values in grid_values(self.probe, self.found, scopes, given).items():
             live, table = lives[name], made[name]
@@ -251,6 +249,17 @@ class Lifted:
         if not needs_gradient:
             self._live = {n: v.detach().clone() for n, v in given.items()}, made
         return made
+
+    def _prior(self, name: str, given: Values) -> Coupled:
+        """A prior of vectors at parameters; without a run where these are its arguments themselves."""
+        known = next((m for m in self.moments if m.site == name and m.loc is not None), None)
+        if known is None:
+            prior = self.probe.vectors_of(name, given)
+        else:
+            variable, table = self.probe.variables[name], self.found.tables[name]
+            prior = coupled_of(known.prior(given, variable.shape, float(table.scale)), variable)
+        assert isinstance(prior, Coupled)
+        return prior
 
     def expected(
         self,

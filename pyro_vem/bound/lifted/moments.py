@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -35,6 +36,13 @@ class Moments:
     def names(self) -> tuple[str, ...]:
         """The parameters."""
         return (self.factor,) if self.loc is None else (self.loc, self.factor)
+
+    def prior(self, values: Values, shape: torch.Size, scale: float) -> Site:
+        """The site as a run of the model would have it, where the mean is a parameter too."""
+        assert self.loc is not None
+        loc = values[self.loc].expand(shape)
+        fn = dist.MultivariateNormal(loc, **{self.kind: values[self.factor]})
+        return {"name": self.site, "fn": fn, "scale": scale, "mask": None}
 
     def best(self, prior: Tensor, q: Values) -> dict[str, Tensor]:
         """The parameters that maximise the expected log prior under a factor.
