@@ -142,6 +142,7 @@ def test_corrections_mend_it(correction, num):
     assert np.allclose(result.table["spread"], 1.0, atol=4 * (0.5 / num) ** 0.5)
 
 
+@pytest.mark.slow
 def test_centred_eight_schools_overstates_tau():
     result = run(centred_schools, zoo.SCHOOLS, num_simulations=25)
     assert result.verdict is CalibrationVerdict.MISCALIBRATED
