@@ -14,7 +14,7 @@ import pyro_vem as vem
 from pyro_vem.fit import network
 from pyro_vem.model.batches import Source
 from pyro_vem.model.rows import rows_of
-from pyro_vem.model.runtime import Program, isolated
+from pyro_vem.model.runtime import isolated
 
 D = torch.float64
 
@@ -86,7 +86,7 @@ def test_every_row_is_in_one_batch():
 def test_the_plates_of_the_rows_are_found():
     data = regression_data()
     with isolated(D):
-        rows = rows_of(Program(regression), Source.of(regression, data, 64, 0))
+        rows = rows_of(Source.of(regression, data, 64, 0))
     assert rows.names == ("x", "y")
     assert rows.total == 240
     assert rows.all_plates == {"groups"}

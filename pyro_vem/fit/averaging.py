@@ -1,6 +1,6 @@
 """Averaged Adam with steps that shrink by themselves: when iterates only wander, they are averaged."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class AveragedAdam:
     lengths: Tensor
     rate: float = FIRST_RATE
     is_done: bool = False
-    answers: list[Tensor] = field(default_factory=list)
+    finished: Tensor | None = None
     stages: int = 0
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class AveragedAdam:
     @property
     def answer(self) -> Tensor:
         """The average of the last finished stage; the present point before there is one."""
-        return self.answers[-1] if self.answers else self.x
+        return self.x if self.finished is None else self.finished
 
     def step(self, gradient: Tensor) -> None:
         """One step down a gradient in x."""
@@ -89,10 +89,8 @@ class AveragedAdam:
         later = self._sums[len(self._sums) // 2 :]
         average = torch.stack(later).sum(0) / (CHECK_EVERY * len(later))
         answer = self._origin + self.lengths * average
-        moved = (
-            float(((answer - self.answers[-1]) / self.lengths).abs().max()) if self.answers else float("inf")
-        )
-        self.answers = [answer]
+        before, self.finished = self.finished, answer
+        moved = np.inf if before is None else float(((answer - before) / self.lengths).abs().max())
         self.stages += 1
         self.is_done = moved < STILL or self.rate * SHRINK < LOWEST_RATE
         self.rate *= SHRINK

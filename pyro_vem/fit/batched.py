@@ -78,9 +78,7 @@ class BatchFit:
     ) -> dict[str, Tensor]:
         """Each term of the bound."""
         setup = self.at(call)
-        phi = {name: values[name] for name in setup.phi.names}
-        theta = {**{name: values[name] for name in setup.theta.names}, **setup.held}
-        return setup.objective.on(call, noise).terms(phi, theta)
+        return setup.objective.on(call, noise).terms(*_apart(setup, values))
 
     def noise(self, call: Arguments, pairs: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Standard normal draws: one, or antithetic pairs with unit variance where there are enough."""
@@ -101,6 +99,12 @@ class BatchFit:
                     f"a batch has {sorted(lengths)} rows in {', '.join(self.rows.names)}: they must agree"
                 )
             yield index, call
+
+
+def _apart(setup: Setup, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters of the guide, and those of the model with what is held."""
+    phi = {name: values[name] for name in setup.phi.names}
+    return phi, {**{name: values[name] for name in setup.theta.names}, **setup.held}
 
 
 def held_out_bound(fit: BatchFit, x: Tensor, source: Source) -> float:
@@ -124,11 +128,9 @@ def measured(fit: BatchFit, x: Tensor) -> ElboTerms:
     for number, (index, call) in enumerate(fit.epoch(0, is_shuffled=False)):
         setup, size = fit.at(call), fit.rows.size(call)
         with torch.no_grad():
-            values = {**fit.block.constrained(x), **(fit.locals.taken(index) if fit.locals.sites else {})}
-            phi = {n: values[n] for n in setup.phi.names}
-            theta = {**{n: values[n] for n in setup.theta.names}, **setup.held}
+            values = {**fit.block.constrained(x), **fit.locals.taken(index)}
             found = setup.objective.on(call, None).sample(
-                phi, theta, MEASURED, 7919 + number, ("densities", "terms")
+                *_apart(setup, values), MEASURED, 7919 + number, ("densities", "terms")
             )
         ratio = found["densities"]["log_p"] - found["densities"]["log_q"]
         total += size * float(ratio.mean())

@@ -9,7 +9,6 @@ posterior sds. With networks there is no pilot: one Adam for encoder and decoder
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,7 @@ from ..errors import ModelError, UnsupportedModelError
 from ..guides.factorised import FactorisedNormal
 from ..model.batches import Source
 from ..model.data import Arguments
-from ..model.prototype import discover_modules
 from ..model.rows import rows_of
-from ..model.runtime import Program
 from .averaging import AveragedAdam
 from .batched import BatchFit, held_out_bound, measured
 from .capture import Compile
@@ -66,11 +63,7 @@ def fit_batches(
     """See `pyro_vem.fit_vem`; runs inside its isolation."""
     begin = time.perf_counter()
     source = Source.of(model, data, batch_size, seed)
-    head = source.head(next(iter(source.lengths.values()), []), source.size)
-    program = discover_modules(Program(model), head)
-    program.own_weights({}, torch.float64 if program.modules else None)
-    rows = rows_of(program, source)
-    options = replace(options, num_draws=max(32, options.num_draws))
+    rows = rows_of(source)
 
     def make(call: Arguments) -> Setup:
         with pyro.get_param_store().scope():  # another size has other parameters of the same names
@@ -118,7 +111,7 @@ def fit_batches(
     phi = {**{n: values[n].detach() for n in first.phi.names if n in values}, **fit.locals.full()}
     whole = None
     if source.stream is None:
-        everything = {n: v for n, v in source.arrays.items()}
+        everything = dict(source.arrays)
 
         def whole() -> Setup:
             return set_up(model, everything, guide, elbo, init, options, seed, False)

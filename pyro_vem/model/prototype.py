@@ -45,6 +45,18 @@ class Prototype:
         latents = tuple(site.plates for site in self.latents)
         return (*latents, *self.observed.values(), *self.summed_out.values())
 
+    def plate(self, name: str) -> Plate:
+        """The plate called `name`.
+
+        Raises:
+            ModelError: if there is none.
+        """
+        known = {plate.name: plate for plates in self.plates for plate in plates}
+        message = unknown_names("plate", (name,), list(known))
+        if message:
+            raise ModelError(message)
+        return known[name]
+
     def latent(self, name: str) -> Latent:
         """The latent site called `name`."""
         return next(site for site in self.latents if site.name == name)

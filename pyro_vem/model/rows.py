@@ -17,6 +17,7 @@ from ..errors import ModelError
 from .batches import FEWEST, Source
 from .data import Arguments
 from .density import lean_log_prob
+from .prototype import discover_modules
 from .runtime import Execution, Program, Site, is_summed_out
 
 UNBIASED = 1e-8  # of a site's log density, that halves of a batch may be off its whole
@@ -39,7 +40,7 @@ class Rows:
     """Where the rows of the data are.
 
     Attributes:
-        names: arguments whose first dimension runs over rows (positions where they have no name).
+        names: arguments whose first dimension runs over rows.
         total: rows of all data.
         plates: that run over the rows of a batch, and are scaled here.
         scaled: that know how many rows there are, and scale themselves.
@@ -57,13 +58,11 @@ class Rows:
 
     def taken(self, call: Arguments, index: Tensor | slice) -> Arguments:
         """The call with some of the rows."""
-        args = tuple(v[index] if str(i) in self.names else v for i, v in enumerate(call.args))
-        kwargs = {n: v[index] if n in self.names else v for n, v in call.kwargs.items()}
-        return Arguments(args, kwargs)
+        return Arguments((), {n: v[index] if n in self.names else v for n, v in call.kwargs.items()})
 
     def size(self, call: Arguments) -> int:
         """Rows of a call."""
-        return next(len(value) for name, value in _tensors(call).items() if name in self.names)
+        return len(call.kwargs[self.names[0]])
 
     def around(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RowScale:
         """The same, as a program's handler of each run."""
@@ -74,17 +73,11 @@ class Rows:
         return RowScale(self.plates, self.total / self.size(call))
 
 
-def _tensors(call: Arguments) -> dict[str, Tensor]:
-    named = {**{str(i): v for i, v in enumerate(call.args)}, **call.kwargs}
-    return {n: v for n, v in named.items() if isinstance(v, Tensor) and v.dim() > 0}
-
-
-def rows_of(program: Program, source: Source) -> Rows:
+def rows_of(source: Source) -> Rows:
     """Find the rows that a model's plates follow.
 
     Args:
-        program: the model.
-        source: its data.
+        source: the model and its data.
 
     Raises:
         ModelError: if no plate follows the rows of the data; if a site or a parameter follows them
@@ -92,6 +85,10 @@ def rows_of(program: Program, source: Source) -> Rows:
             not average to the whole.
     """
     problems, lengths = [], source.lengths
+    program = discover_modules(
+        Program(source.model), source.head(next(iter(lengths.values()), []), source.size)
+    )
+    program.own_weights({}, torch.float64 if program.modules else None)
     for length in sorted(lengths, reverse=True):
         if length < FEWEST:
             continue

@@ -11,7 +11,7 @@ from torch.distributions import (
     transform_to,
 )
 
-from ..errors import ModelError, unknown_names
+from ..errors import ModelError
 from ..fit.result import VEMResult
 from ..model.parameters import Parameter
 
@@ -95,11 +95,7 @@ def _free(parameter: Parameter) -> int:
 
 
 def _rows(fit: VEMResult, plate: str | None) -> int:
-    plates = {p.name: p.size for plates in fit.setup.prototype.plates for p in plates}
     if plate is not None:
-        message = unknown_names("plate", (plate,), list(plates))
-        if message:
-            raise ModelError(message)
-        return plates[plate]
+        return fit.setup.prototype.plate(plate).size
     values = fit.draw(1, 0, "log_likelihood")["log_likelihood"].values()
     return max(1, sum(value.numel() for value in values))

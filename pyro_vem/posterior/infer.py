@@ -18,9 +18,8 @@ from ..guides.factorised import FactorisedNormal
 from ..guides.mean_field import MeanFieldNormal
 from ..model.batches import Source
 from ..model.parameters import Block, Parameter, PartlyHeld
-from ..model.prototype import discover_modules
 from ..model.rows import rows_of
-from ..model.runtime import Program, isolated
+from ..model.runtime import isolated
 from .sandwich import by_row
 
 LOOKED_AT = 64  # rows on which plates are told apart
@@ -84,7 +83,7 @@ def _held(fit: VEMResult, data: Any, refine: bool, seed: int) -> Setup:
     held = {p.name: known[p.name] for p in setup.phi.parameters if p.name not in moving}
     parameters: tuple[Parameter, ...] = setup.phi.parameters
     if refine and isinstance(guide, AmortizedNormal):
-        start = _encoded(fit, guide, setup, data)
+        start = _encoded(fit, guide, data)
         parameters = tuple(replace(p, init=start.get(p.name, p.init)) for p in parameters)
     theta = {**setup.held, **fit.params}
     return replace(setup, phi=PartlyHeld(parameters, held), theta=Block(()), held=theta)
@@ -93,13 +92,10 @@ def _held(fit: VEMResult, data: Any, refine: bool, seed: int) -> Setup:
 def _row_plates(fit: VEMResult) -> frozenset[str]:
     """Plates that follow the rows of the data, seen on some rows of those of the fit."""
     model, call = fit.setup.problem.model.fn, fit.setup.problem.call
-    source = Source.of(model, dict(call.kwargs) or call.args, LOOKED_AT, 0)
-    program = discover_modules(Program(model), call)
-    program.own_weights({}, torch.float64 if program.modules else None)
-    return rows_of(program, source).all_plates
+    return rows_of(Source.of(model, dict(call.kwargs) or call.args, LOOKED_AT, 0)).all_plates
 
 
-def _encoded(fit: VEMResult, guide: AmortizedNormal, setup: Setup, data: Any) -> dict[str, Tensor]:
+def _encoded(fit: VEMResult, guide: AmortizedNormal, data: Any) -> dict[str, Tensor]:
     """What encoders say of new rows, as parameters of factors of their own."""
     encoder = set_up(fit.setup.problem.model.fn, data, guide, None, None, FitOptions(), 0)
     program = encoder.problem.guide

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ..bound.terms import Part
-from ..errors import ModelError, unknown_names
+from ..errors import ModelError
 from ..fit.result import VEMResult
 from ..model.runtime import isolated
 from ..model.sites import plates_of
@@ -14,7 +14,6 @@ from .linear_response import inverse_hessian
 
 STEP = 1e-4  # of a coordinate's length, for central differences of the scores
 MOST_COORDINATES = 2000  # of parameters and global factors: the bound is evaluated twice for each
-POINTS = 256  # fixed draws that rows without a closed form are averaged over
 
 
 def sandwich(fit: VEMResult, plate: str) -> Vector:
@@ -32,10 +31,7 @@ def sandwich(fit: VEMResult, plate: str) -> Vector:
         ModelError: if the bound does not come apart by the rows of that plate, or has no covariance.
     """
     setup = fit.setup
-    known = {p.name: p for plates in setup.prototype.plates for p in plates}
-    message = unknown_names("plate", (plate,), list(known))
-    if message:
-        raise ModelError(message)
+    setup.prototype.plate(plate)
     inverse, lengths, flat = inverse_hessian(fit, "joint")
     size = setup.phi.size
     outer = _outside(fit, plate)
@@ -54,13 +50,10 @@ def sandwich(fit: VEMResult, plate: str) -> Vector:
 
 def _outside(fit: VEMResult, plate: str) -> Indices:
     """Coordinates of phi that belong to factors outside a plate."""
-    phi, prefixes = fit.setup.phi, []
-    for site in fit.setup.prototype.latents:
-        if any(p.name == plate for p in site.plates):
-            prefixes.append(site.name)
-    inside = [name for name in phi.names if name.split(".")[-1] in prefixes]
-    encoded = [name for name in phi.names if "$$$" in name]
-    if encoded:
+    phi, latents = fit.setup.phi, fit.setup.prototype.latents
+    sites = {site.name for site in latents if any(p.name == plate for p in site.plates)}
+    inside = [name for name in phi.names if name.split(".")[-1] in sites]
+    if any("$$$" in name for name in phi.names):
         raise ModelError("factors from an encoder are not those of single rows: there is no sandwich")
     return np.flatnonzero(~phi.where(inside))
 
