@@ -87,7 +87,8 @@ class Deterministic:
         )
         self.compiled = Compiled(problem.run_model, self.variables, held, seed)
         self._weighted: tuple[frozenset[str], Tensor] | None = None
-        self.weights = {name: _entropy_weight(site) for name, site in latents.items()}
+        self.shares = {name: problem.share(p.name for p in site.plates) for name, site in latents.items()}
+        self.weights = {name: self.shares[name] * _entropy_weight(site) for name, site in latents.items()}
         self.priors = {name: p for name, p in self.compiled.constant.items() if self._has_divergence(name, p)}
 
     @property
@@ -146,7 +147,7 @@ class Deterministic:
         shape = site.unconstrained.shape
         fn = normal_through(site.transform, loc.reshape(shape), scale.reshape(shape), site.event_dim)
         mask = None if site.idle is None else ~site.idle
-        return {**p, "fn": fn, "scale": 1.0, "mask": mask}
+        return {**p, "fn": fn, "scale": self.shares[name], "mask": mask}
 
     def moments(self, phi: Values, theta: Values) -> Moments:
         """Means and standard deviations of the guide's factors; parameters as means."""

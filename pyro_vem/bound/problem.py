@@ -1,6 +1,6 @@
 """A model, a guide and their data as one problem; its plan, from one checked run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,11 @@ class Problem:
     guide: Program | None
     call: Arguments
     map_sites: tuple[str, ...]
+
+    def share(self, plates: Iterable[str]) -> float:
+        """What a site in some plates is scaled by where the data are a part of all rows."""
+        around = self.model.around
+        return 1.0 if around is None else around(self.call.args, self.call.kwargs).factor(plates)
 
     def run_guide(self, phi: Values, noise: Values) -> Execution | None:
         """One guide run at fixed noise."""

@@ -105,7 +105,7 @@ class ClosedForm:
         lifted = self.terms.lifted
         if not lifted.discrete:
             return state
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed + self.setup.processes.seed)
         sweep = Sweep(self.setup, self.terms, state)
         with lifted.noisy(START_NOISE, generator, is_alone=also_parameters):
             for batch in [*self.latents, *(self.parameters if also_parameters else ())]:
@@ -118,7 +118,8 @@ class ClosedForm:
         with torch.no_grad():
             phi = setup.phi.constrained(torch.from_numpy(state.phi))
             theta = setup.theta_values(torch.from_numpy(state.theta))
-            return self.terms.lifted.are_level(self.terms.statistics(phi, theta), theta)
+            is_level = self.terms.lifted.are_level(self.terms.statistics(phi, theta), theta)
+        return not setup.processes.any(not is_level)
 
 
 @dataclass

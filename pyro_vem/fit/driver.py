@@ -130,6 +130,8 @@ def fit_vem(
     given = _warm_strategy(warm) if warm else init
     is_batched = batch_size is not None or _is_stream(data)
     _check_batched(is_batched, schedule, e_step, m_step, num_starts, validation, warm)
+    if options.sharded and (is_batched or isinstance(m_step, Mapping)):
+        raise ValueError("FitOptions(sharded=) is for fits on all rows, without hooks in m_step=")
     if is_batched:
         with isolated(torch.float64, seed, 1), np.errstate(over="ignore", invalid="ignore"):
             return fit_batches(
@@ -237,7 +239,7 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
 def _warm_strategy(warm: VEMResult) -> Callable[[dict[str, Any]], Tensor]:
     """Prototype values of an earlier fit's sites where they still fit, prior medians elsewhere."""
     median = init_strategy(None)
-    known = {} if warm._setup is None else {site.name: site.init for site in warm.setup.prototype.latents}
+    known = {} if warm._setup is None else {site.name: site.init for site in warm._setup.prototype.latents}
 
     def strategy(site: dict[str, Any]) -> Tensor:
         value = known.get(site["name"])

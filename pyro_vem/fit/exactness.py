@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..bound.deterministic import Deterministic, Flat, factors_of
+from ..errors import ModelError
 from ..guides.factorised import FactorisedNormal
 from ..model.parameters import PartlyHeld
 from ..model.sites import Latent
@@ -73,12 +74,42 @@ def _flat_moments(setup: Setup, latents: Mapping[str, Latent]) -> Flat | None:
 
 def settle_nodes(setup: Setup, phi: Vector, theta: Vector) -> bool:
     """Enough quadrature nodes at a point; True if a term changed."""
-    objective = setup.objective
+    objective, processes = setup.objective, setup.processes
     values = _values(setup, phi, theta)
-    if objective.exact is not None and objective.exact.refine(*values):
+    if processes.any(objective.exact is not None and objective.exact.refine(*values)):
         objective.prepare(*values)
         return True
-    return objective.regrid(*values)
+    return processes.any(objective.regrid(*values))
+
+
+def agree(setup: Setup, phi: Vector, theta: Vector) -> None:
+    """Sample what another process samples, so that all take the same steps.
+
+    Raises:
+        ModelError: if closed forms of what all share differ.
+    """
+    processes, objective = setup.processes, setup.objective
+    if processes.count == 1:
+        return
+    exact, values = objective.exact, _values(setup, phi, theta)
+    objective.prepare(*values)
+    if setup.lifted is not None:
+        codings = setup.lifted.lifted.found.codings
+        families = {n: f"{c.family.name} {tuple(c.layout.shape[1:])}" for n, c in codings.items()}
+        if any(other != families for other in processes.gathered(families)):
+            raise ModelError(
+                f"closed forms differ between processes ({families} in process {processes.rank}): give each "
+                "process rows of every kind, or guide=MeanFieldNormal(model)"
+            )
+    refused = {} if exact is None else {n: r for n, r in exact.refused.items() if n not in exact.names}
+    sampled = {n: "" for b in objective.batches if b.scope and not b.nodes for n in b.names}
+    for name, reason in processes.union({**sampled, **refused}).items():
+        reason = f"another process samples it ({reason or 'no grid'})"
+        if exact is not None and name in exact.names:
+            exact.refuse(name, reason)
+        if name not in sampled:
+            objective.drawn.add(name)
+    objective.prepare(*values)
 
 
 def settle(setup: Setup, state: State) -> str | None:
@@ -90,17 +121,19 @@ def settle(setup: Setup, state: State) -> str | None:
     """
     objective = setup.objective
     values = _values(setup, state.phi, state.theta)
-    wrong = objective.exact.recheck(*values, RECHECK_SEED) if objective.exact is not None else []
+    exact = objective.exact
+    here = exact.recheck(*values, RECHECK_SEED) if exact is not None else []
+    wrong = setup.processes.union({name: exact.refused[name] for name in here} if exact is not None else {})
     if wrong:
-        assert objective.exact is not None
-        reasons = objective.exact.refused
-        for name in wrong:
-            objective.add_note(f"{name}: sampled from here on: {reasons[name]}")
+        for name, reason in wrong.items():
+            objective.add_note(f"{name}: sampled from here on: {reason}")
+            if exact is not None and name not in here:
+                exact.refuse(name, reason)
         objective.prepare(*values)
         return f"sampled from here on: {', '.join(wrong)}"
     if settle_nodes(setup, state.phi, state.theta):
         return "more quadrature nodes"
-    gaps = _gaps_to_draws(setup, state)
+    gaps = setup.processes.union(_gaps_to_draws(setup, state))
     if not gaps:
         return None
     for name, gap in gaps.items():
@@ -124,6 +157,7 @@ def _gaps_to_draws(setup: Setup, state: State) -> dict[str, str]:
     objective, values = setup.objective, _values(setup, state.phi, state.theta)
     with torch.no_grad():
         exact_terms = objective.exact_terms(*values)
+        bound = setup.elbo(torch.from_numpy(state.phi), torch.from_numpy(state.theta))
     not_averages = objective.exact.not_averages if objective.exact is not None else frozenset()
     exact_terms = {name: term for name, term in exact_terms.items() if name not in not_averages}
     if not exact_terms:
@@ -134,7 +168,7 @@ def _gaps_to_draws(setup: Setup, state: State) -> dict[str, str]:
     pairs = {name: (exact, found["terms"][name]) for name, exact in exact_terms.items()}
     if objective.is_exact and not not_averages:
         ratio = found["densities"]["log_p"] - found["densities"]["log_q"]
-        pairs["the bound"] = torch.tensor(state.elbo), ratio
+        pairs["the bound"] = bound, ratio
     gaps = {}
     for name, (exact, sampled) in pairs.items():
         off, se = abs(float(sampled.mean() - exact)), float(sampled.std()) / draws**0.5
@@ -155,13 +189,15 @@ def more_draws(setup: Setup, state: State, scale: Vector) -> str | None:
     that the fixed ones leave, their bias in skewed terms included.
     """
     objective = setup.objective
-    if not objective.is_random or objective.is_exact or not state.joint.size:
+    processes = setup.processes
+    if not processes.any(objective.is_random and not objective.is_exact and state.joint.size > 0):
         return None
     twin = replace(setup, objective=objective.with_other_draws(4 * objective.num_draws))
-    gradient = Smooth(joint_loss(twin), state.joint, scale).gradient(np.zeros_like(scale))
+    there = Smooth(joint_loss(twin), state.joint, scale)
+    gradient = there.gradient(there.zero)
     step = newton_step(joint_loss(setup), state.joint, scale, gradient)
     where = _means(setup)
-    error = float(np.abs(step[where]).max())
+    error = setup.processes.most(float(np.abs(step[where]).max(initial=0)))
     if error > DRAW_ERROR and 4 * objective.num_draws <= MOST_DRAWS:
         objective.take_draws(4 * objective.num_draws)
         return f"{objective.num_draws:,} draws: other ones moved the optimum by {error:.2g} posterior sd"

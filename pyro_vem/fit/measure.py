@@ -21,7 +21,8 @@ def measure(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]
     size = 1024 if setup.objective.is_random else 1
     while True:
         keep = ("densities", "terms")
-        parts.append(setup.objective.sample(phi, theta, size, 7919 + len(parts), keep))
+        seed = 7919 + len(parts) + setup.processes.seed
+        parts.append(setup.objective.sample(phi, theta, size, seed, keep))
         ratio = torch.cat([p["densities"]["log_p"] - p["densities"]["log_q"] for p in parts])
         se = float(ratio.std() / len(ratio) ** 0.5) if len(ratio) > 1 else 0.0
         is_enough = se < 0.01 or not setup.objective.is_random

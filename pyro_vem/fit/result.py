@@ -93,6 +93,7 @@ class VEMResult:
         )
         if not torch.isfinite(torch.tensor(terms.elbo)) and status is Status.converged:
             status = Status.nonfinite
+        terms, phi = setup.processes.table(terms), setup.processes.joined(phi)
         return cls(
             theta, phi, terms.elbo, terms.elbo_se, status, n_iter, history, seconds,
             setup.objective.shown_plan, terms, setup.objective.seed, setup, points,
@@ -113,13 +114,18 @@ class VEMResult:
         """Model, guide and data of the fit.
 
         Raises:
-            ModelError: on a result that was loaded without data.
+            ModelError: on a result that was loaded without data, or whose rows are of several processes.
         """
         if self._setup is None and self._whole is not None:
             with isolated(torch.float64, self.seed):
                 object.__setattr__(self, "_setup", self._whole())
         if self._setup is None:
             raise ModelError("this result was loaded without data: VEMResult.load(path, model, data)")
+        if self._setup.processes.count > 1:
+            raise ModelError(
+                "the rows of this fit are shared out over processes: save it, and load it with all rows in "
+                "one process, VEMResult.load(path, model, data)"
+            )
         return self._setup
 
     @property

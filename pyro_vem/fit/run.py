@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ModelError
+from ..model.parameters import Block
 from .closed import Anderson, ClosedForm
-from .exactness import compile_terms, more_draws, settle, settle_nodes
+from .exactness import agree, compile_terms, more_draws, settle, settle_nodes
 from .measure import disagreement
 from .profile import Profile
 from .result import VEMResult
@@ -76,8 +77,9 @@ class Run:
             number: of the start; the first one leaves the caller's parameters where they are.
         """
         setup = self.setup
-        phi, theta = _initial(setup.phi, warm), _initial(setup.theta, warm)
+        phi, theta = _initial(setup, setup.phi, warm), _initial(setup, setup.theta, warm)
         compile_terms(setup, self.options)
+        agree(setup, phi, theta)
         setup.objective.prepare(
             setup.phi.constrained(torch.from_numpy(phi)), setup.theta_values(torch.from_numpy(theta))
         )
@@ -101,7 +103,7 @@ class Run:
             check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
         if warm is None:
             note_idle(setup, self.state)
-        self.bar = progress_bar(self.progress)
+        self.bar = progress_bar(self.progress if setup.processes.rank == 0 else False)
         if warm is None:
             self.state, row = start_variances(setup, self.state)
             self._record(row)
@@ -116,8 +118,8 @@ class Run:
             return
         values = setup.phi.constrained(torch.from_numpy(phi)), setup.theta_values(torch.from_numpy(theta))
         gap = disagreement([setup.objective.sample(*values, SELF_CHECK, 1, ("densities", "terms"))])
-        if gap is not None:
-            setup.objective.plan = setup.objective.plan.demoted(gap)
+        for reason in setup.processes.union({"": gap} if gap is not None else {}).values():
+            setup.objective.plan = setup.objective.plan.demoted(reason)
 
     def step(self, block: str, iteration: int) -> None:
         """One step; a block without parameters is skipped."""
@@ -202,7 +204,9 @@ class Run:
         if point is None or iteration < ACCELERATE_FROM:
             return
         start = time.perf_counter()
-        proposal, old = self.anderson.proposal(point, image), self.state
+        spread = self.setup.processes.spread("M" if has_theta else "E")
+        proposal = spread.own(self.anderson.proposal(spread.whole(point), spread.whole(image)))
+        old = self.state
         phi, theta = (old.phi, proposal) if has_theta else (proposal, old.theta)
         if has_theta:
             trial = self._best_phi(State(phi, theta, -np.inf))
@@ -314,9 +318,10 @@ class Run:
     def is_diverged(self) -> bool:
         """True, with a warning that names it, if a site or parameter has run away."""
         name = runaway(self.setup, self.state, self.first)
-        if name is not None:
+        names = self.setup.processes.union({name: ""} if name is not None else {})
+        for name in list(names)[:1]:
             warnings.warn(f"site {name!r} has run away: {Status.diverged.value}", stacklevel=5)
-        return name is not None
+        return bool(names)
 
     def result(self, status: Status) -> VEMResult:
         """The frozen result at the present state."""
@@ -334,7 +339,7 @@ class Run:
             point, last = self.state.joint, moved
             for block in ("M", "E"):
                 self.step(block, self.iterations)
-            moved = float(np.abs(self.state.joint - point).max()) if point.size else 0.0
+            moved = self.setup.processes.most(float(np.abs(self.state.joint - point).max(initial=0)))
             if moved < FIXED or moved > 0.5 * last:
                 return
 
@@ -348,7 +353,7 @@ class Run:
         if not isinstance(chosen, Mapping) and chosen != "auto":
             return chosen
         sizes = {"E": self.setup.phi.size, "M": self.setup.theta.size}
-        size = sizes.get(block, sum(sizes.values()))
+        size = self.setup.processes.spread(block).size(sizes.get(block, sum(sizes.values())))
         return "newton" if size <= NEWTON_LIMIT else "lbfgs"
 
     def _record(self, row: Step | None) -> None:
@@ -365,10 +370,11 @@ class Run:
                 callback(row, self.setup.theta_values(torch.from_numpy(self.state.theta)))
 
 
-def _initial(block: Any, warm: VEMResult | None) -> NDArray[np.float64]:
+def _initial(setup: Setup, block: Block, warm: VEMResult | None) -> NDArray[np.float64]:
     values = {p.name: p.init for p in block.parameters}
     if warm is not None:
-        for name, value in {**warm.params, **warm.guide_params}.items():
+        known = setup.processes.taken(warm.guide_params, setup.phi)
+        for name, value in {**warm.params, **known}.items():
             if name in values and values[name].shape == value.shape:
                 values[name] = value
     flat: NDArray[np.float64] = block.flat(values).numpy()
@@ -384,7 +390,8 @@ def _finite_elbo(setup: Setup, phi: Any, theta: Any) -> float:
             raise ModelError(
                 f"site {name!r}: its term of the bound is {float(value)}. {Status.nonfinite.value}"
             )
-    return float(torch.stack(list(terms.values())).sum())
+    own = float(torch.stack(list(terms.values())).sum())
+    return setup.processes.spread("joint").total(own)
 
 
 def progress_bar(progress: bool | None) -> Any:

@@ -32,7 +32,7 @@ def past_saddle(setup: Setup, state: State, scale: Vector, tol: float) -> tuple[
         Knyazev (2001), Toward the optimal preconditioned eigensolver, SIAM J. Sci. Comput. 23.
     """
     smooth = Smooth(joint_loss(setup), state.joint, scale)
-    direction = _most_negative(smooth, scale.size)
+    direction = _most_negative(smooth)
     if direction is None:
         return None
     best = state
@@ -43,13 +43,13 @@ def past_saddle(setup: Setup, state: State, scale: Vector, tol: float) -> tuple[
             if trial.elbo > best.elbo:
                 best = trial
         if best.elbo > state.elbo + 10 * tol:
-            return best, _names(setup, direction)
+            return best, _names(setup, smooth.spread.own(direction))
     return None
 
 
-def _most_negative(smooth: Smooth, size: int) -> Vector | None:
+def _most_negative(smooth: Smooth) -> Vector | None:
     """A direction of negative curvature, its largest part one; None if none was found."""
-    zero = np.zeros(size)
+    zero, size = smooth.zero, smooth.zero.size
     if not size:
         return None
     if size <= SMALL:
@@ -58,14 +58,11 @@ def _most_negative(smooth: Smooth, size: int) -> Vector | None:
             return None
         values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
     else:
-        operator = sparse_linalg.LinearOperator(
-            (size, size), matvec=lambda v: smooth.hessian_product(zero, np.ravel(v)), dtype=float
-        )
         start = np.random.default_rng(0).standard_normal((size, 1))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its own accuracy does not matter here
             values, vectors = sparse_linalg.lobpcg(
-                operator, start, largest=False, maxiter=MOST_ROUNDS, tol=0.1
+                smooth.hessian_operator(), start, largest=False, maxiter=MOST_ROUNDS, tol=0.1
             )
     if not values[0] < NEGATIVE:
         return None

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from ..model.data import Arguments, arguments
 from ..model.parameters import Block, Parameter
 from ..model.prototype import Prototype, discover_modules, parameters_of, prototype
 from ..model.roles import roles_of
-from ..model.rows import Rows
+from ..model.rows import Rows, Share
 from ..model.runtime import Program, copied
 from .capture import Captures, Compile
+from .processes import Processes
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class FitOptions:
         compiled: whether terms are compiled to closed forms and quadratures where they can be.
         annealed_epochs: of a network's training, over which its KL terms rise from nothing to their
             full weight. Bounds that are reported or chosen by are always the full ones.
+        sharded: plates whose rows are shared out over the processes of torch.distributed; each gives
+            its own rows as data, and all get the fit of all rows.
 
     Raises:
         ValueError: for a number of draws that is odd or too small.
@@ -52,6 +55,7 @@ class FitOptions:
     step_iterations: int = 200
     compiled: bool = True
     annealed_epochs: int = 0
+    sharded: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_draws < 32 or self.num_draws % 2:
@@ -73,6 +77,7 @@ class Setup:
         analytic: what the caller's ELBO says of closed forms.
         bounds: what it says of upper bounds of a KL.
         captures: blocks that run as compiled graphs.
+        processes: that share the fit.
     """
 
     problem: Problem
@@ -85,6 +90,7 @@ class Setup:
     analytic: str
     bounds: bool
     captures: Captures
+    processes: Processes = field(default_factory=Processes)
 
     @property
     def is_our_code(self) -> bool:
@@ -105,7 +111,7 @@ class Setup:
         return {**self.theta.constrained(flat), **self.held}
 
     def elbo(self, phi: Tensor, theta: Tensor) -> Tensor:
-        """The bound on the fixed draws, differentiable in both flat vectors."""
+        """The bound of this process's rows on the fixed draws, differentiable in both flat vectors."""
         exact = self.objective.exact
         if exact is not None and not self.objective.rest.rows:
             total = exact.flat_total(phi, theta)
@@ -134,9 +140,11 @@ def set_up(
     raw = arguments(model, data)
     call = raw.cast(torch.float64)
     guide = _check_guide(guide)
-    program = discover_modules(_program(model, rows), raw)
+    processes = Processes.of(options.sharded)
+    part = processes.share or rows
+    program = discover_modules(_program(model, part), raw)
     own_init = guide.init if init is None and isinstance(guide, Factorised) else init
-    proto = prototype(program, call, own_init)
+    proto = processes.agreed(prototype(program, call, processes.start(own_init)), roles_of(model).map_sites)
     theta, held, map_sites = _model_block(model, proto)
     if not proto.latents and not proto.parameters:
         raise ModelError(
@@ -158,9 +166,11 @@ def set_up(
     guide = _bound_guide(_chosen(guide, model, lifted), model, latents)
     if lifted is not None and isinstance(guide, MeanFieldConjugate):
         guide.blocks, guide.singles = lifted.blocks, lifted.singles
-    guide_program = discover_modules(_program(guide, rows), raw) if guide is not None else None
+    guide_program = discover_modules(_program(guide, part), raw) if guide is not None else None
     problem = Problem(program, guide_program, call, map_sites)
-    phi = Block(_guide_parameters(guide_program, call))
+    found = _guide_parameters(guide_program, call)
+    processes, found = processes.laid_out(guide, latents, found, theta.size)
+    phi = Block(found)
     _check_shared(problem, phi, proto)
     values = {p.name: p.init for p in theta.parameters} | held
     analytic, bounds = (elbo.analytic, elbo.bounds) if elbo is not None else ("auto", False)
@@ -168,18 +178,22 @@ def set_up(
     is_conjugate = guide is None or isinstance(guide, MeanFieldConjugate)
     is_lifted = lifted is not None and is_conjugate and lifted.is_complete
     plan, specs = plan_problem(problem, start, values, analytic, bounds, is_lifted)
-    objective = Objective(problem, plan, specs, options.num_draws, seed)
+    objective = Objective(problem, plan, specs, options.num_draws, seed + processes.seed)
     objective.elsewhere = _elsewhere(theta, held)
     if lifted is not None and is_conjugate:
-        objective.exact = LiftedTerms(lifted, guide, _draws_of(objective))
+        shares = {site.name: problem.share(p.name for p in site.plates) for site in latents}
+        objective.exact = LiftedTerms(lifted, guide, _draws_of(objective), shares)
     if lifted is not None and isinstance(guide, MeanFieldNormal):
         objective.add_note(f"guide='auto' took MeanFieldNormal: not conjugate: {lifted.why_not()}")
-    return Setup(problem, objective, phi, theta, held, proto, guide, analytic, bounds, Captures(compile))
+    return Setup(
+        problem, objective, phi, theta, held, proto, guide, analytic, bounds, Captures(compile), processes
+    )
 
 
-def _program(fn: Callable[..., Any], rows: Rows | None) -> Program:
+def _program(fn: Callable[..., Any], part: Rows | Share | None) -> Program:
     program = Program(fn)
-    program.around = rows.around if rows is not None else None
+    program.around = part.around if part is not None else None
+    program.is_batched = isinstance(part, Rows)
     return program
 
 

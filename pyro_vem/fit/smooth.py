@@ -1,7 +1,7 @@
 """A smooth loss with its derivatives, and its minimisation by SciPy in scaled coordinates."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from scipy import optimize
 from scipy.sparse import linalg as sparse_linalg
 from torch import Tensor
+
+from .processes import Spread
 
 Vector: TypeAlias = NDArray[np.float64]
 Method: TypeAlias = Literal["newton", "lbfgs"]
@@ -27,16 +29,14 @@ class Loss:
         is_twice: whether autograd's second derivatives can be believed; if not, Hessian products
             are differences of the gradient.
         both, product: value and gradient, and Hessian times vector, if they are known as graphs.
+        spread: how the vector lies over several processes, whose functions are summed.
     """
 
     function: Callable[[Tensor], Tensor]
     is_twice: bool = True
     both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     product: Callable[[Tensor, Tensor], Tensor] | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The value at `x`."""
-        return self.function(x)
+    spread: Spread = field(default_factory=Spread)
 
 
 class Smooth:
@@ -44,7 +44,8 @@ class Smooth:
 
     The function is evaluated in coordinates x = origin + scale * a, a dimensionless; the graph
     of the last point is kept, so a Hessian-vector product reuses its forward pass. Points where
-    the function is not finite count as +inf.
+    the function is not finite count as +inf. Where several processes share the function, origin and
+    scale are this process's, `a` and what comes back are whole.
 
     Example:
         >>> f = Smooth(Loss(lambda x: (x**2).sum()), np.zeros(2), np.ones(2))
@@ -55,48 +56,65 @@ class Smooth:
     """
 
     def __init__(self, loss: Loss, origin: Vector, scale: Vector) -> None:
-        self.loss, self.origin, self.scale = loss, origin, scale
+        self.loss, self.spread = loss, loss.spread
+        self.origin, self.scale = self.spread.whole(origin), self.spread.whole(scale)
+        self.zero = np.zeros_like(self.origin)
         self.evaluations = 0
         self.products = 0
         self._at: Vector | None = None
         self._leaf = torch.zeros(0)
         self._value = torch.zeros(())
+        self._number = 0.0
         self._gradient: Tensor | None = None
+        self._whole: Vector | None = None
 
     def point(self, a: Vector) -> Vector:
-        """The point on the original scale."""
-        return self.origin + self.scale * a
+        """The point on the original scale, this process's entries of it."""
+        return self.spread.own(self.origin + self.scale * a)
 
     def value(self, a: Vector) -> float:
         """The function at `a`; +inf where it is not finite."""
         self._move(a)
-        number = float(self._value.detach())
-        return number if np.isfinite(number) else np.inf
+        return self._number if np.isfinite(self._number) else np.inf
 
     def gradient(self, a: Vector) -> Vector:
         """Gradient with respect to `a`."""
-        return self.scale * self._gradient_tensor(a).detach().numpy()
+        self._move(a)
+        if self._whole is None:
+            self._whole = self.scale * self.spread.summed(self._gradient_tensor().detach().numpy())
+        return self._whole
 
     def hessian_product(self, a: Vector, v: Vector) -> Vector:
         """Hessian with respect to `a`, times `v`."""
         self.products += 1
         if not self.loss.is_twice:
             return self.difference_product(a, v)
-        direction = torch.from_numpy(self.scale * v)
+        self._move(a)
+        product = self._product(torch.from_numpy(self.spread.own(self.scale * v)))
+        return self.scale * self.spread.summed(product.numpy())
+
+    def _product(self, direction: Tensor) -> Tensor:
         if self.loss.product is not None:
-            return self.scale * self.loss.product(torch.from_numpy(self.point(a)), direction).numpy()
-        gradient = self._gradient_tensor(a)
+            return self.loss.product(self._leaf.detach(), direction)
+        gradient = self._gradient_tensor()
         if not gradient.requires_grad:
-            return np.zeros_like(v)
+            return torch.zeros_like(direction)
         (product,) = torch.autograd.grad(
             (gradient * direction).sum(), self._leaf, retain_graph=True, materialize_grads=True
         )
-        return self.scale * product.numpy()
+        return product
+
+    def hessian_operator(self) -> Any:
+        """The Hessian at the origin, for SciPy's iterative solvers."""
+        size = self.zero.size
+        return sparse_linalg.LinearOperator(
+            (size, size), matvec=lambda v: self.hessian_product(self.zero, np.ravel(v)), dtype=float
+        )
 
     def difference_product(self, a: Vector, v: Vector) -> Vector:
         """The Hessian product by central differences of the gradient."""
         step = DIFFERENCE / max(float(np.linalg.norm(v)), 1e-300)
-        twin = Smooth(self.loss, self.origin, self.scale)
+        twin = Smooth(self.loss, self.spread.own(self.origin), self.spread.own(self.scale))
         product = (twin.gradient(a + step * v) - twin.gradient(a - step * v)) / (2 * step)
         self.evaluations += twin.evaluations
         return product
@@ -109,11 +127,11 @@ class Smooth:
         if self.loss.both is not None:
             self._value, self._gradient = self.loss.both(self._leaf.detach())
         else:
-            self._value, self._gradient = self.loss(self._leaf), None
-        self._at = np.array(a)
+            self._value, self._gradient = self.loss.function(self._leaf), None
+        self._number = self.spread.total(float(self._value.detach()))
+        self._at, self._whole = np.array(a), None
 
-    def _gradient_tensor(self, a: Vector) -> Tensor:
-        self._move(a)
+    def _gradient_tensor(self) -> Tensor:
         if self._gradient is None and not self._value.requires_grad:
             self._gradient = torch.zeros_like(self._leaf)  # nothing here enters the function
         if self._gradient is None:
@@ -174,7 +192,7 @@ def minimise(
         2.0
     """
     smooth = Smooth(loss, start.copy(), scale)
-    zero = np.zeros_like(start)
+    zero = smooth.zero
     best: list[Any] = [zero, smooth.value(zero)]
 
     def tracked(a: Vector) -> float:
@@ -186,7 +204,7 @@ def minimise(
         return value
 
     iterations = 0
-    if start.size and float(np.linalg.norm(smooth.gradient(zero))) > gtol:
+    if zero.size and float(np.linalg.norm(smooth.gradient(zero))) > gtol:
         with np.errstate(over="ignore", invalid="ignore"):  # trial points may lie anywhere
             iterations = _search(smooth, tracked, best, gtol, max_iter, method)
     gradient = float(np.linalg.norm(smooth.gradient(best[0])))
@@ -256,19 +274,19 @@ def curvature_scale(loss: Loss, x: Vector, probes: int = 8) -> Vector:
         >>> curvature_scale(Loss(lambda x: 50 * x[0] ** 2 + 0.5 * x[1] ** 2), np.ones(2))
         array([0.1, 1. ])
     """
-    if not x.size:
-        return np.zeros(0)
     smooth = Smooth(loss, x, np.ones_like(x))
-    zero = np.zeros_like(x)
-    if x.size <= probes:
-        diagonal = np.array([smooth.hessian_product(zero, e) @ e for e in np.eye(x.size)])
+    zero, size = smooth.zero, smooth.zero.size
+    if not size:
+        return np.zeros(0)
+    if size <= probes:
+        diagonal = np.array([smooth.hessian_product(zero, e) @ e for e in np.eye(size)])
     else:
-        signs = np.random.default_rng(0).integers(0, 2, (probes, x.size)) * 2.0 - 1.0
+        signs = np.random.default_rng(0).integers(0, 2, (probes, size)) * 2.0 - 1.0
         diagonal = np.mean([v * smooth.hessian_product(zero, v) for v in signs], axis=0)
     magnitude = np.abs(diagonal)
     if not np.isfinite(magnitude).all() or not magnitude.any():
         return np.ones_like(x)
-    return np.asarray(1.0 / np.sqrt(np.maximum(magnitude, 1e-8 * magnitude.max())))
+    return smooth.spread.own(1.0 / np.sqrt(np.maximum(magnitude, 1e-8 * magnitude.max())))
 
 
 def predicted_gain(loss: Loss, x: Vector, scale: Vector, *, tol: float, max_products: int = 400) -> float:
@@ -289,15 +307,15 @@ def predicted_gain(loss: Loss, x: Vector, scale: Vector, *, tol: float, max_prod
         >>> predicted_gain(Loss(lambda x: 2 * (x**2).sum()), np.ones(2), np.ones(2), tol=10.0)
         4.0
     """
-    if not x.size:
-        return 0.0
     smooth = Smooth(loss, x, scale)
-    zero = np.zeros_like(x)
+    zero = smooth.zero
+    if not zero.size:
+        return 0.0
     residual = -smooth.gradient(zero)
     direction = residual.copy()
     gain, step, square = 0.0, 0.0, float(residual @ residual)
     target = 1e-8 * square if square > tol else 1e-2 * square  # far below tol a rough figure will do
-    for _ in range(min(max_products, 2 * x.size + 10)):
+    for _ in range(min(max_products, 2 * zero.size + 10)):
         if square <= target or gain > tol:
             return gain
         product = smooth.hessian_product(zero, direction)
@@ -319,19 +337,16 @@ def newton_step(loss: Loss, x: Vector, scale: Vector, gradient: Vector, max_prod
         loss: the function whose Hessian is H.
         x: the point.
         scale: lengths of the coordinates.
-        gradient: g, in scaled coordinates.
+        gradient: g, in scaled coordinates, whole.
         max_products: most Hessian-vector products.
 
     Returns:
-        The step.
+        The step, this process's entries of it.
 
     Example:
         >>> newton_step(Loss(lambda x: 2 * (x**2).sum()), np.ones(1), np.ones(1), np.ones(1))
         array([-0.25])
     """
-    smooth, zero = Smooth(loss, x, scale), np.zeros_like(x)
-    operator = sparse_linalg.LinearOperator(
-        (x.size, x.size), matvec=lambda v: smooth.hessian_product(zero, np.ravel(v)), dtype=float
-    )
-    step, _ = sparse_linalg.cg(operator, -gradient, rtol=0.1, maxiter=max_products)
-    return step
+    smooth = Smooth(loss, x, scale)
+    step, _ = sparse_linalg.cg(smooth.hessian_operator(), -gradient, rtol=0.1, maxiter=max_products)
+    return smooth.spread.own(step)

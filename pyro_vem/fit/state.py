@@ -25,15 +25,17 @@ class State:
 
 
 def elbo_at(setup: Setup, phi: Vector, theta: Vector) -> float:
-    """The bound at flat vectors, in nats."""
+    """The bound at flat vectors, in nats; of all processes' rows."""
     with torch.no_grad():
-        return float(setup.elbo(torch.from_numpy(phi), torch.from_numpy(theta)))
+        own = float(setup.elbo(torch.from_numpy(phi), torch.from_numpy(theta)))
+    return setup.processes.spread("joint").total(own)
 
 
 def joint_loss(setup: Setup) -> Loss:
     """Minus the bound as a function of the joint vector."""
     function, nothing = function_of(setup, "joint"), torch.zeros(0)
-    return Loss(lambda x: function(x, nothing), setup.objective.is_twice)
+    spread = setup.processes.spread("joint")
+    return Loss(lambda x: function(x, nothing), setup.objective.is_twice, spread=spread)
 
 
 def loss_of(setup: Setup, state: State, block: str) -> tuple[Loss, Vector]:
@@ -45,14 +47,16 @@ def loss_of(setup: Setup, state: State, block: str) -> tuple[Loss, Vector]:
     }[block]
     rest = torch.from_numpy(other)
     function, is_twice = function_of(setup, block), setup.objective.is_twice
+    spread = setup.processes.spread(block)
     captured = None if setup.is_our_code else setup.captures.of(setup, block, torch.from_numpy(x), rest)
     if captured is None:
-        return Loss(lambda a: function(a, rest), is_twice), x
+        return Loss(lambda a: function(a, rest), is_twice, spread=spread), x
     return Loss(
         lambda a: function(a, rest),
         is_twice,
         lambda a: captured.both(a, rest),
         (lambda a, v: captured.product(a, rest, v)[0]) if is_twice else None,
+        spread,
     ), x
 
 

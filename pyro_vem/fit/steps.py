@@ -112,7 +112,7 @@ def check_second_derivatives(setup: Setup, state: State, scale: Vector) -> None:
     if not state.joint.size:
         return
     smooth = Smooth(joint_loss(setup), state.joint, scale)
-    zero, probe = np.zeros(state.joint.size), np.cos(np.arange(state.joint.size))
+    zero, probe = smooth.zero, np.cos(np.arange(smooth.zero.size))
     expected = smooth.difference_product(zero, probe)
     try:
         error = float(np.linalg.norm(smooth.hessian_product(zero, probe) - expected))
@@ -128,7 +128,8 @@ def check_second_derivatives(setup: Setup, state: State, scale: Vector) -> None:
 def note_idle(setup: Setup, state: State) -> None:
     """Record in the plan each parameter that does not move the bound where it starts."""
     loss, theta = loss_of(setup, state, "M")
-    smooth, zero = Smooth(loss, theta, np.ones_like(theta)), np.zeros_like(theta)
+    smooth = Smooth(loss, theta, np.ones_like(theta))
+    zero = smooth.zero
     gradient, noise = smooth.gradient(zero), 1e-14 * (1 + abs(state.elbo))
     for name in setup.theta.names:
         where = setup.theta.where([name])
@@ -163,13 +164,13 @@ def start_variances(setup: Setup, state: State) -> tuple[State, Step | None]:
     loss, _ = loss_of(setup, state, "E")
     current, norm = state, 0.0
     for _ in range(2):
-        leaf = torch.from_numpy(current.phi.copy()).requires_grad_()
-        (gradient,) = torch.autograd.grad(-loss(leaf), leaf, materialize_grads=True)
+        here = Smooth(loss, current.phi, np.ones_like(current.phi))
+        whole = here.gradient(here.zero)
         phi = current.phi.copy()
-        phi[where] -= 0.5 * np.log(np.clip(1 - gradient.numpy()[where], 0.04, 1e4))
-        elbo = -float(loss(torch.from_numpy(phi)).detach())
+        phi[where] -= 0.5 * np.log(np.clip(1 + here.spread.own(whole)[where], 0.04, 1e4))
+        elbo = elbo_at(setup, phi, current.theta)
         if not elbo > current.elbo:
             break
-        current, norm = replace(current, phi=phi, elbo=elbo), float(gradient.norm())
+        current, norm = replace(current, phi=phi, elbo=elbo), float(np.linalg.norm(whole))
     row = Step(0, "start", state.elbo, current.elbo, norm, 4, 0, time.perf_counter() - start)
     return current, row

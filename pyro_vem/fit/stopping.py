@@ -42,7 +42,7 @@ def remaining(setup: Setup, state: State, scale: Vector, tol: float) -> Remainin
     """Predict what a joint Newton step would gain; `scale` holds the lengths of both blocks."""
     loss = joint_loss(setup)
     smooth = Smooth(loss, state.joint, scale)
-    gradient = float(np.linalg.norm(smooth.gradient(np.zeros_like(scale)))) / max(1, scale.size) ** 0.5
+    gradient = float(np.linalg.norm(smooth.gradient(smooth.zero))) / max(1, smooth.zero.size) ** 0.5
     if gradient >= GRADIENT_LIMIT:
         return Remaining(float("inf"), gradient)
     return Remaining(predicted_gain(loss, state.joint, scale, tol=tol), gradient)

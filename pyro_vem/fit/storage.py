@@ -33,9 +33,11 @@ def save(fit: VEMResult, path: str | Path) -> None:
     tensors = {f"param/{name}": value for name, value in fit.params.items()}
     tensors |= {f"guide/{name}": value for name, value in fit.guide_params.items()}
     draws = 0
-    if fit._setup is not None:
-        tensors |= {f"init/{site.name}": site.init for site in fit.setup.prototype.latents}
-        draws = fit.setup.objective.num_draws
+    setup = fit._setup
+    if setup is not None:
+        sites = [site for site in setup.prototype.latents if not setup.processes.has(site.plates)]
+        tensors |= {f"init/{site.name}": site.init for site in sites}
+        draws = setup.objective.num_draws
     summary = {
         "format": FORMAT,
         "elbo": fit.elbo,
@@ -46,9 +48,9 @@ def save(fit: VEMResult, path: str | Path) -> None:
         "seed": fit.seed,
         "num_draws": draws,
         "on_batches": fit._whole is not None,
-        "compiled": fit._setup is not None and fit.setup.objective.exact is not None,
-        "analytic": fit.setup.analytic if fit._setup is not None else "auto",
-        "bounds": fit.setup.bounds if fit._setup is not None else False,
+        "compiled": setup is not None and setup.objective.exact is not None,
+        "analytic": setup.analytic if setup is not None else "auto",
+        "bounds": setup.bounds if setup is not None else False,
         "history": [asdict(row) for row in fit.history],
         "plan": {"rows": [asdict(row) for row in fit.plan.rows], "notes": fit.plan.notes},
         "terms": asdict(fit.terms),

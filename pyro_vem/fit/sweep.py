@@ -33,18 +33,21 @@ class Sweep:
         with torch.no_grad():
             self._statistics = terms.statistics(self._phi, self._theta)
         self._kept: dict[str, Tensor] = {}
+        has = setup.processes.has
+        self._own = {site.name for site in setup.prototype.latents if has(site.plates)}
 
     @torch.no_grad()
     def update(self, batch: Sequence[str]) -> None:
         """Move some variables that share no table to their best values."""
         lifted, guide = self._terms.lifted, self._terms.guide
         natural = lifted.natural(batch, self._statistics, self._theta, self._kept)
-        for name, eta in zip(batch, natural, strict=True):
+        for name, own in zip(batch, natural, strict=True):
             coding = lifted.found.codings[name]
+            eta = own if name in self._own else self._setup.processes.total(own)
             if name in lifted.latents:
                 assert guide is not None
                 now = coding.factor(guide.factor_values(name, self._phi))
-                made = coding.outside(lifted.updated(name, eta, now, self._theta))
+                made = coding.outside(lifted.updated(name, eta, now, self._theta, self._terms.shares[name]))
                 self._move(name, made)
             else:
                 value = self._best(name, eta)
@@ -57,7 +60,8 @@ class Sweep:
         """Give a prior of vectors its factor's moments."""
         lifted, guide = self._terms.lifted, self._terms.guide
         assert guide is not None
-        made = lifted.matched(moments, guide.factor_values(moments.site, self._phi), self._theta)
+        total = self._setup.processes.total if moments.site in self._own else lambda value: value
+        made = lifted.matched(moments, guide.factor_values(moments.site, self._phi), self._theta, total)
         if all(bool(torch.isfinite(value).all()) for value in made.values()):
             self._theta |= made
             self._kept.clear()  # parameters may move coefficients

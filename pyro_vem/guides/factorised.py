@@ -98,6 +98,11 @@ class Factorised(ABC):
                 values[site.name] = pyro.sample(site.name, factor)
         return values
 
+    def is_of(self, parameter: str, site: str) -> bool:
+        """True for a free parameter, named by what it is, of a site's factor."""
+        kind, _, rest = parameter.removeprefix(f"{self.name}.").partition(".")
+        return rest == site and "$$$" not in kind
+
     @abstractmethod
     def factor(self, site: Latent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The distribution of a site."""

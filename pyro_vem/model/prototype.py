@@ -72,7 +72,7 @@ def discover_modules(program: Program, call: Arguments) -> Program:
     first, failed = _modules_of_run(program.fn, call, torch.float64, scout)
     second = _modules_of_run(program.fn, call, torch.float32, scout)[0] if failed else []
     found = Program(program.fn, max(first, second, key=len))
-    found.around = program.around
+    found.around, found.is_batched = program.around, program.is_batched
     if scout.summed_out:
         found.first_available_dim = -1 - scout.depth
     return found
@@ -112,7 +112,7 @@ def prototype(program: Program, call: Arguments, init: Any = None) -> Prototype:
     strategy = init_strategy(init)
     program.own_weights({}, torch.get_default_dtype() if program.modules else None)
     first = run_checked(program, call, {}, initial_values(strategy, program.first_available_dim is not None))
-    if first.subsampled and program.around is None:
+    if first.subsampled and not program.is_batched:
         raise UnsupportedModelError(
             f"plate {first.subsampled[0]!r} draws a subsample: give the plate all its rows, and fit_vem "
             "batch_size= (it owns the index and the scale)"

@@ -4,7 +4,7 @@ A batch stands for all rows if every plate over them is scaled by rows / batch, 
 alike, and if rows are independent given the rest. Both are tested before a fit starts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +24,35 @@ UNBIASED = 1e-8  # of a site's log density, that halves of a batch may be off it
 
 
 class RowScale(Messenger):  # type: ignore[misc]
-    """Scales every site in plates over rows, as if a batch were all of them."""
+    """Scales sites in plates over rows, as if a batch were all of them, or the sites outside of them."""
 
-    def __init__(self, plates: frozenset[str], factor: float) -> None:
+    def __init__(self, plates: frozenset[str], inside: float = 1.0, outside: float = 1.0) -> None:
         super().__init__()
-        self.plates, self.factor = plates, factor
+        self.plates, self.inside, self.outside = plates, inside, outside
+
+    def factor(self, plates: Iterable[str]) -> float:
+        """What a site in these plates is scaled by."""
+        return self.outside if self.plates.isdisjoint(plates) else self.inside
 
     def _pyro_sample(self, msg: Site) -> None:
-        if any(frame.name in self.plates for frame in msg["cond_indep_stack"]):
-            msg["scale"] = msg["scale"] * self.factor
+        msg["scale"] = msg["scale"] * self.factor(frame.name for frame in msg["cond_indep_stack"])
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of one of several processes, whose bounds add up to that of all rows.
+
+    Attributes:
+        plates: that run over the rows; a site outside of them is counted by every process.
+        count: of processes.
+    """
+
+    plates: frozenset[str]
+    count: int
+
+    def around(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RowScale:
+        """The handler under which sites outside the plates count once in all."""
+        return RowScale(self.plates, outside=1.0 / self.count)
 
 
 @dataclass(frozen=True)

@@ -254,6 +254,7 @@ class Program:
         self.fn = fn
         self.first_available_dim: int | None = None  # left of all plates, if sites are summed out
         self.around: Around | None = None  # handler of each recorded run, from its arguments
+        self.is_batched = False  # whether the data are a batch of rows, which plates may scale themselves
         self.modules = modules or []
         self.shell = _Shell(self.modules)
         self.weight_paths: dict[int, str] = {id(p): path for path, p in self.shell.named_parameters()}

@@ -16,7 +16,7 @@ from .contraction import Factor, components, log_sum, seat
 from .coupled import Coupled, coupled_of
 from .elements import identities, pieces
 from .lift import Found, Pieces, Probe, grid_values, lift, misfits
-from .moments import Moments, mean_of, moments_of
+from .moments import Moments, Total, mean_of, moments_of
 from .table import Table, monomials_of
 from .variables import Variable, latent_variable, parameter_variable
 
@@ -114,12 +114,12 @@ class Lifted:
             sites, self._execute, [probe.values({}), probe.values({}, 1)], free, seen.__getitem__
         )
 
-    def matched(self, moments: Moments, q: Values, theta: Values) -> dict[str, Tensor]:
-        """Parameters of a prior of vectors at their best for a factor."""
+    def matched(self, moments: Moments, q: Values, theta: Values, total: Total) -> dict[str, Tensor]:
+        """Parameters of a prior of vectors at their best for a factor; `total` sums over processes."""
         if moments.loc is not None:
-            return moments.best(q["loc"], q)
+            return moments.best(q["loc"], q, total)
         run = self._execute({**self.probe.values({}), **{n: theta[n] for n in self.parameters}})
-        return moments.best(mean_of(run.sites[moments.site]), q)
+        return moments.best(mean_of(run.sites[moments.site]), q, total)
 
     @property
     def names(self) -> frozenset[str]:
@@ -209,11 +209,16 @@ class Lifted:
         assert coding.family.expected is not None
         return coding.family.expected(coding.factor(values))
 
-    def updated(self, name: str, eta: Tensor, now: Values, theta: Values) -> dict[str, Tensor]:
-        """A latent's best factor at natural parameters; rows of dependent vectors go there by Newton."""
+    def updated(
+        self, name: str, eta: Tensor, now: Values, theta: Values, share: float = 1.0
+    ) -> dict[str, Tensor]:
+        """A latent's best factor at natural parameters; rows of dependent vectors go there by Newton.
+
+        `share` is what the site's own terms are scaled by, which `eta` is not.
+        """
         table, coding = self.tables(theta).get(name), self.found.codings[name]
         if isinstance(table, Coupled):
-            return table.updated(eta, now)
+            return replace(table, scale=table.scale / share).updated(eta, now)
         assert coding.family.updated is not None
         return coding.family.updated(eta, now)
 

@@ -13,6 +13,7 @@ from ...model.runtime import Site
 from ..kl import leaf_of
 
 Values = Mapping[str, Tensor]
+Total = Callable[[Tensor], Tensor]
 KINDS = ("scale_tril", "covariance_matrix")
 
 
@@ -44,24 +45,30 @@ class Moments:
         fn = dist.MultivariateNormal(loc, **{self.kind: values[self.factor]})
         return {"name": self.site, "fn": fn, "scale": scale, "mask": None}
 
-    def best(self, prior: Tensor, q: Values) -> dict[str, Tensor]:
+    def best(self, prior: Tensor, q: Values, total: Total) -> dict[str, Tensor]:
         """The parameters that maximise the expected log prior under a factor.
 
         Args:
             prior: mean of the prior as it is, broadcastable with the factor's.
             q: the factor's "loc", and its "scale" or "scale_tril".
+            total: sums over processes that have rows of their own.
         """
         size = q["loc"].shape[-1]
         mean = q["loc"].reshape(-1, size)
-        loc = mean.mean(0) if self.loc is not None else prior.expand(q["loc"].shape).reshape(-1, size)
+        count = total(torch.tensor(float(len(mean))))
+        loc = (
+            total(mean.sum(0)) / count
+            if self.loc is not None
+            else prior.expand(q["loc"].shape).reshape(-1, size)
+        )
         gap = mean - loc
-        total = gap.mT @ gap
+        square = gap.mT @ gap
         if "scale" in q:
-            total = total + torch.diag(q["scale"].reshape(-1, size).square().sum(0))
+            square = square + torch.diag(q["scale"].reshape(-1, size).square().sum(0))
         else:
             tril = q["scale_tril"].reshape(-1, size, size)
-            total = total + (tril @ tril.mT).sum(0)
-        covariance = total / len(mean)
+            square = square + (tril @ tril.mT).sum(0)
+        covariance = total(square) / count
         made = {} if self.loc is None else {self.loc: loc}
         found = covariance if self.kind == "covariance_matrix" else torch.linalg.cholesky_ex(covariance)[0]
         return {**made, self.factor: found}

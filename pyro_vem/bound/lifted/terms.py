@@ -22,10 +22,13 @@ class LiftedTerms:
         lifted: the tables.
         guide: with its latents bound.
         draw: phi and theta, a number and a seed to draws of the guide.
+        shares: what each latent's terms are scaled by where the data are a part of all rows.
     """
 
-    def __init__(self, lifted: Lifted, guide: MeanFieldConjugate | None, draw: Draw) -> None:
-        self.lifted, self.guide, self._draw = lifted, guide, draw
+    def __init__(
+        self, lifted: Lifted, guide: MeanFieldConjugate | None, draw: Draw, shares: Mapping[str, float]
+    ) -> None:
+        self.lifted, self.guide, self._draw, self.shares = lifted, guide, draw, shares
         self.rough: Collection[str] = ()
         shapes = [table.shape for table in lifted.found.tables.values()]
         self.num_elements = sum(math.prod(shape) for shape in shapes)
@@ -74,7 +77,8 @@ class LiftedTerms:
         for name in self.lifted.latents:
             if name in found:
                 assert self.guide is not None
-                found[name] = found[name] + self.lifted.entropy(name, self.guide.factor_values(name, phi))
+                entropy = self.lifted.entropy(name, self.guide.factor_values(name, phi))
+                found[name] = found[name] + self.shares[name] * entropy
         return found
 
     def responsibilities(self, phi: Values, theta: Values) -> dict[str, Tensor]:
