@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..bound.elbo import AnalyticKL_ELBO
 from ..model.runtime import isolated
 from ..model.sites import init_strategy
 from .capture import Compile
+from .checkpoint import Checkpoint
 from .minibatch import fit_batches
 from .result import VEMResult
 from .run import Callback, MStep, Run, Schedule, StepMethod
@@ -41,6 +43,7 @@ def fit_vem(
     batch_size: int | None = None,
     validation: Any = None,
     init: Any = None,
+    checkpoint: str | Path | None = None,
     compile: Compile = "auto",
     callbacks: Sequence[Callback] = (),
     progress: bool | None = None,
@@ -86,6 +89,8 @@ def fit_vem(
             their bound stops rising, and the best state is returned.
         init: initial values on the constrained scale by site and parameter name, a Pyro init
             strategy, or an earlier result (warm start).
+        checkpoint: a file that holds the fit so far, written between rounds; an interrupted fit goes on
+            from it when it is called again, and it is removed when the fit has ended.
         compile: whether a bound that runs the model is traced once and compiled (by inductor, which
             needs a C++ compiler): True at once, False never, "auto" when a fit has taken as long
             as compiling does. The plan says what was done.
@@ -126,12 +131,18 @@ def fit_vem(
     options = options or FitOptions()
     _check_settings(schedule, e_step, m_step, tol, max_iter, num_starts, elbo, compile)
     begin = time.perf_counter()
+    saved = Checkpoint(None if checkpoint is None else Path(checkpoint))
+    init = saved.found(model) or init
     warm = init if isinstance(init, VEMResult) else None
     given = _warm_strategy(warm) if warm else init
     is_batched = batch_size is not None or _is_stream(data)
     _check_batched(is_batched, schedule, e_step, m_step, num_starts, validation, warm)
-    if options.sharded and (is_batched or isinstance(m_step, Mapping)):
-        raise ValueError("FitOptions(sharded=) is for fits on all rows, without hooks in m_step=")
+    if options.sharded and (is_batched or num_starts > 1 or isinstance(m_step, Mapping)):
+        raise ValueError(
+            "FitOptions(sharded=) is for fits on all rows from one start, without hooks in m_step="
+        )
+    if checkpoint is not None and (is_batched or num_starts > 1):
+        raise ValueError("checkpoint= is for fits on all rows, from one start")
     if is_batched:
         with isolated(torch.float64, seed, 1), np.errstate(over="ignore", invalid="ignore"):
             return fit_batches(
@@ -151,6 +162,7 @@ def fit_vem(
             if start and setup.lifted is None:
                 setup = set_up_at(start)
             run = Run(setup, options, tol, (e_step, m_step), begin, tuple(callbacks), progress)
+            run.checkpoint = saved
             run.start(warm, start)
             try:
                 status = _alternate(run, max_iter, schedule)
@@ -161,6 +173,8 @@ def fit_vem(
             found.append(run.result(status))
             if status is Status.interrupted:
                 break
+    if status is not Status.interrupted:
+        saved.remove(setup.processes)
     best = best_of(found)
     return replace(best, seconds=time.perf_counter() - begin)
 
@@ -231,6 +245,7 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
             run.step("M", iteration)
             if how == "accelerated" and run.setup.theta.size:
                 run.accelerate(iteration)
+        run.save()
     if schedule != "joint":
         run.step("E", max_iter)
     return Status.max_iterations

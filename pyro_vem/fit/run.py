@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ModelError
-from ..model.parameters import Block
+from .checkpoint import Checkpoint, check_same, snapshot
 from .closed import Anderson, ClosedForm
 from .exactness import agree, compile_terms, more_draws, settle, settle_nodes
 from .measure import disagreement
@@ -23,6 +22,7 @@ from .saddle import past_saddle
 from .scales import Scales
 from .setup import FitOptions, Setup
 from .smooth import Method, Vector
+from .starts import finite_elbo, initial_values
 from .state import State, elbo_at
 from .status import Status, Step
 from .steps import check_second_derivatives, hooked, note_idle, start_variances, step
@@ -67,6 +67,7 @@ class Run:
     anderson: Anderson = field(default_factory=Anderson)
     before: Vector | None = None  # what is extrapolated, a round ago
     saddles: int = 0  # that the fit has left
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     is_expected: bool = False  # whether phi has followed the extrapolated theta
 
     def start(self, warm: VEMResult | None, number: int = 0) -> None:
@@ -77,7 +78,11 @@ class Run:
             number: of the start; the first one leaves the caller's parameters where they are.
         """
         setup = self.setup
-        phi, theta = _initial(setup, setup.phi, warm), _initial(setup, setup.theta, warm)
+        if warm is not None and self.checkpoint.path is not None:
+            known = {**setup.processes.taken(warm.guide_params, setup.phi), **warm.params}
+            check_same(self.checkpoint.path, known, (*setup.phi.parameters, *setup.theta.parameters))
+            setup.objective.add_note(f"went on from a checkpoint after {warm.n_iter} rounds")
+        phi, theta = initial_values(setup, setup.phi, warm), initial_values(setup, setup.theta, warm)
         compile_terms(setup, self.options)
         agree(setup, phi, theta)
         setup.objective.prepare(
@@ -85,7 +90,7 @@ class Run:
         )
         self._check_closed_forms(phi, theta)
         settle_nodes(setup, phi, theta)
-        self.state = State(phi, theta, _finite_elbo(setup, phi, theta))
+        self.state = State(phi, theta, finite_elbo(setup, phi, theta))
         if setup.lifted is not None:
             self.closed = ClosedForm(setup, setup.lifted)
             if warm is None:
@@ -330,6 +335,15 @@ class Run:
             time.perf_counter() - self.begin, self.options, tuple(self.points),
         )  # fmt: skip
 
+    def save(self) -> None:
+        """Write the checkpoint, if there is to be one."""
+        self.checkpoint.save(
+            lambda: snapshot(
+                self.setup, self.state, tuple(self.history), self.iterations, time.perf_counter() - self.begin
+            ),
+            self.setup.processes,
+        )
+
     def polish(self) -> None:
         """Go on with closed forms, which are cheap, until a round moves nothing."""
         if self.closed is None or not self.closed.is_complete:
@@ -368,30 +382,6 @@ class Run:
         for callback in self.callbacks:
             with torch.no_grad():
                 callback(row, self.setup.theta_values(torch.from_numpy(self.state.theta)))
-
-
-def _initial(setup: Setup, block: Block, warm: VEMResult | None) -> NDArray[np.float64]:
-    values = {p.name: p.init for p in block.parameters}
-    if warm is not None:
-        known = setup.processes.taken(warm.guide_params, setup.phi)
-        for name, value in {**warm.params, **known}.items():
-            if name in values and values[name].shape == value.shape:
-                values[name] = value
-    flat: NDArray[np.float64] = block.flat(values).numpy()
-    return flat
-
-
-def _finite_elbo(setup: Setup, phi: Any, theta: Any) -> float:
-    with torch.no_grad():
-        constrained = setup.phi.constrained(torch.from_numpy(phi))
-        terms = setup.objective.terms(constrained, setup.theta_values(torch.from_numpy(theta)))
-    for name, value in terms.items():
-        if not bool(torch.isfinite(value)):
-            raise ModelError(
-                f"site {name!r}: its term of the bound is {float(value)}. {Status.nonfinite.value}"
-            )
-    own = float(torch.stack(list(terms.values())).sum())
-    return setup.processes.spread("joint").total(own)
 
 
 def progress_bar(progress: bool | None) -> Any:

@@ -1,12 +1,17 @@
-"""Several starts of one fit: which is best, and how far the others agree with it."""
+"""Where fits start; and of several starts which is best, and how far the others agree with it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from ..errors import ModelError
+from ..model.parameters import Block
 from ..model.runtime import isolated
 from .result import VEMResult
+from .setup import Setup
 from .status import Status
 
 
@@ -56,3 +61,29 @@ def densities(fit: VEMResult) -> torch.Tensor:
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).square().mean().sqrt()) if a.numel() else 0.0
+
+
+def initial_values(setup: Setup, block: Block, warm: VEMResult | None) -> NDArray[np.float64]:
+    """Where a block starts, flat: at its own values, or at those of an earlier fit that still fit."""
+    values = {p.name: p.init for p in block.parameters}
+    if warm is not None:
+        known = setup.processes.taken(warm.guide_params, setup.phi)
+        for name, value in {**warm.params, **known}.items():
+            if name in values and values[name].shape == value.shape:
+                values[name] = value
+    flat: NDArray[np.float64] = block.flat(values).numpy()
+    return flat
+
+
+def finite_elbo(setup: Setup, phi: NDArray[np.float64], theta: NDArray[np.float64]) -> float:
+    """The bound at the start; raises `ModelError` with the site whose term is not finite."""
+    with torch.no_grad():
+        constrained = setup.phi.constrained(torch.from_numpy(phi))
+        terms = setup.objective.terms(constrained, setup.theta_values(torch.from_numpy(theta)))
+    for name, value in terms.items():
+        if not bool(torch.isfinite(value)):
+            raise ModelError(
+                f"site {name!r}: its term of the bound is {float(value)}. {Status.nonfinite.value}"
+            )
+    own = float(torch.stack(list(terms.values())).sum())
+    return setup.processes.spread("joint").total(own)
