@@ -64,7 +64,8 @@ bench-em: $(STAMP)  ## EM beside scikit-learn, statsmodels and pyPLNmodels; two 
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[em-peers]"
 	$(BIN)/python tests/benchmarks/em.py $(BENCH)
 
-bench-scale: $(STAMP)  ## training steps beside Pyro and NumPyro, ten million rows; ten minutes
+bench-scale: $(STAMP)  ## training steps beside Pyro and NumPyro, ten million rows, several processes
+	$(BIN)/python tests/benchmarks/processes.py
 	$(or $(PEERS_PYTHON),$(BIN)/python) tests/benchmarks/scale.py $(BENCH)
 
 format: $(STAMP)

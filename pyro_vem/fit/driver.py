@@ -138,9 +138,7 @@ def fit_vem(
     is_batched = batch_size is not None or _is_stream(data)
     _check_batched(is_batched, schedule, e_step, m_step, num_starts, validation, warm)
     if options.sharded and (is_batched or num_starts > 1 or isinstance(m_step, Mapping)):
-        raise ValueError(
-            "FitOptions(sharded=) is for fits on all rows from one start, without hooks in m_step="
-        )
+        raise ValueError("FitOptions(sharded=) is for one fit on all rows, without hooks in m_step=")
     if checkpoint is not None and (is_batched or num_starts > 1):
         raise ValueError("checkpoint= is for fits on all rows, from one start")
     if is_batched:

@@ -172,14 +172,14 @@ class Processes:
         Raises:
             ModelError: if a plate is unknown, or if what is to be shared differs between processes.
         """
-        if self.count == 1:
+        if not self.plates:
             return proto
         known = {plate.name for plates in proto.plates for plate in plates}
         message = unknown_names("FitOptions(sharded=)", sorted(self.plates), sorted(known))
         if message:
             raise ModelError(message)
         for name, plates in proto.observed.items():
-            if not self.has(plates):
+            if self.plates.isdisjoint(plate.name for plate in plates):
                 raise ModelError(
                     f"observed site {name!r} is in none of the plates {', '.join(sorted(self.plates))}: name "
                     "the plates of all data in FitOptions(sharded=), or leave data that all share out"

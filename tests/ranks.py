@@ -1,0 +1,166 @@
+"""What each process of tests/test_processes.py runs: several models, each on its share of the rows."""
+
+import json
+import sys
+
+import pyro
+import pyro.distributions as dist
+import torch
+
+import pyro_vem as vem
+
+ROWS = 101  # no multiple of the number of processes
+
+
+def _noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _counts(rate):
+    return torch.poisson(rate, generator=torch.Generator().manual_seed(9))
+
+
+def counts(x, y):
+    sd = pyro.param("sd", torch.tensor(1.0), constraint=dist.constraints.positive)
+    b = pyro.sample("b", dist.Normal(0.0, 5.0).expand([2]).to_event(1))
+    with pyro.plate("rows", len(y), dim=-2):
+        u = pyro.sample("u", dist.Normal(0.0, sd))
+        with pyro.plate("counts", 3, dim=-1):
+            pyro.sample("y", dist.Poisson((b[0] + b[1] * x + u).exp()), obs=y)
+
+
+def indexed(group, x, y):
+    """Rows that point at groups of their own process, and a likelihood on a grid."""
+    sd = pyro.sample("sd", dist.HalfNormal(1.0))
+    with pyro.plate("rows", ROWS if len(x) == 3 * ROWS else len(x) // 3):
+        u = pyro.sample("u", dist.Normal(0.0, sd))
+    with pyro.plate("counts", len(y)):
+        pyro.sample("y", dist.Bernoulli(logits=x + u[group]), obs=y)
+
+
+def mixture(y):
+    weights = pyro.param("weights", torch.tensor([0.5, 0.5]), constraint=dist.constraints.simplex)
+    means = pyro.param("means", torch.tensor([0.0, 1.0]))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(means[z], 1.0), obs=y)
+
+
+def effects(y):
+    mean = pyro.param("mean", torch.tensor(0.0))
+    sd = pyro.param("sd", torch.tensor(1.0), constraint=dist.constraints.positive)
+    precision = pyro.sample("precision", dist.Gamma(2.0, 2.0))
+    with pyro.plate("rows", len(y), dim=-2):
+        u = pyro.sample("u", dist.Normal(mean, sd))
+        with pyro.plate("within", 3, dim=-1):
+            pyro.sample("y", dist.Normal(u, precision.rsqrt()), obs=y)
+
+
+def vectors(y):
+    """A prior whose moments are matched, and a shared vector whose elements are tied together."""
+    loc = pyro.param("loc", torch.zeros(3))
+    tril = pyro.param("tril", torch.eye(3), constraint=dist.constraints.lower_cholesky)
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=tril))
+        pyro.sample("y", dist.Poisson(z.exp()).to_event(1), obs=y)
+
+
+def tied(y):
+    prior = torch.eye(3) + 0.9 * (1 - torch.eye(3))
+    b = pyro.sample("b", dist.MultivariateNormal(torch.zeros(3), prior))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Poisson(b.exp()).to_event(1), obs=y)
+
+
+def robust(y):
+    """A likelihood that is drawn where its scope is too wide for a grid."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.StudentT(4.0, loc, 1.0), obs=y)
+
+
+MIXING = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+x, u = _noise(ROWS, 3), 0.7 * _noise(ROWS, 1, seed=1)
+y = _counts((0.5 + 0.3 * x + u).exp())
+CASES = {
+    "counts": (counts, {"x": x, "y": y}, None, ("rows",)),
+    "indexed": (
+        indexed,
+        {"group": torch.arange(ROWS).repeat_interleave(3), "x": x.flatten(), "y": (y > 1).double().flatten()},
+        None,
+        ("rows", "counts"),
+    ),
+    "mixture": (mixture, {"y": _noise(ROWS) + 3.0 * (u[:, 0] > 0.2)}, None, ("rows",)),
+    "effects": (effects, {"y": u + 0.5 * x}, "auto", ("rows",)),
+    "vectors": (vectors, {"y": _counts((x @ MIXING).exp())}, "auto", ("rows",)),
+    "tied": (tied, {"y": _counts(torch.tensor([0.3, 0.1, -0.4]).exp().expand(ROWS, 3))}, "auto", ("rows",)),
+    "robust": (robust, {"y": 1.0 + x[:, 0]}, None, ("rows",)),
+}  # fmt: skip
+
+
+def share(data, rank, count):
+    """The rows of one process; what points at groups counts from its first one."""
+    first, last = ROWS * rank // count, ROWS * (rank + 1) // count
+    each = {name: len(value) // ROWS for name, value in data.items()}
+    own = {name: value[first * each[name] : last * each[name]] for name, value in data.items()}
+    return {**own, "group": own["group"] - first} if "group" in own else own
+
+
+def fitted(name, rank, count):
+    """What the test compares."""
+    model, data, guide, plates = CASES[name]
+    options = vem.FitOptions(sharded=plates)
+    fit = vem.fit_vem(
+        vem.vem_model(model), share(data, rank, count), guide=guide, options=options, progress=False
+    )
+    return {
+        "status": fit.status.name,
+        "elbo": fit.elbo,
+        "terms": {row.site: row.value for row in fit.terms.rows},
+        "trace": [(step.block, step.after) for step in fit.history],
+        "values": {n: v.reshape(-1).tolist() for n, v in {**fit.params, **fit.guide_params}.items()},
+    }
+
+
+def refused(plates, data, model=counts, **kwargs):
+    """The message of a fit that does not start."""
+    try:
+        vem.fit_vem(model, data, options=vem.FitOptions(sharded=plates), progress=False, **kwargs)
+    except (vem.ModelError, ValueError) as error:
+        return str(error)
+    return "it ran"
+
+
+def main(path):
+    """Write what the first process finds."""
+    torch.distributed.init_process_group("gloo")
+    rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    found = {name: fitted(name, rank, count) for name in CASES}
+    data = share(CASES["counts"][1], rank, count)
+
+    def per_row(y):  # a latent of each row outside the plate
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([len(y)]).to_event(1))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def total(y):  # data outside the plate
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        pyro.sample("total", dist.Normal(b, 1.0), obs=y.sum())
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(b, 1.0), obs=y)
+
+    found["refused"] = {
+        "unknown": refused(("row",), data),
+        "outside": refused(("rows",), {"y": data["y"][:, 0]}, total),
+        "shapes": refused(("rows",), {"y": data["y"][:, 0]}, per_row),
+        "guide": refused(("rows",), data, guide=pyro.infer.autoguide.AutoNormal(counts)),
+        "starts": refused(("rows",), data, num_starts=2),
+    }  # fmt: skip
+    if rank == 0:
+        with open(path, "w") as file:
+            json.dump(found, file)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[-1] + "/found.json")

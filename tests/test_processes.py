@@ -1,0 +1,119 @@
+"""One fit by several processes is the fit by one: step for step, and after a worker has been lost."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyro_vem as vem
+
+HERE = Path(__file__).parent
+
+
+def _module(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+launch = _module("launch", HERE / "benchmarks" / "processes.py")
+ranks = _module("ranks", HERE / "ranks.py")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    run = launch.launched(2, ranks.ROWS, str(folder), script=HERE / "ranks.py")
+    errors = run.communicate(timeout=300)[1]
+    assert run.returncode == 0, errors
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ranks.CASES)
+def test_two_processes_take_the_steps_of_one(found, one_process, name):
+    expected, here = ranks.fitted(name, 0, 1), found[name]
+    assert here["status"] == expected["status"] == "converged"
+    assert here["elbo"] == pytest.approx(expected["elbo"], rel=1e-9)
+    assert here["terms"] == pytest.approx(expected["terms"], rel=1e-6, abs=1e-6)
+    assert [block for block, _ in here["trace"]] == [block for block, _ in expected["trace"]]
+    bounds = [after for _, after in expected["trace"]]
+    assert [after for _, after in here["trace"]] == pytest.approx(bounds, rel=1e-9)
+    assert here["values"].keys() == expected["values"].keys()
+    for key, value in expected["values"].items():
+        assert here["values"][key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("unknown", "unknown name 'row'.*'?rows"),
+        ("outside", "'total' is in none of the plates rows"),
+        ("shapes", r"'z' has shape \(50,\) in process 0 and \(51,\) in process 1.*name its plate"),
+        ("guide", "takes our guides only, not AutoNormal"),
+        ("starts", "one fit on all rows"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(found, case, message):
+    assert re.search(message, found["refused"][case]), found["refused"][case]
+
+
+def test_sharing_needs_an_initialised_group(fit):
+    model, data, *_ = ranks.CASES["robust"]
+    with pytest.raises(vem.ModelError, match="init_process_group"):
+        fit(model, data, options=vem.FitOptions(sharded=("rows",)))
+
+
+def test_a_fit_that_loses_a_worker_ends_where_it_would_have(tmp_path, fit):
+    groups = _module("groups", HERE.parent / "tutorials" / "groups.py")
+    printed = launch.interrupted(2, 4000, str(tmp_path))
+    assert re.search("2 processes, 1 restarts: converged", printed), printed
+    assert not (tmp_path / "groups.checkpoint").exists()
+    x, y = groups.simulated(4000)
+    whole = vem.VEMResult.load(tmp_path / "groups.fit", groups.counts, {"x": x, "y": y})
+    alone = fit(groups.counts, {"x": x, "y": y})
+    assert whole.elbo == pytest.approx(alone.elbo, rel=1e-9)
+    torch.testing.assert_close(whole.params["sd"], alone.params["sd"], rtol=1e-6, atol=0)
+    assert "went on from a checkpoint" in "".join(whole.plan.notes)
+    assert whole.sample(3)["u"].shape == (3, 4000, 1)  # all rows are there
+
+
+class Stopped(Exception):
+    """An interruption that no one catches."""
+
+
+def _stop(step, params):
+    if step.iteration == 3:
+        raise Stopped
+
+
+def test_an_interrupted_fit_goes_on_from_its_checkpoint(tmp_path, fit):
+    model, data, *_ = ranks.CASES["counts"]
+    path, model = tmp_path / "fit.checkpoint", vem.vem_model(model)
+    with pytest.raises(Stopped):
+        fit(model, data, checkpoint=path, callbacks=[_stop])
+    left = vem.VEMResult.load(path, model)
+    again, alone = fit(model, data, checkpoint=path), fit(model, data)
+    assert left.elbo < alone.elbo - 1e-3  # it had not arrived
+    assert again.n_iter < alone.n_iter
+    assert again.elbo == pytest.approx(alone.elbo, abs=1e-6)
+    assert not path.exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, fit):
+    path = tmp_path / "fit.checkpoint"
+    with pytest.raises(Stopped):
+        fit(vem.vem_model(ranks.counts), ranks.CASES["counts"][1], checkpoint=path, callbacks=[_stop])
+    with pytest.raises(vem.ModelError, match=r"is of another fit: it has no 'guide\.loc\.loc'"):
+        fit(ranks.robust, ranks.CASES["robust"][1], checkpoint=path)
+    assert path.exists()
