@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +189,12 @@ def test_optional_parts_are_reached_by_name():
     assert {"plots", "Diagnosis", "Comparison"} <= set(dir(vem))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = vem.nothing
+
+
+def test_every_module_with_shapes_is_checked_in_tests():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        options = tomllib.load(file)["tool"]["pytest"]["ini_options"]["addopts"]
+    (checked,) = [o.removeprefix("--jaxtyping-packages=") for o in options if o.startswith("--jaxtyping")]
+    files = [p for p in (ROOT / "pyro_vem").rglob("*.py") if "from jaxtyping" in p.read_text()]
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files}
+    assert modules == set(checked.split(",")) - {"beartype.beartype"}

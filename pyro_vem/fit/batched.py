@@ -1,5 +1,6 @@
 """A problem seen through batches of its rows, and what it is worth on all of them."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from ..model.rows import Rows
 from .locals import Locals
 from .setup import Setup
 
+INFORMED = 512  # rows on which mutual information is estimated
 MEASURED = 64  # draws of the reported bound, a batch
 
 
@@ -118,6 +120,38 @@ def held_out_bound(fit: BatchFit, x: Tensor, source: Source) -> float:
             total += size * float(fit.value(x, {}, call, fit.noise(call, 1, generator)))
             seen += size
     return total / seen
+
+
+def mutual_information(fit: BatchFit, x: Tensor) -> float:
+    """Of rows and latents under the encoders, in nats, on some rows with a draw for each.
+
+    References:
+        Hoffman and Johnson (2016), ELBO surgery, NIPS workshop on advances in approximate inference.
+    """
+    program, guide = fit.first.problem.guide, fit.first.guide
+    assert program is not None
+    assert isinstance(guide, FactorisedNormal)
+    parts: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        values = fit.block.constrained(x)
+        for _, call in fit.epoch(0, is_shuffled=False):
+            bound = fit.at(call).guide
+            assert isinstance(bound, FactorisedNormal)
+
+            def encoded(call: Arguments = call, bound: FactorisedNormal = bound) -> tuple[Tensor, Tensor]:
+                found = [bound.moments(site, call.args, call.kwargs) for site in bound.latents()]
+                loc, scale = (
+                    torch.cat([m.flatten(1) for m in moments], 1) for moments in zip(*found, strict=True)
+                )
+                return loc, scale
+
+            parts.append(program.apply(values, encoded))
+            if sum(len(loc) for loc, _ in parts) >= INFORMED:
+                break
+    loc, scale = (torch.cat(part)[:INFORMED] for part in zip(*parts, strict=True))
+    noise = torch.randn(loc.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    density = torch.distributions.Normal(loc, scale).log_prob((loc + scale * noise).unsqueeze(1)).sum(-1)
+    return float((density.diagonal() - density.logsumexp(1)).mean()) + math.log(len(loc))
 
 
 def measured(fit: BatchFit, x: Tensor) -> ElboTerms:

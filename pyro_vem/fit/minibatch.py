@@ -6,6 +6,7 @@ batch, which the deterministic engine finds, and then takes averaged Adam steps 
 posterior sds. With networks there is no pilot: one Adam for encoder and decoder.
 """
 
+import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from ..model.batches import Source
 from ..model.data import Arguments
 from ..model.rows import rows_of
 from .averaging import AveragedAdam
-from .batched import BatchFit, held_out_bound, measured
+from .batched import BatchFit, held_out_bound, measured, mutual_information
 from .capture import Compile
 from .locals import natural_step
 from .network import NetworkStep
@@ -37,6 +38,7 @@ from .status import Status, Step
 PAIRS = 4  # antithetic pairs of draws a step; one draw where only encoders draw
 PATIENCE, LEAST_RATE = 10, 1e-5  # epochs without a rise after which a network's rate falls, and its end
 FADING = 0.2  # share of the epochs over which it falls where no rows are held out
+ENCODER_EPOCHS = 1_000_000  # from here on are the orders of rows for steps of the encoder alone
 FINAL_PAIRS = 2048  # for a last pass over all rows: shared among its batches, 16 to 256 each
 ROUNDS = 3  # natural-gradient steps of the rows of a batch in the first epoch, one later
 LAST_ROUNDS, FINAL_PASSES = 4, 2
@@ -93,7 +95,7 @@ def fit_batches(
         f"{', '.join(sorted(rows.all_plates))} stands for all of them"
     )
     climb: _Climb = (
-        _Network(fit, max_iter, held_out, mode, options.annealed_epochs)
+        _Network(fit, max_iter, held_out, mode, options)
         if fit.has_network
         else _Global(fit, max_iter, held_out, pilot)
     )
@@ -222,15 +224,20 @@ class _Global(_Climb):
 class _Network(_Climb):
     """One Adam for encoder and decoder.
 
-    With held-out rows the rate falls where their bound stops rising, and the best state is kept; else
+    Where more encoder steps are asked for, they go on until an epoch does not raise the mutual
+    information of rows and latents (He, Spokoyny, Neubig and Berg-Kirkpatrick 2019). With held-out
+    rows the rate falls where their bound stops rising, and the best state is kept; else
     it falls to zero over the last epochs, which averages the steps.
     """
 
     def __init__(
-        self, fit: BatchFit, max_iter: int, held_out: Source | None, mode: Compile, annealed: int
+        self, fit: BatchFit, max_iter: int, held_out: Source | None, mode: Compile, options: FitOptions
     ) -> None:
         super().__init__(fit, max_iter)
-        self.annealed = annealed
+        self.annealed, self.encoder_steps = options.annealed_epochs, options.encoder_steps
+        self.information = -np.inf
+        if self.encoder_steps > 1 and not fit.is_amortized:
+            raise ModelError("FitOptions(encoder_steps=) needs an encoder for every latent (AmortizedNormal)")
         batches = -(-fit.rows.total // fit.source.size)
         self.held_out = held_out
         self.steps = NetworkStep(fit, 0 if fit.is_amortized else 1, mode, max_iter * batches, fit.source.seed)
@@ -247,9 +254,9 @@ class _Network(_Climb):
                 rate *= min(1.0, (self.max_iter - self.epochs) / max(1.0, FADING * self.max_iter))
             steps.rate = torch.tensor(rate, dtype=torch.float64)
             steps.anneal(self.epochs, self.annealed)
-            values = [steps.step(call) for _, call in fit.epoch(self.epochs)]
+            values = list(self._epoch())
             self.epochs += 1
-            note = f"rate {rate:.1g}"
+            note = f"rate {rate:.1g}" + self._lag()
             if self.epochs <= self.annealed:
                 note += f", KL times {float(steps.weight):.2g}"
             if steps.rejected:
@@ -266,6 +273,29 @@ class _Network(_Climb):
             if rate < LEAST_RATE and self.held_out is not None:
                 return best, Status.converged
         return best if self.held_out is not None else steps.x, Status.max_iterations
+
+    def _epoch(self) -> Iterator[float]:
+        others = self._encoder_batches()
+        for _, call in self.fit.epoch(self.epochs):
+            for _ in range(self.encoder_steps - 1):
+                self.steps.step(next(others), is_encoder_only=True)
+            yield self.steps.step(call)
+
+    def _encoder_batches(self) -> Iterator[Arguments]:
+        for number in itertools.count(ENCODER_EPOCHS + self.epochs * self.encoder_steps):
+            for _, call in self.fit.epoch(number):
+                yield call
+
+    def _lag(self) -> str:
+        """Whether the encoder still lags behind: end its extra steps if it does not; what to say."""
+        if self.encoder_steps == 1:
+            return ""
+        found, note = mutual_information(self.fit, self.steps.x), f", {self.encoder_steps} encoder steps"
+        if found <= self.information:
+            self.encoder_steps = 1
+            note += " (the last time)"
+        self.information = found
+        return f"{note}, mutual information {found:.3g}"
 
 
 def _settled(fit: BatchFit, x: Tensor) -> Tensor:

@@ -41,6 +41,9 @@ class NetworkStep:
         self.generator = torch.Generator().manual_seed(seed)
         self.rejected = 0
         self.weight = torch.ones((), dtype=torch.float64)  # of KL terms
+        self.every = torch.ones_like(x)  # entries that a step moves
+        is_encoder = torch.from_numpy(fit.block.where(fit.first.phi.names))
+        self.encoder = is_encoder.to(x.dtype)
         self.dtype = self._dtype()
         self._graph: Graph | None = None
         self._is_decided, self._eager_seconds, self._num_eager = mode is False, 0.0, 0
@@ -60,10 +63,11 @@ class NetworkStep:
         """Where the steps have come to."""
         return self.moments[0]
 
-    def step(self, call: Arguments) -> float:
+    def step(self, call: Arguments, is_encoder_only: bool = False) -> float:
         """One step on a batch; the bound that it stands for, before the step; nan if it was not taken."""
         noise = self.fit.noise(call, self.pairs, self.generator)
-        given = [*self.moments, self.rate, self.weight, *_tensors(call).values(), *noise.values()]
+        moving = self.encoder if is_encoder_only else self.every
+        given = [*self.moments, self.rate, self.weight, moving, *_tensors(call).values(), *noise.values()]
         is_first_size = self.fit.rows.size(call) == self.fit.rows.size(self.fit.first.problem.call)
         if not self._is_decided and is_first_size:
             self._decide(call, noise, given)
@@ -86,7 +90,7 @@ class NetworkStep:
         self.weight = torch.tensor(min(1.0, (epoch + 1) / max(1, epochs)), dtype=torch.float64)
 
     def _eager(self, call: Arguments, noise: Mapping[str, Tensor]) -> Any:
-        """The step as a function of tensors: moments, rate, weight of KL terms, data, noise."""
+        """The step as a function of tensors: moments, rate, weight of KL terms, what moves, data, noise."""
         names, draws, total, dtype = list(_tensors(call)), list(noise), self.fit.rows.total, self.dtype
 
         def run(
@@ -96,6 +100,7 @@ class NetworkStep:
             count: Tensor,
             rate: Tensor,
             weight: Tensor,
+            moving: Tensor,
             *rest: Tensor,
         ) -> Any:
             cast = [value.to(dtype) if value.is_floating_point() else value for value in rest]
@@ -106,10 +111,11 @@ class NetworkStep:
             (gradient,) = torch.autograd.grad(-value / total, leaf)
             value, gradient = value.double(), gradient.double()
             count = count + 1
-            mean = BETAS[0] * mean + (1 - BETAS[0]) * gradient
-            square = BETAS[1] * square + (1 - BETAS[1]) * gradient * gradient
+            mean = mean + moving * (1 - BETAS[0]) * (gradient - mean)
+            square = square + moving * (1 - BETAS[1]) * (gradient * gradient - square)
             size = (square / (1 - BETAS[1] ** count)).sqrt() + EPSILON
-            return value.detach(), x - rate * mean / (1 - BETAS[0] ** count) / size, mean, square, count
+            moved = x - moving * rate * mean / (1 - BETAS[0] ** count) / size
+            return value.detach(), moved, mean, square, count
 
         return run
 
@@ -146,8 +152,8 @@ class NetworkStep:
         for shift in (1, 2):
             generator = torch.Generator().manual_seed(shift)
             x = given[0] + 0.05 * torch.randn(given[0].shape, generator=generator, dtype=torch.float64)
-            others = [v.roll(shift, 0) if v.dim() else v for v in given[6:]]
-            points.append([x, *given[1:6], *others])
+            others = [v.roll(shift, 0) if v.dim() else v for v in given[7:]]
+            points.append([x, *given[1:7], *others])
         return points
 
 

@@ -39,6 +39,9 @@ class FitOptions:
         compiled: whether terms are compiled to closed forms and quadratures where they can be.
         annealed_epochs: of a network's training, over which its KL terms rise from nothing to their
             full weight. Bounds that are reported or chosen by are always the full ones.
+        encoder_steps: on batches of their own, for each step of encoder and decoder, while the mutual
+            information of rows and latents still rises from epoch to epoch: against decoders that learn
+            to do without latents.
         sharded: plates whose rows are shared out over the processes of torch.distributed; each gives
             its own rows as data, and all get the fit of all rows.
 
@@ -55,6 +58,7 @@ class FitOptions:
     step_iterations: int = 200
     compiled: bool = True
     annealed_epochs: int = 0
+    encoder_steps: int = 1
     sharded: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
