@@ -37,6 +37,7 @@ sphinx_gallery_conf = {
     "examples_dirs": str(ROOT / "tutorials"),
     "gallery_dirs": "gallery",
     "filename_pattern": "plot_",
+    "ignore_pattern": r"(groups|parquet)\.py",  # how-to scripts, shown in scale.rst
     "download_all_examples": False,
     "show_memory": False,
     "min_reported_time": 1e9,

@@ -1,6 +1,7 @@
 """The plan assembled into one differentiable function of (phi, theta)."""
 
 import copy
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from .tables import Plan
 from .terms import Part, site_terms, term_parts
 
 Values = Mapping[str, Tensor]
+AT_ONCE = 20_000_000  # numbers that independent draws work on together: 160 MB in float64
 
 
 class Objective:
@@ -247,6 +249,13 @@ class Objective:
         with torch.no_grad():
             return self._each(one, values)
 
+    def draws_for(self, numbers: int) -> int:
+        """How many draws work on so many numbers, data and latents; at most 1,024, at least 16."""
+        call = self.problem.call
+        data = sum(v.numel() for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor))
+        size = max(1, data + sum(math.prod(spec.shape) for spec in self.specs))
+        return max(16, min(1024, numbers // size))
+
     def sample(
         self,
         phi: Values,
@@ -254,7 +263,6 @@ class Objective:
         num_draws: int,
         seed: int,
         keep: Collection[str] = ("values", "densities"),
-        chunk: int = 1024,
         noise: Values | None = None,
     ) -> dict[str, dict[str, Tensor]]:
         """Independent draws from the guide (or the points that given noise makes), run through the model.
@@ -268,13 +276,12 @@ class Objective:
                 "densities" (log_p and log_q), "log_likelihood" (each observed site, by row),
                 "terms" (each row of the plan), "observed" (values of the observed sites),
                 "model_rows" and "guide_rows" (log densities by site, not summed over plates).
-            chunk: draws evaluated at a time.
             noise: standard normal noise of each guide site, (draws, *noise), instead of fresh one.
 
         Returns:
             The groups; each tensor's first dimension runs over the draws.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator, chunk = torch.Generator().manual_seed(seed), self.draws_for(AT_ONCE)
         parts: list[dict[str, dict[str, Tensor]]] = []
         with torch.no_grad():
             for start in range(0, num_draws, chunk):

@@ -14,6 +14,7 @@ from ..model.batches import Source
 from ..model.data import Arguments
 from ..model.parameters import Block
 from ..model.rows import Rows
+from ..model.runtime import default_dtype
 from .locals import Locals
 from .setup import Setup
 
@@ -109,15 +110,17 @@ def _apart(setup: Setup, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
     return phi, {**{name: values[name] for name in setup.theta.names}, **setup.held}
 
 
-def held_out_bound(fit: BatchFit, x: Tensor, source: Source) -> float:
-    """The bound of other rows, scaled to the number of rows of the fit, in nats."""
+def held_out_bound(fit: BatchFit, x: Tensor, source: Source, dtype: torch.dtype = torch.float64) -> float:
+    """The bound of other rows, scaled to the number of rows of the fit, in nats; computed in `dtype`."""
     generator = torch.Generator().manual_seed(0)
     total, seen = 0.0, 0
     length = next(n for n, names in source.lengths.items() if set(names) & set(fit.rows.names))
     with torch.no_grad():
         for _, call in source.epoch(fit.rows.names, length, 0, is_shuffled=False):
             size = fit.rows.size(call)
-            total += size * float(fit.value(x, {}, call, fit.noise(call, 1, generator)))
+            noise = {name: value.to(dtype) for name, value in fit.noise(call, 1, generator).items()}
+            with default_dtype(dtype):
+                total += size * float(fit.value(x.to(dtype), {}, call.cast(dtype), noise))
             seen += size
     return total / seen
 

@@ -20,6 +20,7 @@ from .state import State, joint_loss
 
 RECHECK_SEED = 104_729
 CHECK_DRAWS = 1024
+MOST_NUMBERS = 50_000_000  # data and latents, times draws of that check
 MOST_CHECKED = 500_000  # densities evaluated for that check
 CHECK_LIMIT = 5.0  # standard errors, of each term
 DRAW_ERROR = 0.1  # posterior sds that fixed draws may move the optimum by
@@ -163,7 +164,7 @@ def _gaps_to_draws(setup: Setup, state: State) -> dict[str, str]:
     if not exact_terms:
         return {}
     rows = objective.exact.num_elements if objective.exact is not None else 0
-    draws = min(CHECK_DRAWS, max(64, MOST_CHECKED // max(1, rows)))
+    draws = min(CHECK_DRAWS, max(64, MOST_CHECKED // max(1, rows)), objective.draws_for(MOST_NUMBERS))
     found = objective.sample(*values, draws, RECHECK_SEED, ("densities", "terms"))
     pairs = {name: (exact, found["terms"][name]) for name, exact in exact_terms.items()}
     if objective.is_exact and not not_averages:

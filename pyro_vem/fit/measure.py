@@ -10,15 +10,19 @@ from ..bound.tables import ElboTerms, TermRow
 from ..model.runtime import isolated
 from .setup import Setup
 
+PARTS = 4  # in which draws are added, at most
+MOST_NUMBERS = 50_000_000  # data and latents, times draws added at a time
+
 
 def measure(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor], most: int) -> ElboTerms:
     """The bound on fresh draws; terms that are exact are shown so.
 
-    Draws are added until the standard error is below 0.01 nats or `most` are spent. log p - log q
-    is averaged: its variance vanishes as the guide approaches the posterior.
+    Draws are added until the standard error is below 0.01 nats or `most` are spent; fewer where a draw
+    works on many numbers. log p - log q is averaged: its variance vanishes as the guide approaches
+    the posterior.
     """
     parts: list[dict[str, dict[str, Tensor]]] = []
-    size = 1024 if setup.objective.is_random else 1
+    size = setup.objective.draws_for(MOST_NUMBERS) if setup.objective.is_random else 1
     while True:
         keep = ("densities", "terms")
         seed = 7919 + len(parts) + setup.processes.seed
@@ -26,7 +30,7 @@ def measure(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]
         ratio = torch.cat([p["densities"]["log_p"] - p["densities"]["log_q"] for p in parts])
         se = float(ratio.std() / len(ratio) ** 0.5) if len(ratio) > 1 else 0.0
         is_enough = se < 0.01 or not setup.objective.is_random
-        if is_enough or len(ratio) + size > most:
+        if is_enough or len(ratio) + size > min(most, PARTS * size):
             break
     gap = disagreement(parts)
     if gap is not None:

@@ -38,6 +38,7 @@ from .status import Status, Step
 PAIRS = 4  # antithetic pairs of draws a step; one draw where only encoders draw
 PATIENCE, LEAST_RATE = 10, 1e-5  # epochs without a rise after which a network's rate falls, and its end
 FADING = 0.2  # share of the epochs over which it falls where no rows are held out
+STILL = 3  # epochs without a rise of the mutual information: its estimate is noisy
 ENCODER_EPOCHS = 1_000_000  # from here on are the orders of rows for steps of the encoder alone
 FINAL_PAIRS = 2048  # for a last pass over all rows: shared among its batches, 16 to 256 each
 ROUNDS = 3  # natural-gradient steps of the rows of a batch in the first epoch, one later
@@ -224,7 +225,7 @@ class _Global(_Climb):
 class _Network(_Climb):
     """One Adam for encoder and decoder.
 
-    Where more encoder steps are asked for, they go on until an epoch does not raise the mutual
+    Where more encoder steps are asked for, they go on until three epochs do not raise the mutual
     information of rows and latents (He, Spokoyny, Neubig and Berg-Kirkpatrick 2019). With held-out
     rows the rate falls where their bound stops rising, and the best state is kept; else
     it falls to zero over the last epochs, which averages the steps.
@@ -235,7 +236,7 @@ class _Network(_Climb):
     ) -> None:
         super().__init__(fit, max_iter)
         self.annealed, self.encoder_steps = options.annealed_epochs, options.encoder_steps
-        self.information = -np.inf
+        self.information, self.still = -np.inf, 0
         if self.encoder_steps > 1 and not fit.is_amortized:
             raise ModelError("FitOptions(encoder_steps=) needs an encoder for every latent (AmortizedNormal)")
         batches = -(-fit.rows.total // fit.source.size)
@@ -264,7 +265,7 @@ class _Network(_Climb):
                 holder.param_groups[0]["lr"] *= 0.5
                 steps.rejected = 0
             if self.held_out is not None:
-                score = held_out_bound(fit, steps.x, self.held_out)
+                score = held_out_bound(fit, steps.x, self.held_out, steps.dtype)
                 note += f", held out {score:.6g}"
                 plateau.step(score)
                 if score > best_value:
@@ -291,10 +292,11 @@ class _Network(_Climb):
         if self.encoder_steps == 1:
             return ""
         found, note = mutual_information(self.fit, self.steps.x), f", {self.encoder_steps} encoder steps"
-        if found <= self.information:
+        self.still = 0 if found > self.information else self.still + 1
+        self.information = max(found, self.information)
+        if self.still == STILL:
             self.encoder_steps = 1
             note += " (the last time)"
-        self.information = found
         return f"{note}, mutual information {found:.3g}"
 
 
