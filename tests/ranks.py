@@ -1,6 +1,7 @@
 """What each process of tests/test_processes.py runs: several models, each on its share of the rows."""
 
 import json
+import os
 import sys
 
 import pyro
@@ -79,6 +80,31 @@ def robust(y):
         pyro.sample("y", dist.StudentT(4.0, loc, 1.0), obs=y)
 
 
+class Encoder(torch.nn.Module):
+    """Starts elsewhere in each process: the first one's weights are all processes'."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(int(os.environ.get("RANK", "0")))
+        self.loc = torch.nn.Linear(3, 2)
+        self.log_scale = torch.nn.Parameter(torch.zeros(2))
+
+    def forward(self, y):
+        loc = self.loc(y)
+        return loc, self.log_scale.exp().expand_as(loc)
+
+
+def factors(y):
+    sd = pyro.param("sd", torch.tensor(0.7), constraint=dist.constraints.positive)
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=y.dtype), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z @ MIXING[:2].to(y.dtype), sd).to_event(1), obs=y)
+
+
+def amortized():
+    return vem.AmortizedNormal(factors, {"z": Encoder()}, inputs="y")
+
+
 MIXING = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
 x, u = _noise(ROWS, 3), 0.7 * _noise(ROWS, 1, seed=1)
 y = _counts((0.5 + 0.3 * x + u).exp())
@@ -94,6 +120,7 @@ CASES = {
     "effects": (effects, {"y": u + 0.5 * x}, "auto", ("rows",)),
     "vectors": (vectors, {"y": _counts((x @ MIXING).exp())}, "auto", ("rows",)),
     "tied": (tied, {"y": _counts(torch.tensor([0.3, 0.1, -0.4]).exp().expand(ROWS, 3))}, "auto", ("rows",)),
+    "factors": (factors, {"y": u + x}, amortized, ("rows",)),
     "robust": (robust, {"y": 1.0 + x[:, 0]}, None, ("rows",)),
 }  # fmt: skip
 
@@ -109,6 +136,8 @@ def share(data, rank, count):
 def fitted(name, rank, count):
     """What the test compares."""
     model, data, guide, plates = CASES[name]
+    if callable(guide):
+        guide = guide()
     options = vem.FitOptions(sharded=plates)
     fit = vem.fit_vem(
         vem.vem_model(model), share(data, rank, count), guide=guide, options=options, progress=False

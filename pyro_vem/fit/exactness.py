@@ -93,7 +93,6 @@ def agree(setup: Setup, phi: Vector, theta: Vector) -> None:
     if processes.count == 1:
         return
     exact, values = objective.exact, _values(setup, phi, theta)
-    objective.prepare(*values)
     if setup.lifted is not None:
         codings = setup.lifted.lifted.found.codings
         families = {n: f"{c.family.name} {tuple(c.layout.shape[1:])}" for n, c in codings.items()}
@@ -103,13 +102,12 @@ def agree(setup: Setup, phi: Vector, theta: Vector) -> None:
                 "process rows of every kind, or guide=MeanFieldNormal(model)"
             )
     refused = {} if exact is None else {n: r for n, r in exact.refused.items() if n not in exact.names}
-    sampled = {n: "" for b in objective.batches if b.scope and not b.nodes for n in b.names}
-    for name, reason in processes.union({**sampled, **refused}).items():
-        reason = f"another process samples it ({reason or 'no grid'})"
+    for name, reason in processes.union(refused).items():
         if exact is not None and name in exact.names:
-            exact.refuse(name, reason)
-        if name not in sampled:
-            objective.drawn.add(name)
+            exact.refuse(name, f"not compiled by another process: {reason}")
+    objective.prepare(*values)
+    sampled = {name: "" for b in objective.batches if b.scope and not b.nodes for name in b.names}
+    objective.drawn |= set(processes.union(sampled))
     objective.prepare(*values)
 
 
