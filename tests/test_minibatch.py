@@ -513,3 +513,51 @@ def test_encoder_steps_need_encoders(fit):
 
     with pytest.raises(vem.ModelError, match="needs an encoder for every latent"):
         fit(model, {"y": y}, batch_size=20, options=vem.FitOptions(encoder_steps=2))
+
+
+class Stopped(Exception):
+    """An interruption that no one catches."""
+
+
+def _stop(step, params):
+    if step.iteration == 4:
+        raise Stopped
+
+
+def test_training_goes_on_from_a_checkpoint(fit, tmp_path):
+    path, y = tmp_path / "fit.checkpoint", factor_data(200)
+    model, guide = autoencoder()
+    settings = {"guide": guide, "batch_size": 50, "max_iter": 12}
+    with pytest.raises(Stopped):
+        fit(model, {"y": y}, checkpoint=path, callbacks=[_stop], **settings)
+    left = vem.VEMResult.load(path, model)
+    again = fit(model, {"y": y}, checkpoint=path, **settings)
+    alone = fit(model, {"y": y}, **settings)
+    assert 1 <= left.n_iter <= 4  # writing takes no more than a twentieth of the time
+    assert [step.iteration for step in again.history] == list(range(left.n_iter + 1, 13))
+    assert again.history[0].before > alone.history[0].before
+    assert again.elbo == pytest.approx(alone.elbo, rel=0.05)
+    assert f"went on from a checkpoint after {left.n_iter} epochs" in again.plan.notes
+    assert not path.exists()
+    longer = fit(model, {"y": y}, init=alone, **settings)
+    assert longer.history[0].before > alone.history[0].before + 100
+
+
+def test_rows_are_where_a_checkpoint_left_them(fit, tmp_path):
+    path = tmp_path / "fit.checkpoint"
+    generator = torch.Generator().manual_seed(0)
+    y = 1.0 + torch.randn(200, generator=generator) + torch.randn(200, generator=generator)
+
+    def model(y):
+        mean = pyro.param("mean", torch.tensor(0.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    with pytest.raises(Stopped):
+        fit(model, {"y": y}, batch_size=50, checkpoint=path, callbacks=[_stop])
+    left = vem.VEMResult.load(path, model)
+    again = fit(model, {"y": y}, batch_size=50, checkpoint=path)
+    assert left.guide_params["guide.loc.z"].shape == (200,)
+    assert float(again.params["mean"]) == pytest.approx(float(y.mean()), abs=0.02)
+    assert again.status is vem.Status.converged

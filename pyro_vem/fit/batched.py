@@ -16,7 +16,10 @@ from ..model.parameters import Block
 from ..model.rows import Rows
 from ..model.runtime import default_dtype
 from .locals import Locals
+from .result import VEMResult
 from .setup import Setup
+from .starts import initial_values
+from .status import Status, Step
 
 INFORMED = 512  # rows on which mutual information is estimated
 MEASURED = 64  # draws of the reported bound, a batch
@@ -31,12 +34,14 @@ class BatchFit:
         rows: arguments and plates that follow them.
         make: sets the problem up on a batch.
         first: the problem on a first batch; others of other sizes are made when they come.
+        warm: an earlier result to go on from.
     """
 
     source: Source
     rows: Rows
     make: Callable[[Arguments], Setup]
     first: Setup
+    warm: VEMResult | None = None
     setups: dict[int, Setup] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,6 +56,11 @@ class BatchFit:
         guide = self.first.guide
         encoded = set(guide.encoded) if isinstance(guide, FactorisedNormal) else set()
         self.is_amortized = bool(encoded) and encoded == {s.name for s in self.first.prototype.latents}
+
+    @property
+    def start(self) -> Tensor:
+        """Where what rows share starts, flat."""
+        return torch.from_numpy(initial_values(self.first, self.block, self.warm))
 
     def at(self, call: Arguments) -> Setup:
         """The problem on a batch, set up for its number of rows."""
@@ -82,6 +92,22 @@ class BatchFit:
         """Each term of the bound."""
         setup = self.at(call)
         return setup.objective.on(call, noise).terms(*_apart(setup, values))
+
+    def found(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The model's parameters and the guide's, those of all rows among them."""
+        values = {name: value.detach() for name, value in self.block.constrained(x).items()}
+        theta = {name: values[name] for name in self.first.theta.names}
+        phi = {name: values[name] for name in self.first.phi.names if name in values}
+        return {**theta, **self.first.held}, {**phi, **self.locals.full()}
+
+    def snapshot(self, x: Tensor, history: tuple[Step, ...], epochs: int) -> VEMResult:
+        """A fit on its way; its bound is the average of the last epoch."""
+        bound, seconds = history[-1].after, sum(step.seconds for step in history)
+        objective = self.first.objective
+        return VEMResult(
+            *self.found(x), bound, 0.0, Status.interrupted, epochs, history, seconds, objective.shown_plan,
+            ElboTerms((), bound, 0.0), objective.seed,
+        )  # fmt: skip
 
     def noise(self, call: Arguments, pairs: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Standard normal draws: one, or antithetic pairs with unit variance where there are enough."""

@@ -136,17 +136,17 @@ def fit_vem(
     warm = init if isinstance(init, VEMResult) else None
     given = _warm_strategy(warm) if warm else init
     is_batched = batch_size is not None or _is_stream(data)
-    _check_batched(is_batched, schedule, e_step, m_step, num_starts, validation, warm)
+    _check_batched(is_batched, schedule, e_step, m_step, num_starts, validation)
     if options.sharded and (is_batched or num_starts > 1 or isinstance(m_step, Mapping)):
         raise ValueError("FitOptions(sharded=) is for one fit on all rows, without hooks in m_step=")
-    if checkpoint is not None and (is_batched or num_starts > 1):
-        raise ValueError("checkpoint= is for fits on all rows, from one start")
+    if checkpoint is not None and num_starts > 1:
+        raise ValueError("checkpoint= is for fits from one start")
     if is_batched:
         with isolated(torch.float64, seed, 1), np.errstate(over="ignore", invalid="ignore"):
             return fit_batches(
                 model, data, guide, elbo, given, options, seed, batch_size, validation, max_iter, compile,
                 lambda setup: climb(setup, options, begin, PILOT_TOL, PILOT_ROUNDS)[0], tuple(callbacks),
-                progress,
+                progress, warm, saved,
             )  # fmt: skip
     # Trial points may lie anywhere: what overflows there is +inf, and is not stepped to.
     with isolated(torch.float64, seed, _threads(data)), np.errstate(over="ignore", invalid="ignore"):
@@ -178,7 +178,7 @@ def fit_vem(
 
 
 def _check_batched(
-    is_batched: bool, schedule: Any, e_step: Any, m_step: Any, num_starts: int, validation: Any, warm: Any
+    is_batched: bool, schedule: Any, e_step: Any, m_step: Any, num_starts: int, validation: Any
 ) -> None:
     """Settings that batches do not take, and one that only they do."""
     if not is_batched:
@@ -190,7 +190,6 @@ def _check_batched(
         "e_step=": e_step != "auto",
         "m_step=": m_step != "auto",
         "num_starts=": num_starts != 1,
-        "init=<a result>": warm is not None,
     }
     names = ", ".join(name for name, is_given in ignored.items() if is_given)
     if names:

@@ -65,13 +65,17 @@ class Locals:
         guide = self.guide
         return {n for s in self.sites if guide for n in (guide.loc_name(s.name), guide.scale_name(s.name))}
 
-    def start(self, phi: Mapping[str, Tensor]) -> None:
-        """All rows at the average of a batch's."""
+    def start(self, phi: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
+        """All rows at the average of a batch's, or where an earlier fit has left them."""
         assert self.guide is not None
         for site in self.sites:
             for store, name in ((self.loc, self.guide.loc_name), (self.scale, self.guide.scale_name)):
                 value = self._rows_first(site, phi[name(site.name)].detach())
-                store[site.name] = value.mean(0).expand(self.rows.total, *value.shape[1:]).clone()
+                every = value.mean(0).expand(self.rows.total, *value.shape[1:])
+                left = known.get(name(site.name))
+                if left is not None and self._rows_first(site, left).shape == every.shape:
+                    every = self._rows_first(site, left)
+                store[site.name] = every.clone()
 
     def taken(self, index: Tensor | None) -> dict[str, Tensor]:
         """Parameters of some rows, by name; all rows without an index."""

@@ -26,8 +26,10 @@ from ..model.rows import rows_of
 from .averaging import AveragedAdam
 from .batched import BatchFit, held_out_bound, measured, mutual_information
 from .capture import Compile
+from .checkpoint import Checkpoint, check_same
 from .locals import natural_step
 from .network import NetworkStep
+from .processes import Processes
 from .result import VEMResult
 from .run import progress_bar
 from .scales import Scales, free_sites
@@ -62,6 +64,8 @@ def fit_batches(
     pilot: Pilot,
     callbacks: tuple[Any, ...],
     progress: bool | None,
+    warm: VEMResult | None,
+    saved: Checkpoint,
 ) -> VEMResult:
     """See `pyro_vem.fit_vem`; runs inside its isolation."""
     begin = time.perf_counter()
@@ -79,7 +83,7 @@ def fit_batches(
         raise UnsupportedModelError(
             "closed forms and discrete sites are fitted on all rows at once: leave batch_size= out"
         )
-    fit = BatchFit(source, rows, make, first)
+    fit = BatchFit(source, rows, make, first, warm)
     held_out = Source.of(model, validation, source.size, seed) if validation is not None else None
     names = ", ".join(site.name for site in fit.locals.sites)
     if names and held_out is not None:
@@ -100,18 +104,22 @@ def fit_batches(
         if fit.has_network
         else _Global(fit, max_iter, held_out, pilot)
     )
-    climb.bar = progress_bar(progress)
+    climb.bar, climb.saved = progress_bar(progress), saved
+    if saved.path is not None and warm is not None:
+        check_same(saved.path, {**warm.guide_params, **warm.params}, fit.block.parameters)
+        first.objective.add_note(f"went on from a checkpoint after {warm.n_iter} epochs")
+        climb.epochs = warm.n_iter
     try:
         x, status = climb.run(callbacks)
     except KeyboardInterrupt:
         x, status = climb.x, Status.interrupted
     finally:
         climb.bar.close()
+    if status is not Status.interrupted:
+        saved.remove(first.processes)
     x = _settled(fit, x)
     terms = measured(fit, x)
-    values = fit.block.constrained(x)
-    theta = {**{n: values[n].detach() for n in first.theta.names}, **first.held}
-    phi = {**{n: values[n].detach() for n in first.phi.names if n in values}, **fit.locals.full()}
+    theta, phi = fit.found(x)
     whole = None
     if source.stream is None:
         everything = dict(source.arrays)
@@ -132,7 +140,8 @@ class _Climb(ABC):
     def __init__(self, fit: BatchFit, max_iter: int) -> None:
         self.fit, self.max_iter, self.epochs = fit, max_iter, 0
         self.history: list[Step] = []
-        self.x = fit.block.initial()  # after the last epoch
+        self.x = fit.start  # after the last epoch
+        self.saved = Checkpoint()
         self.generator = torch.Generator().manual_seed(fit.source.seed)
         self.bar: Any = progress_bar(False)
 
@@ -170,6 +179,7 @@ class _Climb(ABC):
         row = Step(self.epochs, "epoch", before, mean, 0.0, len(values), 0, seconds, note)
         self.history.append(row)
         self.x = x
+        self.saved.save(lambda: self.fit.snapshot(x, tuple(self.history), self.epochs), Processes())
         self.bar.set_postfix_str(f"epoch {self.epochs}, ELBO {mean:.6g}", refresh=False)
         self.bar.update()
         for callback in callbacks:
@@ -200,8 +210,9 @@ class _Global(_Climb):
                 ]
             )
         )
-        fit.locals.start(fit.first.phi.constrained(torch.from_numpy(state.phi)))
-        rule = AveragedAdam(joint[where], lengths[where])
+        known = fit.warm.guide_params if fit.warm is not None else {}
+        fit.locals.start(fit.first.phi.constrained(torch.from_numpy(state.phi)), known)
+        rule = AveragedAdam(joint[where] if fit.warm is None else fit.start, lengths[where])
         while self.epochs < self.max_iter and not rule.is_done:
             start = time.perf_counter()
             values = list(self._epoch(rule))

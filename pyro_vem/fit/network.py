@@ -35,7 +35,7 @@ class NetworkStep:
 
     def __init__(self, fit: "BatchFit", pairs: int, mode: Compile, num_steps: int, seed: int) -> None:
         self.fit, self.pairs, self.mode, self.num_steps = fit, pairs, mode, num_steps
-        x = fit.block.initial()
+        x = fit.start
         self.moments: Moments = (x, torch.zeros_like(x), torch.zeros_like(x), torch.zeros(()).double())
         self.rate, self._before = torch.tensor(RATE, dtype=torch.float64), self.moments
         self.generator = torch.Generator().manual_seed(seed)
