@@ -18,7 +18,7 @@ from ..guides.conjugate import MeanFieldConjugate
 from ..guides.factorised import Factorised
 from ..guides.mean_field import MeanFieldNormal
 from ..model.checks import run_checked
-from ..model.data import Arguments, arguments
+from ..model.data import Arguments, arguments, check_device
 from ..model.parameters import Block, Parameter
 from ..model.prototype import Prototype, discover_modules, parameters_of, prototype
 from ..model.roles import roles_of
@@ -142,6 +142,7 @@ def set_up(
     if not callable(model):
         raise ModelError(f"model={model!r}: give a Pyro model, a function or a PyroModule")
     raw = arguments(model, data)
+    check_device(raw)
     call = raw.cast(torch.float64)
     guide = _check_guide(guide)
     processes = Processes.of(options.sharded)

@@ -43,6 +43,15 @@ class Arguments:
         )
 
 
+def check_device(call: Arguments) -> None:
+    """Raise `UnsupportedModelError` for tensors that are not in the processor's own memory."""
+    for name, value in {**dict(enumerate(call.args)), **call.kwargs}.items():
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            raise UnsupportedModelError(
+                f"data[{name!r}] is on device {value.device}: fits run on the CPU: give .cpu()"
+            )
+
+
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().to(dtype)
