@@ -45,7 +45,8 @@ class Arguments:
 
 def check_device(call: Arguments) -> None:
     """Raise `UnsupportedModelError` for tensors that are not in the processor's own memory."""
-    for name, value in {**dict(enumerate(call.args)), **call.kwargs}.items():
+    named: dict[Any, Any] = {**dict(enumerate(call.args)), **call.kwargs}
+    for name, value in named.items():
         if isinstance(value, Tensor) and value.device.type != "cpu":
             raise UnsupportedModelError(
                 f"data[{name!r}] is on device {value.device}: fits run on the CPU: give .cpu()"
