@@ -85,16 +85,7 @@ def fit_batches(
         )
     fit = BatchFit(source, rows, make, first, warm)
     held_out = Source.of(model, validation, source.size, seed) if validation is not None else None
-    names = ", ".join(site.name for site in fit.locals.sites)
-    if names and held_out is not None:
-        raise ModelError(f"validation= needs an encoder for {names}: held-out rows have no factors")
-    if names and source.stream is not None:
-        raise ModelError(
-            f"latent {names} has a factor for each row, and a stream of batches does not say which rows they "
-            "are: give the data as a mapping, or an encoder (AmortizedNormal)"
-        )
-    if names and fit.has_network:
-        raise UnsupportedModelError(f"latent {names} needs an encoder where a network is trained on batches")
+    _check_locals(fit, held_out is not None)
     first.objective.add_note(
         f"batches of {source.size:,} of {rows.total:,} rows ({', '.join(rows.names)}): plate "
         f"{', '.join(sorted(rows.all_plates))} stands for all of them"
@@ -132,6 +123,20 @@ def fit_batches(
         time.perf_counter() - begin, first.objective.shown_plan, terms, seed,
         first if whole is None else None, _whole=whole,
     )  # fmt: skip
+
+
+def _check_locals(fit: BatchFit, is_validated: bool) -> None:
+    """What factors of single rows cannot be fitted with."""
+    names = ", ".join(site.name for site in fit.locals.sites)
+    if names and is_validated:
+        raise ModelError(f"validation= needs an encoder for {names}: held-out rows have no factors")
+    if names and fit.source.stream is not None:
+        raise ModelError(
+            f"latent {names} has a factor for each row, and a stream of batches does not say which rows they "
+            "are: give the data as a mapping, or an encoder (AmortizedNormal)"
+        )
+    if names and fit.has_network:
+        raise UnsupportedModelError(f"latent {names} needs an encoder where a network is trained on batches")
 
 
 class _Climb(ABC):

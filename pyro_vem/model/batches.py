@@ -111,11 +111,9 @@ def _taken(value: Any, where: Tensor | slice) -> Any:
     """Some rows; of a memory map no more is read."""
     if isinstance(where, slice) or isinstance(value, Tensor):
         return value[where]
-    return (
-        np.asarray(value)[where.numpy()]
-        if not isinstance(value, np.memmap)
-        else np.array(value[where.numpy()])
-    )
+    if isinstance(value, np.memmap):
+        return np.array(value[where.numpy()])
+    return np.asarray(value)[where.numpy()]
 
 
 def _has_rows(value: Any) -> bool:
