@@ -79,6 +79,7 @@ def settle_nodes(setup: Setup, phi: Vector, theta: Vector) -> bool:
     values = _values(setup, phi, theta)
     if processes.any(objective.exact is not None and objective.exact.refine(*values)):
         objective.prepare(*values)
+        agree(setup, phi, theta)  # too few nodes may end in draws
         return True
     return processes.any(objective.regrid(*values))
 
