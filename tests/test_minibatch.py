@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributions import constraints
 
 import pyro_vem as vem
-from pyro_vem.fit import network
+from pyro_vem.fit import minibatch, network
 from pyro_vem.model.batches import Source
 from pyro_vem.model.rows import rows_of
 from pyro_vem.model.runtime import isolated
@@ -478,26 +478,61 @@ def test_annealing_weighs_what_is_climbed_and_not_what_is_reported(fit):
     assert annealed.elbo == pytest.approx(infer.elbo, abs=5 * (annealed.elbo_se + infer.elbo_se) + 0.1)
 
 
-def test_a_lagging_encoder_takes_steps_of_its_own(fit):
-    """They go on while they raise the mutual information of rows and latents, and pay."""
+def seen(monkeypatch, values=None):
+    """What the lag control looks at, and what it found; scripted values in its place, if given."""
+    plain, found, script = minibatch.mutual_information, [], iter(values or ())
 
-    def trained(steps):
-        model, guide = autoencoder()
-        options = vem.FitOptions(encoder_steps=steps)
-        found = fit(model, {"y": factor_data(400)}, guide=guide, batch_size=50, max_iter=40, options=options)
-        return [step.note for step in found.history], found.elbo
+    def looked(problem, x):
+        value = plain(problem, x)
+        found.append((problem, x, value))
+        return next(script) if values else value
 
-    (plain, low), (notes, high) = trained(1), trained(8)
-    assert not any("mutual" in note for note in plain)
-    information = [float(note.rpartition(" ")[2]) for note in notes if "mutual" in note]
-    lagging = len(information)
-    assert 4 < lagging < 40
-    assert all("8 encoder steps" in note for note in notes[:lagging])
-    assert "the last time" in notes[lagging - 1]
-    assert not any("mutual" in note for note in notes[lagging:])
-    assert max(information[-3:]) <= max(information)
-    assert information[lagging // 2] > information[0] + 0.5
-    assert high > low + 100
+    monkeypatch.setattr(minibatch, "mutual_information", looked)
+    return found
+
+
+def test_extra_encoder_steps_end_when_information_stops_rising(fit, monkeypatch):
+    looks = seen(monkeypatch, [0.5, 0.9, 0.8, 1.0, 0.9, 1.0, 0.95])
+    model, guide = autoencoder()
+    options = vem.FitOptions(encoder_steps=3)
+    found = fit(model, {"y": factor_data(100)}, guide=guide, batch_size=50, max_iter=9, options=options)
+    notes = [step.note for step in found.history]
+    assert len(looks) == 7
+    assert all("3 encoder steps" in note for note in notes[:7])
+    assert ["the last time" in note for note in notes] == [False] * 6 + [True] + [False] * 2
+
+
+def test_mutual_information_of_a_linear_encoder(fit, monkeypatch):
+    """For y ~ N(0, S) and q(z | y) = N(W y + b, D): half the log determinant of 1 + D^-1 W S W'."""
+    looks = seen(monkeypatch)
+    model, guide = autoencoder()
+    y, options = factor_data(400), vem.FitOptions(encoder_steps=6)
+    fit(model, {"y": y}, guide=guide, batch_size=50, max_iter=8, options=options)
+    problem, x, value = looks[-1]
+    known = problem.block.constrained(x)
+    weight = known["guide.encoder.z$$$loc.weight"]
+    precision = torch.diag(known["guide.encoder.z$$$log_scale"].mul(-2).exp())
+    matrix = torch.eye(2, dtype=D) + precision @ weight @ torch.cov(y.T) @ weight.T
+    assert value == pytest.approx(0.5 * float(torch.logdet(matrix)), abs=0.1)
+    assert value > 0.5
+
+
+def test_steps_of_the_encoder_leave_the_decoder_alone(fit, monkeypatch):
+    """Its first step after them is Adam's: one rate."""
+    looks = seen(monkeypatch)
+    model, guide = autoencoder()
+    options = vem.FitOptions(encoder_steps=2)
+    fit(model, {"y": factor_data(100)}, guide=guide, batch_size=50, max_iter=1, options=options)
+    problem = looks[0][0]
+    steps, call = network.NetworkStep(problem, 0, False, 10, 0), problem.first.problem.call
+    decoder, start = steps.encoder == 0, steps.x
+    for _ in range(5):
+        steps.step(call, is_encoder_only=True)
+    assert torch.equal(steps.x[decoder], start[decoder])
+    assert not torch.equal(steps.x[~decoder], start[~decoder])
+    steps.step(call)
+    moved = (steps.x - start)[decoder].abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, network.RATE), rtol=1e-3, atol=0)
 
 
 def test_encoder_steps_need_encoders(fit):
@@ -561,3 +596,24 @@ def test_rows_are_where_a_checkpoint_left_them(fit, tmp_path):
     assert left.guide_params["guide.loc.z"].shape == (200,)
     assert float(again.params["mean"]) == pytest.approx(float(y.mean()), abs=0.02)
     assert again.status is vem.Status.converged
+
+
+def test_a_checkpoint_of_other_rows_is_refused(fit, tmp_path):
+    path, (model, guide) = tmp_path / "fit.checkpoint", autoencoder()
+    settings = {"guide": guide, "batch_size": 50, "max_iter": 12, "checkpoint": path}
+    with pytest.raises(Stopped):
+        fit(model, {"y": factor_data(200)}, callbacks=[_stop], **settings)
+    with pytest.raises(vem.ModelError, match="is of another fit: its data are not these"):
+        fit(model, {"y": factor_data(200) + 1}, **settings)
+    assert path.exists()
+    with pytest.raises(vem.ModelError, match="there is no folder"):
+        fit(model, {"y": factor_data(200)}, **{**settings, "checkpoint": tmp_path / "none" / "file"})
+
+
+def test_a_warm_start_is_no_checkpoint(fit, tmp_path):
+    model, guide = autoencoder()
+    settings = {"guide": guide, "batch_size": 50, "max_iter": 3}
+    first = fit(model, {"y": factor_data(200)}, **settings)
+    again = fit(model, {"y": factor_data(200)}, init=first, checkpoint=tmp_path / "file", **settings)
+    assert len(again.history) == 3
+    assert not any("checkpoint" in note for note in again.plan.notes)

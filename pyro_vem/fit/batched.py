@@ -58,6 +58,13 @@ class BatchFit:
         self.is_amortized = bool(encoded) and encoded == {s.name for s in self.first.prototype.latents}
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all parameters, those of all rows among them, constrained."""
+        found = {p.name: tuple(p.init.shape) for p in self.block.parameters}
+        found |= {name: tuple(value.shape) for name, value in self.first.held.items()}
+        return found | self.locals.shapes(self.first.phi)
+
+    @property
     def start(self) -> Tensor:
         """Where what rows share starts, flat."""
         return torch.from_numpy(initial_values(self.first, self.block, self.warm))

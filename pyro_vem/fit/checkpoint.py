@@ -1,8 +1,9 @@
 """A file from which an interrupted fit goes on."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..bound.tables import ElboTerms
 from ..errors import ModelError
-from ..model.parameters import Parameter
+from ..model.data import Arguments
 from .processes import Processes
 from .result import VEMResult
 from .setup import Setup
@@ -23,45 +24,98 @@ SHARE = 0.05  # of a fit's time that writing may take
 
 @dataclass
 class Checkpoint:
-    """Written between rounds, and removed when the fit ends by itself.
+    """Written between rounds, and removed when the fit has ended by itself.
 
     The first round is written; later ones as often as writing takes a twentieth of the time. Several
     processes write one file, of all rows, which any number of processes can go on from.
 
     Attributes:
         path: of the file; None for none.
+        left: what an interrupted fit has left there.
+        processes: that share the fit.
     """
 
     path: Path | None = None
+    left: VEMResult | None = None
+    processes: Processes = field(default_factory=Processes)
+    mark: str = ""
     cost: float = 0.0
     written: float = 0.0
 
-    def found(self, model: Callable[..., Any]) -> VEMResult | None:
-        """What an interrupted fit has left, if anything.
+    @classmethod
+    def at(cls, path: str | Path | None, model: Callable[..., Any], processes: Processes) -> "Checkpoint":
+        """The checkpoint at a path, with what is there already.
 
         Raises:
-            ModelError: if the file is no checkpoint.
+            ModelError: if the file is no checkpoint, if there is no such folder, or if processes were
+                given different paths.
         """
-        if self.path is None or not self.path.exists():
-            return None
-        return VEMResult.load(self.path, model)
+        if len({str(other) for other in processes.gathered(str(path))}) > 1:
+            raise ModelError(
+                "checkpoint= differs between processes: give all of them one path; the first writes"
+            )
+        if path is None:
+            return cls()
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise ModelError(f"checkpoint={str(path)!r}: there is no folder {path.parent}")
+        left = VEMResult.load(path, model) if processes.rank == 0 and path.exists() else None
+        return cls(path, processes.gathered(left)[0], processes)
 
-    def save(self, make: Callable[[], VEMResult], processes: Processes) -> None:
+    def check(self, shapes: Mapping[str, tuple[int, ...]], call: Arguments) -> None:
+        """Look whether what is there belongs to this fit.
+
+        Args:
+            shapes: of all parameters, by name.
+            call: data of the fit, or its first batch.
+
+        Raises:
+            ModelError: if it is of another model, guide or data.
+        """
+        if self.path is None:
+            return
+        # Shares of the data may be cut anew, for another number of processes.
+        self.mark = f"checkpoint of data {_fingerprint(call):08x}" if self.processes.count == 1 else ""
+        if self.left is None:
+            return
+        known = {n: tuple(v.shape) for n, v in {**self.left.guide_params, **self.left.params}.items()}
+        wrong = sorted(n for n in {*known, *shapes} if known.get(n) != shapes.get(n))
+        other = (
+            f"its {wrong[0]!r} has shape {known.get(wrong[0])}, here {shapes.get(wrong[0])}" if wrong else ""
+        )
+        if not wrong and self.mark and self.mark not in self.left.plan.notes:
+            other = "its data are not these"
+        if other:
+            raise ModelError(
+                f"checkpoint {self.path} is of another fit: {other}; remove it, or name another file"
+            )
+
+    def save(self, make: Callable[[], VEMResult], is_last: bool = False) -> None:
         """Write what `make` gives, which takes part in every process, if it is time to."""
         start = time.perf_counter()
-        is_due = processes.rank == 0 and start - self.written > self.cost / SHARE
-        if self.path is None or not processes.any(is_due):
+        is_due = is_last or (self.processes.rank == 0 and start - self.written > self.cost / SHARE)
+        if self.path is None or not self.processes.any(is_due):
             return
         made = make()
-        if processes.rank == 0:
-            made.save(self.path)
+        if self.processes.rank == 0:
+            replace(made, plan=made.plan.with_notes(*filter(None, [self.mark]))).save(self.path)
         self.written = time.perf_counter()
         self.cost = self.written - start
 
-    def remove(self, processes: Processes) -> None:
-        """After the fit."""
-        if self.path is not None and processes.rank == 0:
-            self.path.unlink(missing_ok=True)
+    def remove(self) -> None:
+        """After the fit, in all processes."""
+        if self.path is not None:
+            if self.processes.rank == 0:
+                self.path.unlink(missing_ok=True)
+            self.processes.any(False)  # wait: the next fit must not find it
+
+
+def _fingerprint(call: Arguments) -> int:
+    found = 0
+    for value in (*call.args, *call.kwargs.values()):
+        if isinstance(value, Tensor):
+            found = zlib.crc32(value.detach().contiguous().numpy().tobytes(), found)
+    return found
 
 
 def snapshot(setup: Setup, state: State, history: tuple[Step, ...], n_iter: int, seconds: float) -> VEMResult:
@@ -72,13 +126,3 @@ def snapshot(setup: Setup, state: State, history: tuple[Step, ...], n_iter: int,
         theta, phi, state.elbo, 0.0, Status.interrupted, n_iter, history, seconds,
         setup.objective.shown_plan, ElboTerms((), state.elbo, 0.0), setup.objective.seed, setup,
     )  # fmt: skip
-
-
-def check_same(path: Path, known: Mapping[str, Tensor], parameters: Iterable[Parameter]) -> None:
-    """Raise `ModelError` for a checkpoint of another model or guide."""
-    for parameter in parameters:
-        if parameter.name not in known or known[parameter.name].shape != parameter.init.shape:
-            raise ModelError(
-                f"checkpoint {path} is of another fit: it has no {parameter.name!r} of shape "
-                f"{tuple(parameter.init.shape)}; remove it, or name another file"
-            )

@@ -105,7 +105,7 @@ class ClosedForm:
         lifted = self.terms.lifted
         if not lifted.discrete:
             return state
-        generator = torch.Generator().manual_seed(seed + self.setup.processes.seed)
+        generator = torch.Generator().manual_seed(seed)
         sweep = Sweep(self.setup, self.terms, state)
         with lifted.noisy(START_NOISE, generator, is_alone=also_parameters):
             for batch in [*self.latents, *(self.parameters if also_parameters else ())]:

@@ -17,6 +17,7 @@ from ..model.sites import init_strategy
 from .capture import Compile
 from .checkpoint import Checkpoint
 from .minibatch import fit_batches
+from .processes import Processes
 from .result import VEMResult
 from .run import Callback, MStep, Run, Schedule, StepMethod
 from .setup import FitOptions, Setup, set_up
@@ -131,14 +132,18 @@ def fit_vem(
     options = options or FitOptions()
     _check_settings(schedule, e_step, m_step, tol, max_iter, num_starts, elbo, compile)
     begin = time.perf_counter()
-    saved = Checkpoint(None if checkpoint is None else Path(checkpoint))
-    init = saved.found(model) or init
+    saved = Checkpoint.at(checkpoint, model, Processes.of(options.sharded))
+    init = saved.left or init
     warm = init if isinstance(init, VEMResult) else None
     given = _warm_strategy(warm) if warm else init
     is_batched = batch_size is not None or _is_stream(data)
     _check_batched(is_batched, schedule, e_step, m_step, num_starts, validation)
     if options.sharded and (is_batched or num_starts > 1 or isinstance(m_step, Mapping)):
         raise ValueError("FitOptions(sharded=) is for one fit on all rows, without hooks in m_step=")
+    if not is_batched and (options.encoder_steps > 1 or options.annealed_epochs):
+        raise ValueError(
+            "FitOptions(encoder_steps=, annealed_epochs=) are for fits on batches: give batch_size="
+        )
     if checkpoint is not None and num_starts > 1:
         raise ValueError("checkpoint= is for fits from one start")
     if is_batched:
@@ -165,14 +170,17 @@ def fit_vem(
             try:
                 status = _alternate(run, max_iter, schedule)
             except KeyboardInterrupt:
+                if setup.processes.count > 1:  # the others do not know
+                    raise
                 status = Status.interrupted
+                run.save(is_last=True)
             finally:
                 run.close()
             found.append(run.result(status))
             if status is Status.interrupted:
                 break
     if status is not Status.interrupted:
-        saved.remove(setup.processes)
+        saved.remove()
     best = best_of(found)
     return replace(best, seconds=time.perf_counter() - begin)
 

@@ -94,13 +94,12 @@ def agree(setup: Setup, phi: Vector, theta: Vector) -> None:
     if processes.count == 1:
         return
     exact, values = objective.exact, _values(setup, phi, theta)
-    if setup.lifted is not None:
-        codings = setup.lifted.lifted.found.codings
-        families = {n: f"{c.family.name} {tuple(c.layout.shape[1:])}" for n, c in codings.items()}
-        if any(other != families for other in processes.gathered(families)):
+    forms = _closed_forms(setup)
+    for name, form in {name: form for one in processes.gathered(forms) for name, form in one.items()}.items():
+        if any(other.get(name) != form for other in processes.gathered(forms)):
             raise ModelError(
-                f"closed forms differ between processes ({families} in process {processes.rank}): give each "
-                "process rows of every kind, or guide=MeanFieldNormal(model)"
+                f"the closed form of {name!r} differs between processes ({forms.get(name)} in process "
+                f"{processes.rank}): give each process rows of every kind, or guide=MeanFieldNormal(model)"
             )
     refused = {} if exact is None else {n: r for n, r in exact.refused.items() if n not in exact.names}
     for name, reason in processes.union(refused).items():
@@ -110,6 +109,15 @@ def agree(setup: Setup, phi: Vector, theta: Vector) -> None:
     sampled = {name: "" for b in objective.batches if b.scope and not b.nodes for name in b.names}
     objective.drawn |= set(processes.union(sampled))
     objective.prepare(*values)
+
+
+def _closed_forms(setup: Setup) -> dict[str, str]:
+    """What steps in closed form are made of: families of variables, and which ones share a table."""
+    if setup.lifted is None:
+        return {}
+    found = setup.lifted.lifted.found
+    forms = {n: f"{c.family.name} {tuple(c.layout.shape[1:])}" for n, c in found.codings.items()}
+    return forms | {n: f"a table of {', '.join(sorted(table.index))}" for n, table in found.tables.items()}
 
 
 def settle(setup: Setup, state: State) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..guides.factorised import FactorisedNormal
 from ..model.data import Arguments
+from ..model.parameters import Block
 from ..model.rows import Rows
 from ..model.sites import Latent
 from .scales import free_sites
@@ -64,6 +65,17 @@ class Locals:
         assert self.guide is not None or not self.sites
         guide = self.guide
         return {n for s in self.sites if guide for n in (guide.loc_name(s.name), guide.scale_name(s.name))}
+
+    def shapes(self, block: Block) -> dict[str, tuple[int, ...]]:
+        """Of parameters of all rows, from those of a batch."""
+        found = {}
+        for parameter in block.parameters:
+            for site in self.sites:
+                if self.guide is not None and self.guide.is_of(parameter.name, site.name):
+                    row = self._rows_first(site, parameter.init)[0]
+                    whole = self._rows_back(site, row.expand(self.rows.total, *row.shape))
+                    found[parameter.name] = tuple(whole.shape)
+        return found
 
     def start(self, phi: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
         """All rows at the average of a batch's, or where an earlier fit has left them."""

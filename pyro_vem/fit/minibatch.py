@@ -26,10 +26,9 @@ from ..model.rows import rows_of
 from .averaging import AveragedAdam
 from .batched import BatchFit, held_out_bound, measured, mutual_information
 from .capture import Compile
-from .checkpoint import Checkpoint, check_same
+from .checkpoint import Checkpoint
 from .locals import natural_step
 from .network import NetworkStep
-from .processes import Processes
 from .result import VEMResult
 from .run import progress_bar
 from .scales import Scales, free_sites
@@ -90,26 +89,28 @@ def fit_batches(
         f"batches of {source.size:,} of {rows.total:,} rows ({', '.join(rows.names)}): plate "
         f"{', '.join(sorted(rows.all_plates))} stands for all of them"
     )
+    if options.encoder_steps > 1 and not (fit.has_network and fit.is_amortized):
+        raise ModelError("FitOptions(encoder_steps=) needs an encoder for every latent (AmortizedNormal)")
     climb: _Climb = (
         _Network(fit, max_iter, held_out, mode, options)
         if fit.has_network
         else _Global(fit, max_iter, held_out, pilot)
     )
     climb.bar, climb.saved = progress_bar(progress), saved
-    if saved.path is not None and warm is not None:
-        check_same(saved.path, {**warm.guide_params, **warm.params}, fit.block.parameters)
-        first.objective.add_note(f"went on from a checkpoint after {warm.n_iter} epochs")
-        climb.epochs = warm.n_iter
+    saved.check(fit.shapes, first.problem.call)
+    if saved.left is not None:
+        first.objective.add_note(f"went on from a checkpoint after {saved.left.n_iter} epochs")
+        climb.epochs = saved.left.n_iter
     try:
         x, status = climb.run(callbacks)
     except KeyboardInterrupt:
         x, status = climb.x, Status.interrupted
     finally:
         climb.bar.close()
-    if status is not Status.interrupted:
-        saved.remove(first.processes)
     x = _settled(fit, x)
     terms = measured(fit, x)
+    if status is not Status.interrupted:
+        saved.remove()
     theta, phi = fit.found(x)
     whole = None
     if source.stream is None:
@@ -184,7 +185,7 @@ class _Climb(ABC):
         row = Step(self.epochs, "epoch", before, mean, 0.0, len(values), 0, seconds, note)
         self.history.append(row)
         self.x = x
-        self.saved.save(lambda: self.fit.snapshot(x, tuple(self.history), self.epochs), Processes())
+        self.saved.save(lambda: self.fit.snapshot(x, tuple(self.history), self.epochs))
         self.bar.set_postfix_str(f"epoch {self.epochs}, ELBO {mean:.6g}", refresh=False)
         self.bar.update()
         for callback in callbacks:
@@ -253,11 +254,9 @@ class _Network(_Climb):
         super().__init__(fit, max_iter)
         self.annealed, self.encoder_steps = options.annealed_epochs, options.encoder_steps
         self.information, self.still = -np.inf, 0
-        if self.encoder_steps > 1 and not fit.is_amortized:
-            raise ModelError("FitOptions(encoder_steps=) needs an encoder for every latent (AmortizedNormal)")
         batches = -(-fit.rows.total // fit.source.size)
-        self.held_out = held_out
-        self.steps = NetworkStep(fit, 0 if fit.is_amortized else 1, mode, max_iter * batches, fit.source.seed)
+        self.held_out, total = held_out, max_iter * batches * options.encoder_steps
+        self.steps = NetworkStep(fit, 0 if fit.is_amortized else 1, mode, total, fit.source.seed)
 
     def run(self, callbacks: tuple[Any, ...]) -> tuple[Tensor, Status]:
         """Epochs until the rate has fallen away."""

@@ -19,7 +19,7 @@ WORTH_TRACE, WORTH_COMPILER = 5.0, 40.0  # predicted seconds of eager steps afte
 SINGLE = 1e-2  # agreement of graphs in float32; Adam's first step is a sign
 TIMED = 20  # eager steps before that is decided
 Moments = tuple[Tensor, Tensor, Tensor, Tensor]
-"""x, Adam's two running means, and its count of steps."""
+"""x, Adam's two running means, and its counts of steps: of the encoder, and of the rest."""
 
 
 class NetworkStep:
@@ -36,7 +36,7 @@ class NetworkStep:
     def __init__(self, fit: "BatchFit", pairs: int, mode: Compile, num_steps: int, seed: int) -> None:
         self.fit, self.pairs, self.mode, self.num_steps = fit, pairs, mode, num_steps
         x = fit.start
-        self.moments: Moments = (x, torch.zeros_like(x), torch.zeros_like(x), torch.zeros(()).double())
+        self.moments: Moments = (x, torch.zeros_like(x), torch.zeros_like(x), torch.zeros(2).double())
         self.rate, self._before = torch.tensor(RATE, dtype=torch.float64), self.moments
         self.generator = torch.Generator().manual_seed(seed)
         self.rejected = 0
@@ -92,6 +92,7 @@ class NetworkStep:
     def _eager(self, call: Arguments, noise: Mapping[str, Tensor]) -> Any:
         """The step as a function of tensors: moments, rate, weight of KL terms, what moves, data, noise."""
         names, draws, total, dtype = list(_tensors(call)), list(noise), self.fit.rows.total, self.dtype
+        is_encoder = self.encoder > 0
 
         def run(
             x: Tensor,
@@ -110,11 +111,15 @@ class NetworkStep:
             value = self.fit.annealed(leaf, Arguments((), kwargs), here, weight.to(dtype))
             (gradient,) = torch.autograd.grad(-value / total, leaf)
             value, gradient = value.double(), gradient.double()
-            count = count + 1
+            count = count + torch.stack(
+                [torch.ones_like(rate), moving.min()]
+            )  # zero where only encoders move
             mean = mean + moving * (1 - BETAS[0]) * (gradient - mean)
             square = square + moving * (1 - BETAS[1]) * (gradient * gradient - square)
-            size = (square / (1 - BETAS[1] ** count)).sqrt() + EPSILON
-            moved = x - moving * rate * mean / (1 - BETAS[0] ** count) / size
+            first, second = ((1 - beta**count).clamp(min=EPSILON) for beta in BETAS)
+            mean_bias, square_bias = (torch.where(is_encoder, bias[0], bias[1]) for bias in (first, second))
+            size = (square / square_bias).sqrt() + EPSILON
+            moved = x - moving * rate * mean / mean_bias / size
             return value.detach(), moved, mean, square, count
 
         return run

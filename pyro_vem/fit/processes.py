@@ -7,6 +7,7 @@ side in order of rank. Decisions are made on sums, or agreed upon, so that no pr
 step that another one does not take.
 """
 
+import contextlib
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -184,6 +185,12 @@ class Processes:
                     f"observed site {name!r} is in none of the plates {', '.join(sorted(self.plates))}: name "
                     "the plates of all data in FitOptions(sharded=), or leave data that all share out"
                 )
+        for name, plates in proto.summed_out.items():
+            if self.plates.isdisjoint(plate.name for plate in plates):
+                raise ModelError(
+                    f"discrete site {name!r} is outside the plates {', '.join(sorted(self.plates))}: what is "
+                    "summed out must belong to rows of one process"
+                )
         for site in proto.latents:
             if site.name in map_sites and self.has(site.plates):
                 raise ModelError(
@@ -308,6 +315,13 @@ class Processes:
         every = self.gathered({name: phi[name] for name in self.axes})
         return {**phi, **{n: torch.cat([one[n] for one in every], axis) for n, axis in self.axes.items()}}
 
+    def whole_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one of the guide's parameters with the rows of all processes."""
+        if name not in self.axes:
+            return shape
+        axis = self.axes[name]
+        return (*shape[:axis], sum(self.gathered(shape[axis])), *shape[axis + 1 :])
+
     def taken(self, values: Mapping[str, Tensor], phi: Block) -> dict[str, Tensor]:
         """Of the guide's parameters with all rows, those of this process, if there are as many."""
         found = dict(values)
@@ -321,11 +335,18 @@ class Processes:
 
 def _centre(fn: Any) -> Tensor:
     """The median of each element of a distribution, or its mean where that is not known."""
-    try:
-        value: Tensor = fn.icdf(torch.full(fn.shape(), 0.5))
-        return value if value.shape == fn.shape() else fn.mean.expand(fn.shape())
-    except NotImplementedError:
-        return fn.mean.expand(fn.shape())
+    inner = fn
+    while type(inner).__name__ == "Independent":
+        inner = inner.base_dist
+    for is_median in (True, False):
+        with contextlib.suppress(NotImplementedError):
+            value: Tensor = inner.icdf(torch.full(fn.shape(), 0.5)) if is_median else fn.mean
+            value = value.expand(fn.shape())
+            if bool(fn.support.check(value).all()) and bool(torch.isfinite(value).all()):
+                return value
+    torch.manual_seed(0)
+    row = fn.sample((15,)).median(0).values
+    return row.reshape(-1, *fn.event_shape)[0].expand(fn.shape())
 
 
 def _pooled(errors: Iterable[float]) -> float:
@@ -341,7 +362,7 @@ def _gathered(value: Tensor) -> list[Tensor]:
     import torch.distributed as distributed
 
     if not value.numel():
-        return [value]
+        return [value] * distributed.get_world_size()
     device = torch.device("cuda") if distributed.get_backend() == "nccl" else value.device
     here = value.detach().contiguous().to(device)
     parts = [torch.empty_like(here) for _ in range(distributed.get_world_size())]

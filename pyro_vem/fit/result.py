@@ -91,9 +91,9 @@ class VEMResult:
         terms = (
             exact_table(setup, phi, theta) if is_settled else measure(setup, phi, theta, options.elbo_draws)
         )
+        terms, phi = setup.processes.table(terms), setup.processes.joined(phi)
         if not torch.isfinite(torch.tensor(terms.elbo)) and status is Status.converged:
             status = Status.nonfinite
-        terms, phi = setup.processes.table(terms), setup.processes.joined(phi)
         return cls(
             theta, phi, terms.elbo, terms.elbo_se, status, n_iter, history, seconds,
             setup.objective.shown_plan, terms, setup.objective.seed, setup, points,

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .checkpoint import Checkpoint, check_same, snapshot
+from .checkpoint import Checkpoint, snapshot
 from .closed import Anderson, ClosedForm
 from .exactness import agree, compile_terms, more_draws, settle, settle_nodes
 from .measure import disagreement
@@ -78,10 +78,9 @@ class Run:
             number: of the start; the first one leaves the caller's parameters where they are.
         """
         setup = self.setup
-        if warm is not None and self.checkpoint.path is not None:
-            known = {**setup.processes.taken(warm.guide_params, setup.phi), **warm.params}
-            check_same(self.checkpoint.path, known, (*setup.phi.parameters, *setup.theta.parameters))
-            setup.objective.add_note(f"went on from a checkpoint after {warm.n_iter} rounds")
+        self.checkpoint.check(setup.shapes, setup.problem.call)
+        if self.checkpoint.left is not None:
+            setup.objective.add_note(f"went on from a checkpoint after {self.checkpoint.left.n_iter} rounds")
         phi, theta = initial_values(setup, setup.phi, warm), initial_values(setup, setup.theta, warm)
         compile_terms(setup, self.options)
         agree(setup, phi, theta)
@@ -335,13 +334,13 @@ class Run:
             time.perf_counter() - self.begin, self.options, tuple(self.points),
         )  # fmt: skip
 
-    def save(self) -> None:
+    def save(self, is_last: bool = False) -> None:
         """Write the checkpoint, if there is to be one."""
         self.checkpoint.save(
             lambda: snapshot(
                 self.setup, self.state, tuple(self.history), self.iterations, time.perf_counter() - self.begin
             ),
-            self.setup.processes,
+            is_last,
         )
 
     def polish(self) -> None:

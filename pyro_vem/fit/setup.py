@@ -46,7 +46,7 @@ class FitOptions:
             its own rows as data, and all get the fit of all rows.
 
     Raises:
-        ValueError: for a number of draws that is odd or too small.
+        ValueError: for numbers that are too small, or an odd number of draws.
 
     Example:
         >>> FitOptions(num_draws=512).num_draws
@@ -66,6 +66,11 @@ class FitOptions:
             raise ValueError(f"num_draws={self.num_draws}: give an even number of at least 32")
         if self.elbo_draws < 100 or self.step_iterations < 1:
             raise ValueError("elbo_draws must be at least 100 and step_iterations at least 1")
+        if self.annealed_epochs < 0 or self.encoder_steps < 1:
+            raise ValueError("annealed_epochs must be at least 0 and encoder_steps at least 1")
+        plates: Any = self.sharded
+        if isinstance(plates, str):  # a sequence of letters
+            raise ValueError(f"sharded={plates!r}: give a tuple of names of plates")
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,12 @@ class Setup:
         """The terms in closed form of a conjugate guide, if the fit has one."""
         exact = self.objective.exact
         return exact if isinstance(exact, LiftedTerms) else None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all parameters, those of all processes' rows among them, constrained."""
+        found = {p.name: p.init for p in (*self.phi.parameters, *self.theta.parameters)} | dict(self.held)
+        return {n: self.processes.whole_shape(n, tuple(value.shape)) for n, value in found.items()}
 
     def theta_values(self, flat: Tensor) -> dict[str, Tensor]:
         """Constrained model parameters by name, held ones included."""

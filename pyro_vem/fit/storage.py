@@ -48,6 +48,7 @@ def save(fit: VEMResult, path: str | Path) -> None:
         "seed": fit.seed,
         "num_draws": draws,
         "on_batches": fit._whole is not None,
+        "processes": setup.processes.count if setup is not None else 1,
         "compiled": setup is not None and setup.objective.exact is not None,
         "analytic": setup.analytic if setup is not None else "auto",
         "bounds": setup.bounds if setup is not None else False,
@@ -80,7 +81,8 @@ def load(path: str | Path, model: Callable[..., Any], data: Any, guide: Any) -> 
         except ModelError as error:
             raise ModelError(f"{path} does not fit this model and data: {error}") from error
         _check_same(path, setup, params, guide_params)
-        if not summary["on_batches"]:  # else the last row of history is an average over batches
+        is_own = summary.get("processes", 1) == 1 or summary["elbo_se"] == 0  # else on draws of each process
+        if is_own and not summary["on_batches"]:  # else the last row of history is an average over batches
             _check_bound(path, setup, params, guide_params, summary["history"])
     plan = summary["plan"]
     rows = tuple(_row(PlanRow, row) for row in plan["rows"])

@@ -40,7 +40,8 @@ def _lines(fit: VEMResult) -> list[tuple[str, str]]:
         lines.append(("", fit.status.value))
     error = f"+- {fit.elbo_se:.3f} nats" if fit.elbo_se else "nats, exact"
     lines.append(("ELBO", f"{fit.elbo:.3f} {error}"))
-    diagnosis = fit._diagnosis if fit._setup is not None and fit.setup.problem.guide is not None else None
+    setup = fit._setup if fit._setup is not None and fit._setup.processes.count == 1 else None
+    diagnosis = fit._diagnosis if setup is not None and setup.problem.guide is not None else None
     if diagnosis is not None:
         lines.append(("k-hat", diagnosis.numbers.removeprefix("k-hat ")))
     if fit.params:

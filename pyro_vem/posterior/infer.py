@@ -25,7 +25,7 @@ from .sandwich import by_row
 
 LOOKED_AT = 64  # rows on which plates are told apart
 SHOWN = 5  # rows with the largest gaps
-GAP = FitOptions(num_draws=64)  # of gaps: common to both sides, and more where they do not suffice
+GAP_DRAWS = 64  # common to both sides of a gap, and more where they do not suffice
 AT_ONCE = 16  # rows whose own factors are found together: more leave the processor's cache
 
 
@@ -168,19 +168,29 @@ def amortization_gap(fit: VEMResult, data: Any = None, seed: int = 0) -> Amortiz
     (plate,) = {p.name for s in guide.latents() if s.name in guide.encoded for p in s.plates[:1]}
     with isolated(torch.float64, seed, 1):
         source = Source.of(model, data, AT_ONCE, seed)
-        rows, gaps = rows_of(source), []
-        for _, part in source.epoch(rows.names, rows.total, 0, is_shuffled=False):
-            own, encoded = (_bounds(fit, dict(part.kwargs), plate, refine, seed) for refine in (True, False))
-            gaps.append(own - encoded)
+        if max(source.lengths, default=0) <= AT_ONCE:
+            return AmortizationGap(plate, _gaps(fit, data, plate, seed))
+        rows = rows_of(source)
+        parts = source.epoch(rows.names, rows.total, 0, is_shuffled=False)
+        gaps = [_gaps(fit, dict(part.kwargs), plate, seed) for _, part in parts]
     return AmortizationGap(plate, np.concatenate(gaps))
 
 
-def _bounds(fit: VEMResult, data: Any, plate: str, refine: bool, seed: int) -> NDArray[np.float64]:
-    """The bound of each row, in nats, under an encoder or factors of their own; on the same draws."""
+def _gaps(fit: VEMResult, data: Any, plate: str, seed: int) -> NDArray[np.float64]:
+    own, draws = _bounds(fit, data, plate, True, seed, GAP_DRAWS)
+    encoded, _ = _bounds(fit, data, plate, False, seed, draws)
+    return own - encoded
+
+
+def _bounds(
+    fit: VEMResult, data: Any, plate: str, refine: bool, seed: int, draws: int
+) -> tuple[NDArray[np.float64], int]:
+    """The bound of each row, in nats, under an encoder or factors of their own; and on how many draws."""
+    options = FitOptions(num_draws=draws)
     with pyro.get_param_store().scope():  # other numbers of rows have parameters of the same names
-        setup = _held(fit, data, refine, seed, GAP)
-        state, *_ = climb(setup, GAP, time.perf_counter())
+        setup = _held(fit, data, refine, seed, options)
+        state, *_ = climb(setup, options, time.perf_counter())
     with torch.no_grad():
         phi = setup.phi.constrained(torch.from_numpy(state.phi))
         parts = setup.objective.row_parts(phi, setup.held, lambda p: by_row(p, plate))
-    return parts.mean(0).numpy()
+    return parts.mean(0).numpy(), setup.objective.num_draws
