@@ -125,6 +125,26 @@ CASES = {
 }  # fmt: skip
 
 
+def waves(y):
+    """Four latents in one row: their term is drawn."""
+    a, b, d = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "abd")
+    c = pyro.sample("c", dist.HalfNormal(1.0))
+    with pyro.plate("rows", len(y)):
+        wave = torch.tanh(a * y[:, 1] + b * torch.sin(c * y[:, 2] + d)) + a * d
+        pyro.sample("y", dist.Normal(wave, 0.5), obs=y[:, 0])
+
+
+WAVES = {"y": x}
+
+
+def lines(x, y, w):
+    """Whose closed forms depend on whether x varies."""
+    a, b, c = (pyro.sample(name, dist.Normal(0.0, 5.0)) for name in "abc")
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(a + b * x, 0.5), obs=y)
+        pyro.sample("w", dist.Normal(c, 1.0), obs=w)
+
+
 def share(data, rank, count):
     """The rows of one process; what points at groups counts from its first one."""
     first, last = ROWS * rank // count, ROWS * (rank + 1) // count
@@ -166,6 +186,14 @@ def main(path):
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
     found = {name: fitted(name, rank, count) for name in CASES}
     data = share(CASES["counts"][1], rank, count)
+    options = vem.FitOptions(sharded=("rows",))
+    drawn = vem.fit_vem(waves, share(WAVES, rank, count), options=options, progress=False)
+    found["drawn"] = {"card": repr(drawn), "elbo": drawn.elbo, "se": drawn.elbo_se}
+    if rank == 0:
+        drawn.save(path.replace("found.json", "drawn.fit"))
+    columns = dict(
+        zip("xyw", x[: len(data["y"])].T * torch.tensor([[float(rank)], [1.0], [1.0]]), strict=True)
+    )
 
     def per_row(y):  # a latent of each row outside the plate
         z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([len(y)]).to_event(1))
@@ -183,6 +211,7 @@ def main(path):
         "outside": refused(("rows",), {"y": data["y"][:, 0]}, total),
         "shapes": refused(("rows",), {"y": data["y"][:, 0]}, per_row),
         "guide": refused(("rows",), data, guide=pyro.infer.autoguide.AutoNormal(counts)),
+        "forms": refused(("rows",), columns, lines, guide="auto"),
         "starts": refused(("rows",), data, num_starts=2),
     }  # fmt: skip
     if rank == 0:

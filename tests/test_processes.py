@@ -30,7 +30,18 @@ def found(tmp_path_factory):
     run = launch.launched(2, ranks.ROWS, str(folder), script=HERE / "ranks.py")
     errors = run.communicate(timeout=300)[1]
     assert run.returncode == 0, errors
-    return json.loads((folder / "found.json").read_text())
+    return {**json.loads((folder / "found.json").read_text()), "folder": folder}
+
+
+def test_a_fit_on_draws_is_loaded_with_all_rows(found, fit):
+    """The draws of the processes were their own: the bounds agree to their errors."""
+    whole = vem.VEMResult.load(found["folder"] / "drawn.fit", ranks.waves, ranks.WAVES)
+    alone = fit(ranks.waves, ranks.WAVES)
+    assert "converged" in found["drawn"]["card"]
+    assert found["drawn"]["se"] > 0
+    error = (found["drawn"]["se"] ** 2 + alone.elbo_se**2) ** 0.5
+    assert whole.elbo == pytest.approx(alone.elbo, abs=5 * error)
+    assert whole.diagnose().khat > -10
 
 
 @pytest.fixture
@@ -62,6 +73,7 @@ def test_two_processes_take_the_steps_of_one(found, one_process, name):
         ("shapes", r"'z' has shape \(50,\) in process 0 and \(51,\) in process 1.*name its plate"),
         ("guide", "takes our guides only, not AutoNormal"),
         ("starts", "one fit on all rows"),
+        ("forms", "closed form of 'y' differs between processes"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(found, case, message):
