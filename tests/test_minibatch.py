@@ -617,3 +617,18 @@ def test_a_warm_start_is_no_checkpoint(fit, tmp_path):
     again = fit(model, {"y": factor_data(200)}, init=first, checkpoint=tmp_path / "file", **settings)
     assert len(again.history) == 3
     assert not any("checkpoint" in note for note in again.plan.notes)
+
+
+def test_the_guide_of_a_fit_takes_other_rows(fit):
+    """As Predictive calls it: with an encoder the rows are those of the data."""
+    model, guide = autoencoder()
+    y = factor_data(60)
+    found = fit(model, {"y": y}, guide=guide, batch_size=20, max_iter=2)
+    for rows in (60, 7, 20):
+        drawn = pyro.infer.Predictive(found.model, guide=found.guide, num_samples=3)(y[:rows])
+        assert drawn["z"].shape == (3, rows, 2)
+    with torch.no_grad(), pyro.plate("draws", 4000, dim=-2):
+        z = pyro.poutine.trace(found.guide).get_trace(y[:2]).nodes["z"]["value"]
+    inferred = found.infer({"y": y[:8]}).sample(4000)["z"][:, :2]
+    se = inferred.std(0) / 4000**0.5
+    assert ((z.mean(0) - inferred.mean(0)).abs() < 6 * se).all()

@@ -179,7 +179,7 @@ def set_up(
     is_default = guide is None and len(proto.summed_out) > 0
     if guide == "auto" or isinstance(guide, MeanFieldConjugate) or is_default:
         lifted = _lifted(program, call, proto, theta, map_sites, held, seed)
-    guide = _bound_guide(_chosen(guide, model, lifted), model, latents)
+    guide = _bound_guide(_chosen(guide, model, lifted), model, latents, call)
     if lifted is not None and isinstance(guide, MeanFieldConjugate):
         guide.blocks, guide.singles = lifted.blocks, lifted.singles
     guide_program = discover_modules(_program(guide, part), raw) if guide is not None else None
@@ -263,13 +263,13 @@ def _check_guide(guide: Any) -> Any:
     return guide
 
 
-def _bound_guide(guide: Any, model: Callable[..., Any], latents: tuple[Any, ...]) -> Any:
+def _bound_guide(guide: Any, model: Callable[..., Any], latents: tuple[Any, ...], call: Arguments) -> Any:
     if not latents and not isinstance(guide, Factorised):
         return guide  # None: maximum likelihood or MAP
     if guide is None:
         guide = MeanFieldNormal(model)
     if isinstance(guide, Factorised):
-        return guide.bind(latents) if latents else None
+        return guide.bind(latents, call) if latents else None
     # A lazy guide builds itself at its first call; the user's own object stays as it is.
     return copied(guide) if isinstance(guide, nn.Module) else guide
 

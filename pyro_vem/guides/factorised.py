@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from ..model.sites import Latent
 INITIAL_SCALE = 0.1  # unconstrained sd: small, so that the first draws stay where the prior median is
 
 Guide = TypeVar("Guide", bound="Factorised")
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def normal_through(transform: Transform, loc: Tensor, scale: Tensor, event_dim: int = 0) -> Any:
@@ -60,10 +61,14 @@ class Factorised(ABC):
         self.init = init
         self.name = name
         self._latents: tuple[Latent, ...] | None = None
+        self._shapes: Shapes | None = None  # of the data that a fit has bound the guide to
+        self._elsewhere: dict[Shapes, tuple[Latent, ...]] = {}  # latents on data of other shapes
 
-    def bind(self: Guide, latents: tuple[Latent, ...]) -> Guide:
-        """A copy whose factors are those of `latents`; the guide itself stays as it is."""
+    def bind(self: Guide, latents: tuple[Latent, ...], call: Arguments | None = None) -> Guide:
+        """A copy whose factors are those of `latents`, on data as in `call`; the guide stays as it is."""
         bound = copy.copy(self)
+        bound._shapes = None if call is None else _shapes(call.args, call.kwargs)
+        bound._elsewhere = {}
         left_out = roles_of(self.model).map_sites
         bound._latents = tuple(site for site in latents if site.name not in left_out)
         bound._check()
@@ -73,14 +78,27 @@ class Factorised(ABC):
         """Hook for guides whose arguments name sites."""
 
     def latents(self, *args: Any, **kwargs: Any) -> tuple[Latent, ...]:
-        """The latent sites with a factor, learnt from the model at the first call."""
+        """The latent sites with a factor, learnt from the model at the first call.
+
+        A guide with encoders learns them anew on data of other shapes: its rows are those of the data.
+        """
         if self._latents is None:
-            with isolated(torch.get_default_dtype()):
-                call = Arguments(args, kwargs).cast(torch.get_default_dtype())
-                found = prototype(discover_modules(Program(self.model), call), call, self.init)
-            self._latents = self.bind(found.latents)._latents
-        assert self._latents is not None
+            self._latents = self._learnt(args, kwargs)
+        if self.encoded and self._shapes is not None and (args or kwargs):
+            shapes = _shapes(args, kwargs)
+            if shapes != self._shapes:
+                if shapes not in self._elsewhere:
+                    self._elsewhere[shapes] = self._learnt(args, kwargs)
+                return self._elsewhere[shapes]
         return self._latents
+
+    def _learnt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Latent, ...]:
+        with isolated(torch.get_default_dtype()):
+            call = Arguments(args, kwargs).cast(torch.get_default_dtype())
+            found = prototype(discover_modules(Program(self.model), call), call, self.init)
+        latents = self.bind(found.latents)._latents
+        assert latents is not None
+        return latents
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site; an ordinary Pyro guide with the model's signature."""
@@ -143,6 +161,12 @@ class FactorisedNormal(Factorised):
             constraint=dist.constraints.positive,
         )
         return loc, scale
+
+
+def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Shapes:
+    """Of the tensors among some arguments."""
+    named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+    return tuple((name, tuple(value.shape)) for name, value in named.items() if isinstance(value, Tensor))
 
 
 def check_sites(what: str, names: tuple[str, ...], latents: tuple[Latent, ...]) -> str | None:
