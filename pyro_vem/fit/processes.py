@@ -59,14 +59,18 @@ class Spread:
         """A vector of this process with the entries of the others."""
         if self.is_shared is None:
             return x
-        return np.concatenate([x[self.is_shared], *self._others(x)])
+        return np.concatenate([x[self.is_shared], *self._parts(x[~self.is_shared], 0)])
 
     def summed(self, gradient: Vector) -> Vector:
         """Derivatives of this process's bound as those of all bounds together."""
         if self.is_shared is None:
             return gradient
-        shared = all_reduced(torch.from_numpy(gradient[self.is_shared])).numpy()
-        return np.concatenate([shared, *self._others(gradient)])
+        count = int(self.is_shared.sum())
+        parts = self._parts(np.concatenate([gradient[self.is_shared], gradient[~self.is_shared]]), count)
+        # In order of rank: the same bits everywhere.
+        return np.concatenate(
+            [np.sum([part[:count] for part in parts], 0), *(part[count:] for part in parts)]
+        )
 
     def own(self, x: Vector) -> Vector:
         """What this process has of a whole vector."""
@@ -82,14 +86,11 @@ class Spread:
         """The sum of a number over all processes."""
         return value if self.is_shared is None else float(all_reduced(torch.tensor(value).double()))
 
-    def _others(self, x: Vector) -> list[Vector]:
-        assert self.is_shared is not None
-        longest = max(self.sizes)
-        if not longest:
-            return []
-        padded = torch.zeros(longest, dtype=torch.float64)
-        padded[: self.sizes[self.rank]] = torch.from_numpy(x[~self.is_shared])
-        return [part[:n].numpy() for part, n in zip(_gathered(padded), self.sizes, strict=True)]
+    def _parts(self, x: Vector, before: int) -> list[Vector]:
+        """A vector of every process: so many entries, and then its own."""
+        padded = torch.zeros(before + max(self.sizes), dtype=torch.float64)
+        padded[: len(x)] = torch.from_numpy(x)
+        return [part[: before + n].numpy() for part, n in zip(_gathered(padded), self.sizes, strict=True)]
 
 
 @dataclass(frozen=True)
