@@ -578,6 +578,18 @@ def test_training_goes_on_from_a_checkpoint(fit, tmp_path):
     assert longer.history[0].before > alone.history[0].before + 100
 
 
+def test_an_interruption_leaves_the_last_epoch(fit, tmp_path):
+    def interrupt(step, params):
+        if step.iteration == 4:
+            raise KeyboardInterrupt
+
+    path, (model, guide) = tmp_path / "fit.checkpoint", autoencoder()
+    settings = {"guide": guide, "batch_size": 50, "max_iter": 12, "checkpoint": path}
+    stopped = fit(model, {"y": factor_data(200)}, callbacks=[interrupt], **settings)
+    assert stopped.status is vem.Status.interrupted
+    assert vem.VEMResult.load(path, model).n_iter == 4
+
+
 def test_rows_are_where_a_checkpoint_left_them(fit, tmp_path):
     path = tmp_path / "fit.checkpoint"
     generator = torch.Generator().manual_seed(0)

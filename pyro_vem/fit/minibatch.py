@@ -105,6 +105,7 @@ def fit_batches(
         x, status = climb.run(callbacks)
     except KeyboardInterrupt:
         x, status = climb.x, Status.interrupted
+        climb.save(is_last=True)
     finally:
         climb.bar.close()
     x = _settled(fit, x)
@@ -185,13 +186,18 @@ class _Climb(ABC):
         row = Step(self.epochs, "epoch", before, mean, 0.0, len(values), 0, seconds, note)
         self.history.append(row)
         self.x = x
-        self.saved.save(lambda: self.fit.snapshot(x, tuple(self.history), self.epochs))
+        self.save()
         self.bar.set_postfix_str(f"epoch {self.epochs}, ELBO {mean:.6g}", refresh=False)
         self.bar.update()
         for callback in callbacks:
             with torch.no_grad():
                 known = self.fit.block.constrained(x)
                 callback(row, {n: known[n] for n in self.fit.first.theta.names})
+
+    def save(self, is_last: bool = False) -> None:
+        """Write the checkpoint, if there is to be one."""
+        if self.history:
+            self.saved.save(lambda: self.fit.snapshot(self.x, tuple(self.history), self.epochs), is_last)
 
 
 class _Global(_Climb):
