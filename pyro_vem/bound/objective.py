@@ -21,6 +21,7 @@ from .tables import Plan
 from .terms import Part, site_terms, term_parts
 
 Values = Mapping[str, Tensor]
+MOST_AT_ONCE = 1024  # draws that are worked on together
 AT_ONCE = 20_000_000  # numbers that independent draws work on together: 160 MB in float64
 
 
@@ -250,11 +251,11 @@ class Objective:
             return self._each(one, values)
 
     def draws_for(self, numbers: int) -> int:
-        """How many draws work on so many numbers, data and latents; at most 1,024, at least 16."""
+        """How many draws work on so many numbers, data and latents; at least 16, at most `MOST_AT_ONCE`."""
         call = self.problem.call
         data = sum(v.numel() for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor))
         size = max(1, data + sum(math.prod(spec.shape) for spec in self.specs))
-        return max(16, min(1024, numbers // size))
+        return max(16, min(MOST_AT_ONCE, numbers // size))
 
     def sample(
         self,

@@ -17,7 +17,7 @@ from ..model.rows import Rows
 from ..model.runtime import default_dtype
 from .locals import Locals
 from .result import VEMResult
-from .setup import Setup
+from .setup import Setup, encoded_moments
 from .starts import initial_values
 from .status import Status, Step
 
@@ -105,7 +105,7 @@ class BatchFit:
         values = {name: value.detach() for name, value in self.block.constrained(x).items()}
         theta = {name: values[name] for name in self.first.theta.names}
         phi = {name: values[name] for name in self.first.phi.names if name in values}
-        return {**theta, **self.first.held}, {**phi, **self.locals.full()}
+        return {**theta, **self.first.held}, {**phi, **self.locals.taken(None)}
 
     def snapshot(self, x: Tensor, history: tuple[Step, ...], epochs: int) -> VEMResult:
         """A fit on its way; its bound is the average of the last epoch."""
@@ -164,26 +164,13 @@ def mutual_information(fit: BatchFit, x: Tensor) -> float:
     References:
         Hoffman and Johnson (2016), ELBO surgery, NIPS workshop on advances in approximate inference.
     """
-    program, guide = fit.first.problem.guide, fit.first.guide
-    assert program is not None
-    assert isinstance(guide, FactorisedNormal)
-    parts: list[tuple[Tensor, Tensor]] = []
-    with torch.no_grad():
-        values = fit.block.constrained(x)
-        for _, call in fit.epoch(0, is_shuffled=False):
-            bound = fit.at(call).guide
-            assert isinstance(bound, FactorisedNormal)
-
-            def encoded(call: Arguments = call, bound: FactorisedNormal = bound) -> tuple[Tensor, Tensor]:
-                found = [bound.moments(site, call.args, call.kwargs) for site in bound.latents()]
-                loc, scale = (
-                    torch.cat([m.flatten(1) for m in moments], 1) for moments in zip(*found, strict=True)
-                )
-                return loc, scale
-
-            parts.append(program.apply(values, encoded))
-            if sum(len(loc) for loc, _ in parts) >= INFORMED:
-                break
+    values, parts = fit.block.constrained(x.detach()), list[tuple[Tensor, Tensor]]()
+    for _, call in fit.epoch(0, is_shuffled=False):
+        found = encoded_moments(fit.at(call), values, call).values()
+        loc, scale = (torch.cat([m.flatten(1) for m in moments], 1) for moments in zip(*found, strict=True))
+        parts.append((loc, scale))
+        if sum(len(loc) for loc, _ in parts) >= INFORMED:
+            break
     loc, scale = (torch.cat(part)[:INFORMED] for part in zip(*parts, strict=True))
     noise = torch.randn(loc.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     density = torch.distributions.Normal(loc, scale).log_prob((loc + scale * noise).unsqueeze(1)).sum(-1)

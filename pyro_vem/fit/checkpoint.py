@@ -33,6 +33,8 @@ class Checkpoint:
         path: of the file; None for none.
         left: what an interrupted fit has left there.
         processes: that share the fit.
+        mark: of the data, in the notes of the file.
+        cost, written: seconds that the last writing took, and when it was.
     """
 
     path: Path | None = None
@@ -50,7 +52,7 @@ class Checkpoint:
             ModelError: if the file is no checkpoint, if there is no such folder, or if processes were
                 given different paths.
         """
-        if len({str(other) for other in processes.gathered(str(path))}) > 1:
+        if len(set(processes.gathered(str(path)))) > 1:
             raise ModelError(
                 "checkpoint= differs between processes: give all of them one path; the first writes"
             )
@@ -79,16 +81,14 @@ class Checkpoint:
         if self.left is None:
             return
         known = {n: tuple(v.shape) for n, v in {**self.left.guide_params, **self.left.params}.items()}
-        wrong = sorted(n for n in {*known, *shapes} if known.get(n) != shapes.get(n))
-        other = (
-            f"its {wrong[0]!r} has shape {known.get(wrong[0])}, here {shapes.get(wrong[0])}" if wrong else ""
-        )
-        if not wrong and self.mark and self.mark not in self.left.plan.notes:
-            other = "its data are not these"
-        if other:
-            raise ModelError(
-                f"checkpoint {self.path} is of another fit: {other}; remove it, or name another file"
-            )
+        for name in sorted({*known, *shapes}):
+            if known.get(name) != shapes.get(name):
+                raise self._other(f"its {name!r} has shape {known.get(name)}, here {shapes.get(name)}")
+        if self.mark and self.mark not in self.left.plan.notes:
+            raise self._other("its data are not these")
+
+    def _other(self, why: str) -> ModelError:
+        return ModelError(f"checkpoint {self.path} is of another fit: {why}; remove it, or name another file")
 
     def save(self, make: Callable[[], VEMResult], is_last: bool = False) -> None:
         """Write what `make` gives, which takes part in every process, if it is time to."""
@@ -98,7 +98,8 @@ class Checkpoint:
             return
         made = make()
         if self.processes.rank == 0:
-            replace(made, plan=made.plan.with_notes(*filter(None, [self.mark]))).save(self.path)
+            notes = (self.mark,) if self.mark else ()
+            replace(made, plan=made.plan.with_notes(*notes)).save(self.path)
         self.written = time.perf_counter()
         self.cost = self.written - start
 
@@ -114,7 +115,7 @@ def _fingerprint(call: Arguments) -> int:
     found = 0
     for value in (*call.args, *call.kwargs.values()):
         if isinstance(value, Tensor):
-            found = zlib.crc32(value.detach().contiguous().numpy().tobytes(), found)
+            found = zlib.crc32(value.detach().contiguous().numpy().data, found)
     return found
 
 

@@ -138,14 +138,7 @@ def fit_vem(
     given = _warm_strategy(warm) if warm else init
     is_batched = batch_size is not None or _is_stream(data)
     _check_batched(is_batched, schedule, e_step, m_step, num_starts, validation)
-    if options.sharded and (is_batched or num_starts > 1 or isinstance(m_step, Mapping)):
-        raise ValueError("FitOptions(sharded=) is for one fit on all rows, without hooks in m_step=")
-    if not is_batched and (options.encoder_steps > 1 or options.annealed_epochs):
-        raise ValueError(
-            "FitOptions(encoder_steps=, annealed_epochs=) are for fits on batches: give batch_size="
-        )
-    if checkpoint is not None and num_starts > 1:
-        raise ValueError("checkpoint= is for fits from one start")
+    _check_options(options, is_batched, m_step, num_starts, checkpoint)
     if is_batched:
         with isolated(torch.float64, seed, 1), np.errstate(over="ignore", invalid="ignore"):
             return fit_batches(
@@ -164,8 +157,9 @@ def fit_vem(
         for start in range(num_starts):
             if start and setup.lifted is None:
                 setup = set_up_at(start)
-            run = Run(setup, options, tol, (e_step, m_step), begin, tuple(callbacks), progress)
-            run.checkpoint = saved
+            run = Run(
+                setup, options, tol, (e_step, m_step), begin, tuple(callbacks), progress, checkpoint=saved
+            )
             run.start(warm, start)
             try:
                 status = _alternate(run, max_iter, schedule)
@@ -202,6 +196,20 @@ def _check_batched(
     names = ", ".join(name for name, is_given in ignored.items() if is_given)
     if names:
         raise ValueError(f"{names}: fits on batches of rows do not take it")
+
+
+def _check_options(
+    options: FitOptions, is_batched: bool, m_step: MStep, num_starts: int, checkpoint: Any
+) -> None:
+    """Settings that go with some fits only."""
+    if options.sharded and (is_batched or num_starts > 1 or isinstance(m_step, Mapping)):
+        raise ValueError("FitOptions(sharded=) is for one fit on all rows, without hooks in m_step=")
+    if not is_batched and (options.encoder_steps > 1 or options.annealed_epochs):
+        raise ValueError(
+            "FitOptions(encoder_steps=, annealed_epochs=) are for fits on batches: give batch_size="
+        )
+    if checkpoint is not None and num_starts > 1:
+        raise ValueError("checkpoint= is for fits from one start")
 
 
 def _is_stream(data: Any) -> bool:

@@ -13,14 +13,14 @@ from ..errors import ModelError
 from ..guides.factorised import FactorisedNormal
 from ..model.parameters import PartlyHeld
 from ..model.sites import Latent
+from .measure import MOST_NUMBERS
 from .scales import free_sites
 from .setup import FitOptions, Setup
 from .smooth import Smooth, Vector, newton_step
-from .state import State, joint_loss
+from .state import State, joint_loss, own_elbo
 
 RECHECK_SEED = 104_729
 CHECK_DRAWS = 1024
-MOST_NUMBERS = 50_000_000  # data and latents, times draws of that check
 MOST_CHECKED = 500_000  # densities evaluated for that check
 CHECK_LIMIT = 5.0  # standard errors, of each term
 DRAW_ERROR = 0.1  # posterior sds that fixed draws may move the optimum by
@@ -78,37 +78,42 @@ def settle_nodes(setup: Setup, phi: Vector, theta: Vector) -> bool:
     objective, processes = setup.objective, setup.processes
     values = _values(setup, phi, theta)
     if processes.any(objective.exact is not None and objective.exact.refine(*values)):
-        objective.prepare(*values)
-        agree(setup, phi, theta)  # too few nodes may end in draws
+        prepare(setup, phi, theta)
         return True
     return processes.any(objective.regrid(*values))
 
 
-def agree(setup: Setup, phi: Vector, theta: Vector) -> None:
-    """Sample what another process samples, so that all take the same steps.
+def prepare(setup: Setup, phi: Vector, theta: Vector) -> None:
+    """Choose grids and draws at a point: the same in all processes, so that they take the same steps.
 
     Raises:
-        ModelError: if closed forms of what all share differ.
+        ModelError: if closed forms differ between processes.
     """
     processes, objective = setup.processes, setup.objective
-    if processes.count == 1:
-        return
     exact, values = objective.exact, _values(setup, phi, theta)
+    if processes.count > 1:
+        _check_closed_forms(setup)
+        refused = {} if exact is None else {n: r for n, r in exact.refused.items() if n not in exact.names}
+        for name, reason in processes.union(refused).items():
+            if exact is not None and name in exact.names:
+                exact.refuse(name, f"not compiled by another process: {reason}")
+    objective.prepare(*values)
+    if processes.count > 1:
+        sampled = {name: "" for b in objective.batches if b.scope and not b.nodes for name in b.names}
+        objective.drawn |= set(processes.union(sampled))
+        objective.prepare(*values)
+
+
+def _check_closed_forms(setup: Setup) -> None:
     forms = _closed_forms(setup)
-    for name, form in {name: form for one in processes.gathered(forms) for name, form in one.items()}.items():
-        if any(other.get(name) != form for other in processes.gathered(forms)):
-            raise ModelError(
-                f"the closed form of {name!r} differs between processes ({forms.get(name)} in process "
-                f"{processes.rank}): give each process rows of every kind, or guide=MeanFieldNormal(model)"
-            )
-    refused = {} if exact is None else {n: r for n, r in exact.refused.items() if n not in exact.names}
-    for name, reason in processes.union(refused).items():
-        if exact is not None and name in exact.names:
-            exact.refuse(name, f"not compiled by another process: {reason}")
-    objective.prepare(*values)
-    sampled = {name: "" for b in objective.batches if b.scope and not b.nodes for name in b.names}
-    objective.drawn |= set(processes.union(sampled))
-    objective.prepare(*values)
+    for other in setup.processes.gathered(forms):
+        for name in {*forms, *other}:
+            if forms.get(name) != other.get(name):
+                raise ModelError(
+                    f"the closed form of {name!r} differs between processes ({forms.get(name)} in process "
+                    f"{setup.processes.rank}): give each process rows of every kind, or "
+                    "guide=MeanFieldNormal(model)"
+                )
 
 
 def _closed_forms(setup: Setup) -> dict[str, str]:
@@ -137,7 +142,7 @@ def settle(setup: Setup, state: State) -> str | None:
             objective.add_note(f"{name}: sampled from here on: {reason}")
             if exact is not None and name not in here:
                 exact.refuse(name, reason)
-        objective.prepare(*values)
+        prepare(setup, state.phi, state.theta)
         return f"sampled from here on: {', '.join(wrong)}"
     if settle_nodes(setup, state.phi, state.theta):
         return "more quadrature nodes"
@@ -152,7 +157,7 @@ def settle(setup: Setup, state: State) -> str | None:
             objective.drawn.add(name)
         else:  # it is no one term: nothing is left to believe
             objective.exact, objective.is_gridded = None, False
-    objective.prepare(*values)
+    prepare(setup, state.phi, state.theta)
     return f"sampled from here on: {', '.join(gaps)}"
 
 
@@ -165,7 +170,6 @@ def _gaps_to_draws(setup: Setup, state: State) -> dict[str, str]:
     objective, values = setup.objective, _values(setup, state.phi, state.theta)
     with torch.no_grad():
         exact_terms = objective.exact_terms(*values)
-        bound = setup.elbo(torch.from_numpy(state.phi), torch.from_numpy(state.theta))
     not_averages = objective.exact.not_averages if objective.exact is not None else frozenset()
     exact_terms = {name: term for name, term in exact_terms.items() if name not in not_averages}
     if not exact_terms:
@@ -176,7 +180,7 @@ def _gaps_to_draws(setup: Setup, state: State) -> dict[str, str]:
     pairs = {name: (exact, found["terms"][name]) for name, exact in exact_terms.items()}
     if objective.is_exact and not not_averages:
         ratio = found["densities"]["log_p"] - found["densities"]["log_q"]
-        pairs["the bound"] = bound, ratio
+        pairs["the bound"] = torch.tensor(own_elbo(setup, state)), ratio
     gaps = {}
     for name, (exact, sampled) in pairs.items():
         off, se = abs(float(sampled.mean() - exact)), float(sampled.std()) / draws**0.5
@@ -196,8 +200,7 @@ def more_draws(setup: Setup, state: State, scale: Vector) -> str | None:
     The Newton step towards the optimum on four times as many draws of another seed tells the error
     that the fixed ones leave, their bias in skewed terms included.
     """
-    objective = setup.objective
-    processes = setup.processes
+    objective, processes = setup.objective, setup.processes
     if not processes.any(objective.is_random and not objective.is_exact and state.joint.size > 0):
         return None
     twin = replace(setup, objective=objective.with_other_draws(4 * objective.num_draws))
@@ -205,7 +208,7 @@ def more_draws(setup: Setup, state: State, scale: Vector) -> str | None:
     gradient = there.gradient(there.zero)
     step = newton_step(joint_loss(setup), state.joint, scale, gradient)
     where = _means(setup)
-    error = setup.processes.most(float(np.abs(step[where]).max(initial=0)))
+    error = processes.most(float(np.abs(step[where]).max(initial=0)))
     if error > DRAW_ERROR and 4 * objective.num_draws <= MOST_DRAWS:
         objective.take_draws(4 * objective.num_draws)
         return f"{objective.num_draws:,} draws: other ones moved the optimum by {error:.2g} posterior sd"

@@ -99,10 +99,6 @@ class Locals:
             found[self.guide.scale_name(site.name)] = self._rows_back(site, self.scale[site.name][where])
         return found
 
-    def full(self) -> dict[str, Tensor]:
-        """Parameters of all rows."""
-        return self.taken(None)
-
     def e_step(
         self,
         fit: "BatchFit",

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..bound.objective import MOST_AT_ONCE
 from ..bound.tables import ElboTerms, TermRow
 from ..model.runtime import isolated
 from .setup import Setup
 
-FULL, PARTS = 1024, 4  # draws added at a time; how often, at most, where they must be fewer
+PARTS = 4  # in which draws are added, at most, where they must be fewer than usual
 MOST_NUMBERS = 50_000_000  # data and latents, times draws added at a time
 
 
@@ -30,7 +31,7 @@ def measure(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]
         ratio = torch.cat([p["densities"]["log_p"] - p["densities"]["log_q"] for p in parts])
         se = float(ratio.std() / len(ratio) ** 0.5) if len(ratio) > 1 else 0.0
         is_enough = se < 0.01 or not setup.objective.is_random
-        if is_enough or len(ratio) + size > (most if size == FULL else PARTS * size):
+        if is_enough or len(ratio) + size > (most if size == MOST_AT_ONCE else PARTS * size):
             break
     gap = disagreement(parts)
     if gap is not None:

@@ -292,6 +292,10 @@ class Processes:
         """Entries of all processes, by name."""
         return {name: text for one in self.gathered(dict(values)) for name, text in one.items()}
 
+    def first(self, text: str | None) -> str | None:
+        """The first that there is, in order of rank."""
+        return next((one for one in self.gathered(text) if one is not None), None)
+
     def most(self, value: float) -> float:
         """The largest of all processes."""
         return max(self.gathered(value))

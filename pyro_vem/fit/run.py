@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, snapshot
 from .closed import Anderson, ClosedForm
-from .exactness import agree, compile_terms, more_draws, settle, settle_nodes
+from .exactness import compile_terms, more_draws, prepare, settle, settle_nodes
 from .measure import disagreement
 from .profile import Profile
 from .result import VEMResult
@@ -78,15 +78,13 @@ class Run:
             number: of the start; the first one leaves the caller's parameters where they are.
         """
         setup = self.setup
-        self.checkpoint.check(setup.shapes, setup.problem.call)
+        if self.checkpoint.path is not None:
+            self.checkpoint.check(setup.shapes, setup.problem.call)
         if self.checkpoint.left is not None:
             setup.objective.add_note(f"went on from a checkpoint after {self.checkpoint.left.n_iter} rounds")
         phi, theta = initial_values(setup, setup.phi, warm), initial_values(setup, setup.theta, warm)
         compile_terms(setup, self.options)
-        agree(setup, phi, theta)
-        setup.objective.prepare(
-            setup.phi.constrained(torch.from_numpy(phi)), setup.theta_values(torch.from_numpy(theta))
-        )
+        prepare(setup, phi, theta)
         self._check_closed_forms(phi, theta)
         settle_nodes(setup, phi, theta)
         self.state = State(phi, theta, finite_elbo(setup, phi, theta))
@@ -122,7 +120,8 @@ class Run:
             return
         values = setup.phi.constrained(torch.from_numpy(phi)), setup.theta_values(torch.from_numpy(theta))
         gap = disagreement([setup.objective.sample(*values, SELF_CHECK, 1, ("densities", "terms"))])
-        for reason in setup.processes.union({"": gap} if gap is not None else {}).values():
+        reason = setup.processes.first(gap)
+        if reason is not None:
             setup.objective.plan = setup.objective.plan.demoted(reason)
 
     def step(self, block: str, iteration: int) -> None:
@@ -321,11 +320,10 @@ class Run:
 
     def is_diverged(self) -> bool:
         """True, with a warning that names it, if a site or parameter has run away."""
-        name = runaway(self.setup, self.state, self.first)
-        names = self.setup.processes.union({name: ""} if name is not None else {})
-        for name in list(names)[:1]:
+        name = self.setup.processes.first(runaway(self.setup, self.state, self.first))
+        if name is not None:
             warnings.warn(f"site {name!r} has run away: {Status.diverged.value}", stacklevel=5)
-        return bool(names)
+        return name is not None
 
     def result(self, status: Status) -> VEMResult:
         """The frozen result at the present state."""

@@ -15,7 +15,7 @@ from ..bound.objective import Objective
 from ..bound.problem import Problem, plan_problem
 from ..errors import ModelError, unknown_names
 from ..guides.conjugate import MeanFieldConjugate
-from ..guides.factorised import Factorised
+from ..guides.factorised import Factorised, FactorisedNormal
 from ..guides.mean_field import MeanFieldNormal
 from ..model.checks import run_checked
 from ..model.data import Arguments, arguments, check_device
@@ -133,6 +133,26 @@ class Setup:
             if total is not None:
                 return total
         return self.objective.value(self.phi.constrained(phi), self.theta_values(theta))
+
+
+def encoded_moments(
+    setup: Setup, phi: Mapping[str, Tensor], call: Arguments
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What encoders say of rows: mean and sd of each site's factor, on the unconstrained scale.
+
+    Args:
+        setup: the problem, whose guide has encoders, set up for as many rows.
+        phi: the guide's parameters, constrained.
+        call: the rows.
+    """
+    guide, program = setup.guide, setup.problem.guide
+    assert isinstance(guide, FactorisedNormal)
+    assert program is not None
+    sites = [site for site in guide.latents() if site.name in guide.encoded]
+    with torch.no_grad():
+        return program.apply(
+            phi, lambda: {site.name: guide.moments(site, call.args, call.kwargs) for site in sites}
+        )
 
 
 def set_up(

@@ -85,5 +85,4 @@ def finite_elbo(setup: Setup, phi: NDArray[np.float64], theta: NDArray[np.float6
             raise ModelError(
                 f"site {name!r}: its term of the bound is {float(value)}. {Status.nonfinite.value}"
             )
-    own = float(torch.stack(list(terms.values())).sum())
-    return setup.processes.spread("joint").total(own)
+    return float(setup.processes.total(torch.stack(list(terms.values())).sum()))

@@ -27,8 +27,15 @@ class State:
 def elbo_at(setup: Setup, phi: Vector, theta: Vector) -> float:
     """The bound at flat vectors, in nats; of all processes' rows."""
     with torch.no_grad():
-        own = float(setup.elbo(torch.from_numpy(phi), torch.from_numpy(theta)))
-    return setup.processes.spread("joint").total(own)
+        return float(setup.processes.total(setup.elbo(torch.from_numpy(phi), torch.from_numpy(theta))))
+
+
+def own_elbo(setup: Setup, state: State) -> float:
+    """The part of a state's bound that is of this process's rows."""
+    if setup.processes.count == 1:
+        return state.elbo
+    with torch.no_grad():
+        return float(setup.elbo(torch.from_numpy(state.phi), torch.from_numpy(state.theta)))
 
 
 def joint_loss(setup: Setup) -> Loss:

@@ -164,10 +164,11 @@ def start_variances(setup: Setup, state: State) -> tuple[State, Step | None]:
     loss, _ = loss_of(setup, state, "E")
     current, norm = state, 0.0
     for _ in range(2):
-        here = Smooth(loss, current.phi, np.ones_like(current.phi))
-        whole = here.gradient(here.zero)
+        leaf = torch.from_numpy(current.phi.copy()).requires_grad_()
+        (gradient,) = torch.autograd.grad(loss.function(leaf), leaf, materialize_grads=True)
+        whole = loss.spread.summed(gradient.numpy())
         phi = current.phi.copy()
-        phi[where] -= 0.5 * np.log(np.clip(1 + here.spread.own(whole)[where], 0.04, 1e4))
+        phi[where] -= 0.5 * np.log(np.clip(1 + loss.spread.own(whole)[where], 0.04, 1e4))
         elbo = elbo_at(setup, phi, current.theta)
         if not elbo > current.elbo:
             break

@@ -61,14 +61,14 @@ class Factorised(ABC):
         self.init = init
         self.name = name
         self._latents: tuple[Latent, ...] | None = None
-        self._shapes: Shapes | None = None  # of the data that a fit has bound the guide to
-        self._elsewhere: dict[Shapes, tuple[Latent, ...]] = {}  # latents on data of other shapes
+        self._bound_to: Shapes | None = None  # of the data that a fit has bound the guide to
+        self._relearnt: dict[Shapes, tuple[Latent, ...]] = {}  # latents on data of other shapes
 
     def bind(self: Guide, latents: tuple[Latent, ...], call: Arguments | None = None) -> Guide:
         """A copy whose factors are those of `latents`, on data as in `call`; the guide stays as it is."""
         bound = copy.copy(self)
-        bound._shapes = None if call is None else _shapes(call.args, call.kwargs)
-        bound._elsewhere = {}
+        bound._bound_to = None if call is None else _shapes(call.args, call.kwargs)
+        bound._relearnt = {}
         left_out = roles_of(self.model).map_sites
         bound._latents = tuple(site for site in latents if site.name not in left_out)
         bound._check()
@@ -84,12 +84,12 @@ class Factorised(ABC):
         """
         if self._latents is None:
             self._latents = self._learnt(args, kwargs)
-        if self.encoded and self._shapes is not None and (args or kwargs):
+        if self.encoded and self._bound_to is not None and (args or kwargs):
             shapes = _shapes(args, kwargs)
-            if shapes != self._shapes:
-                if shapes not in self._elsewhere:
-                    self._elsewhere[shapes] = self._learnt(args, kwargs)
-                return self._elsewhere[shapes]
+            if shapes != self._bound_to:
+                if shapes not in self._relearnt:
+                    self._relearnt[shapes] = self._learnt(args, kwargs)
+                return self._relearnt[shapes]
         return self._latents
 
     def _learnt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Latent, ...]:

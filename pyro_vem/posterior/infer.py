@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..fit.driver import climb
 from ..fit.result import VEMResult
-from ..fit.setup import FitOptions, Setup, set_up
+from ..fit.setup import FitOptions, Setup, encoded_moments, set_up
 from ..guides.amortized import AmortizedNormal
 from ..guides.factorised import FactorisedNormal
 from ..guides.mean_field import MeanFieldNormal
@@ -101,22 +101,10 @@ def _row_plates(fit: VEMResult) -> frozenset[str]:
 def _encoded(fit: VEMResult, guide: AmortizedNormal, data: Any) -> dict[str, Tensor]:
     """What encoders say of new rows, as parameters of factors of their own."""
     encoder = set_up(fit.setup.problem.model.fn, data, guide, None, None, FitOptions(), 0)
-    program = encoder.problem.guide
-    assert program is not None
-    assert isinstance(encoder.guide, AmortizedNormal)
-    call, moments = encoder.problem.call, encoder.guide
-
-    def read() -> dict[str, Tensor]:
-        values: dict[str, Tensor] = {}
-        for site in moments.latents():
-            if site.name in moments.encoded:
-                loc, scale = moments.moments(site, call.args, call.kwargs)
-                values |= {moments.loc_name(site.name): loc, moments.scale_name(site.name): scale}
-        return values
-
-    with torch.no_grad():
-        found = program.apply(fit.guide_params, read)
-    return {name: value.detach() for name, value in found.items()}
+    found: dict[str, Tensor] = {}
+    for name, (loc, scale) in encoded_moments(encoder, fit.guide_params, encoder.problem.call).items():
+        found |= {guide.loc_name(name): loc.detach(), guide.scale_name(name): scale.detach()}
+    return found
 
 
 @dataclass(frozen=True, eq=False)
