@@ -51,15 +51,23 @@ def one_process():
     torch.distributed.destroy_process_group()
 
 
+def _rising(trace):
+    """The steps before the bound stands still: how many follow there is a matter of rounding."""
+    end = trace[-1][1]
+    return [step for step in trace if abs(step[1] - end) > 1e-12 * abs(end)]
+
+
 @pytest.mark.parametrize("name", ranks.CASES)
 def test_two_processes_take_the_steps_of_one(found, one_process, name):
     expected, here = ranks.fitted(name, 0, 1), found[name]
     assert here["status"] == expected["status"] == "converged"
     assert here["elbo"] == pytest.approx(expected["elbo"], rel=1e-9)
     assert here["terms"] == pytest.approx(expected["terms"], rel=1e-6, abs=1e-6)
-    assert [block for block, _ in here["trace"]] == [block for block, _ in expected["trace"]]
-    bounds = [after for _, after in expected["trace"]]
-    assert [after for _, after in here["trace"]] == pytest.approx(bounds, rel=1e-9)
+    steps, bounds = zip(*_rising(expected["trace"]), strict=True)
+    same_steps, same_bounds = zip(*_rising(here["trace"]), strict=True)
+    assert same_steps == steps
+    assert same_bounds == pytest.approx(bounds, rel=1e-9)
+    assert here["trace"][-1][1] == pytest.approx(expected["trace"][-1][1], rel=1e-9)
     assert here["values"].keys() == expected["values"].keys()
     for key, value in expected["values"].items():
         assert here["values"][key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
