@@ -3,8 +3,11 @@
 import pyro
 import pytest
 import torch
+import twin
 
 import pyro_vem as vem
+
+twin.register()  # before the first backward pass, at which autograd makes its queues for devices
 
 
 @pytest.fixture(autouse=True)

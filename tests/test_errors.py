@@ -208,16 +208,6 @@ def test_bad_options_are_refused():
         vem.FitOptions(step_iterations=0)
 
 
-def test_tensors_on_another_device_are_refused(fit):
-    def model(y):
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        with pyro.plate("rows", len(y)):
-            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-
-    with pytest.raises(vem.UnsupportedModelError, match=r"data\['y'\] is on device meta: .* give \.cpu\(\)"):
-        fit(model, {"y": torch.zeros(3, device="meta")})
-
-
 def test_trace_elbo_is_refused():
     with pytest.raises(ValueError, match="takes an AnalyticKL_ELBO"):
         inspect.unwrap(vem.fit_vem)(rows, {"y": Y}, elbo=pyro.infer.Trace_ELBO())

@@ -13,6 +13,7 @@ from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 
 from ..errors import ModelError
+from ..model.device import seed_generators
 from ..model.roles import roles_of
 from ..model.runtime import (
     Execution,
@@ -21,7 +22,6 @@ from ..model.runtime import (
     is_subsample,
     modules_called,
     repeatable,
-    seed_generators,
 )
 from .dependence import Pair, leaves_of
 from .enumerated import enumerated_elbo, enumerated_terms, enumerating, is_enumerated

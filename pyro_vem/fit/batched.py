@@ -67,7 +67,7 @@ class BatchFit:
     @property
     def start(self) -> Tensor:
         """Where what rows share starts, flat."""
-        return torch.from_numpy(initial_values(self.first, self.block, self.warm))
+        return torch.as_tensor(initial_values(self.first, self.block, self.warm))
 
     def at(self, call: Arguments) -> Setup:
         """The problem on a batch, set up for its number of rows."""

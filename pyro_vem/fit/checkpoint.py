@@ -121,8 +121,8 @@ def _fingerprint(call: Arguments) -> int:
 
 def snapshot(setup: Setup, state: State, history: tuple[Step, ...], n_iter: int, seconds: float) -> VEMResult:
     """A fit on its way, of the rows of all processes; its bound is what the steps have."""
-    phi = setup.processes.joined(setup.phi.constrained(torch.from_numpy(state.phi)))
-    theta = setup.theta_values(torch.from_numpy(state.theta))
+    phi = setup.processes.joined(setup.phi.constrained(torch.as_tensor(state.phi)))
+    theta = setup.theta_values(torch.as_tensor(state.theta))
     return VEMResult(
         theta, phi, state.elbo, 0.0, Status.interrupted, n_iter, history, seconds,
         setup.objective.shown_plan, ElboTerms((), state.elbo, 0.0), setup.objective.seed, setup,

@@ -116,8 +116,8 @@ class ClosedForm:
         """True if components start equal: a saddle, where no step tells them apart."""
         setup = self.setup
         with torch.no_grad():
-            phi = setup.phi.constrained(torch.from_numpy(state.phi))
-            theta = setup.theta_values(torch.from_numpy(state.theta))
+            phi = setup.phi.constrained(torch.as_tensor(state.phi))
+            theta = setup.theta_values(torch.as_tensor(state.theta))
             is_level = self.terms.lifted.are_level(self.terms.statistics(phi, theta), theta)
         return not setup.processes.any(not is_level)
 

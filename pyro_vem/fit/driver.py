@@ -12,6 +12,8 @@ from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
 from ..bound.elbo import AnalyticKL_ELBO
+from ..model.data import named_values
+from ..model.device import device_of
 from ..model.runtime import isolated
 from ..model.sites import init_strategy
 from .capture import Compile
@@ -63,7 +65,7 @@ def fit_vem(
     Args:
         model: a Pyro model, decorated with `vem_model` or not.
         data: mapping of the model's argument names to tensors, arrays, pandas objects or plain
-            values; a tuple is taken as positional arguments.
+            values; a tuple is taken as positional arguments. The fit runs on their device.
         guide: None for `MeanFieldNormal` (`MeanFieldConjugate` where the model has discrete sites);
             "auto" for conjugate factors where every term has a closed form in them, which the plan
             proves; an `AmortizedNormal`; or any reparameterised guide.
@@ -108,7 +110,7 @@ def fit_vem(
     Raises:
         ModelError: if model, guide and data do not fit together; the message names the site.
         UnsupportedModelError: for what cannot be fitted yet (discrete latents that are not summed
-            out with ``infer={"enumerate": "parallel"}``, minibatches).
+            out with ``infer={"enumerate": "parallel"}``, devices without float64).
         NonMonotoneError: if the bound fell within a step.
 
     References:
@@ -139,15 +141,16 @@ def fit_vem(
     is_batched = batch_size is not None or _is_stream(data)
     _check_batched(is_batched, schedule, e_step, m_step, num_starts, validation)
     _check_options(options, is_batched, m_step, num_starts, checkpoint)
+    device = _device(data, options)
     if is_batched:
-        with isolated(torch.float64, seed, 1), np.errstate(over="ignore", invalid="ignore"):
+        with isolated(torch.float64, seed, 1, device), np.errstate(over="ignore", invalid="ignore"):
             return fit_batches(
                 model, data, guide, elbo, given, options, seed, batch_size, validation, max_iter, compile,
                 lambda setup: climb(setup, options, begin, PILOT_TOL, PILOT_ROUNDS)[0], tuple(callbacks),
                 progress, warm, saved,
             )  # fmt: skip
     # Trial points may lie anywhere: what overflows there is +inf, and is not stepped to.
-    with isolated(torch.float64, seed, _threads(data)), np.errstate(over="ignore", invalid="ignore"):
+    with isolated(torch.float64, seed, _threads(data), device), np.errstate(over="ignore", invalid="ignore"):
 
         def set_up_at(start: int) -> Setup:
             where = init_to_sample if start and given is None else given
@@ -173,9 +176,9 @@ def fit_vem(
             found.append(run.result(status))
             if status is Status.interrupted:
                 break
+        best = best_of(found)
     if status is not Status.interrupted:
         saved.remove()
-    best = best_of(found)
     return replace(best, seconds=time.perf_counter() - begin)
 
 
@@ -230,9 +233,15 @@ def climb(
     return run.state, status, tuple(run.history), run.iterations
 
 
+def _device(data: Any, options: FitOptions) -> torch.device:
+    """Where the fit runs; a stream of batches is known by its first."""
+    first = next(iter(data), None) if _is_stream(data) and options.device is None else data
+    return device_of(named_values(first), options.device)
+
+
 def _threads(data: Any) -> int | None:
     """One thread for small data: two made fits many times slower on a machine with other work."""
-    values = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple | list) else ()
+    values = (value for _, value in named_values(data))
     total = sum(int(np.prod(getattr(value, "shape", ()), dtype=int)) for value in values)
     return 1 if total < SERIAL else None
 
@@ -271,7 +280,8 @@ def _warm_strategy(warm: VEMResult) -> Callable[[dict[str, Any]], Tensor]:
 
     def strategy(site: dict[str, Any]) -> Tensor:
         value = known.get(site["name"])
-        return median(site) if value is None or value.shape != site["fn"].shape() else value
+        is_known = value is not None and value.shape == site["fn"].shape()
+        return torch.as_tensor(value) if is_known else median(site)
 
     return strategy
 

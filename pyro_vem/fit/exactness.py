@@ -227,4 +227,4 @@ def _means(setup: Setup) -> NDArray[np.bool_]:
 
 
 def _values(setup: Setup, phi: Vector, theta: Vector) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return setup.phi.constrained(torch.from_numpy(phi)), setup.theta_values(torch.from_numpy(theta))
+    return setup.phi.constrained(torch.as_tensor(phi)), setup.theta_values(torch.as_tensor(theta))

@@ -212,9 +212,9 @@ class _Global(_Climb):
         fit = self.fit
         engine = fit.make(fit.first.problem.call)  # its compiled terms hold the pilot's rows
         state = self.pilot(engine)
-        joint = torch.from_numpy(np.concatenate([state.phi, state.theta]))
-        lengths = torch.from_numpy(Scales(engine).of(state, "joint", 0))
-        where = torch.from_numpy(
+        joint = torch.as_tensor(np.concatenate([state.phi, state.theta]))
+        lengths = torch.as_tensor(Scales(engine).of(state, "joint", 0))
+        where = torch.as_tensor(
             np.concatenate(
                 [
                     fit.first.phi.where(set(fit.first.phi.names) - fit.locals.names),
@@ -223,7 +223,7 @@ class _Global(_Climb):
             )
         )
         known = fit.warm.guide_params if fit.warm is not None else {}
-        fit.locals.start(fit.first.phi.constrained(torch.from_numpy(state.phi)), known)
+        fit.locals.start(fit.first.phi.constrained(torch.as_tensor(state.phi)), known)
         rule = AveragedAdam(joint[where] if fit.warm is None else fit.start, lengths[where])
         while self.epochs < self.max_iter and not rule.is_done:
             start = time.perf_counter()

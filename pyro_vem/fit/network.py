@@ -42,7 +42,7 @@ class NetworkStep:
         self.rejected = 0
         self.weight = torch.ones((), dtype=torch.float64)  # of KL terms
         self.every = torch.ones_like(x)  # entries that a step moves
-        is_encoder = torch.from_numpy(fit.block.where(fit.first.phi.names))
+        is_encoder = torch.as_tensor(fit.block.where(fit.first.phi.names))
         self.encoder = is_encoder.to(x.dtype)
         self.dtype = self._dtype()
         self._graph: Graph | None = None

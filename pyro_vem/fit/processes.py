@@ -89,7 +89,7 @@ class Spread:
     def _parts(self, x: Vector, before: int) -> list[Vector]:
         """A vector of every process: so many entries, and then its own."""
         padded = torch.zeros(before + max(self.sizes), dtype=torch.float64)
-        padded[: len(x)] = torch.from_numpy(x)
+        padded[: len(x)] = torch.as_tensor(x)
         return [part[: before + n].numpy() for part, n in zip(_gathered(padded), self.sizes, strict=True)]
 
 

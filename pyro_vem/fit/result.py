@@ -13,6 +13,7 @@ from torch import Tensor
 from ..bound.tables import ElboTerms, Plan
 from ..errors import ModelError
 from ..model.data import Arguments
+from ..model.device import all_on_its_device, on_device
 from ..model.runtime import isolated
 from .measure import exact_table, measure
 from .setup import FitOptions, Setup
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .starts import Start
 
 
+@all_on_its_device
 @dataclass(frozen=True, repr=False)
 class VEMResult:
     """The result of `fit_vem`.
@@ -84,8 +86,8 @@ class VEMResult:
         points: tuple[State, ...] = (),
     ) -> "VEMResult":
         """Freeze a state; its bound is measured on fresh draws."""
-        phi = _detached(setup.phi.constrained(torch.from_numpy(state.phi)))
-        theta = _detached(setup.theta_values(torch.from_numpy(state.theta)))
+        phi = _detached(setup.phi.constrained(torch.as_tensor(state.phi)))
+        theta = _detached(setup.theta_values(torch.as_tensor(state.theta)))
         # A converged exact bound has been held against draws already (`pyro_vem.fit.exactness`).
         is_settled = setup.objective.is_exact and (status is Status.converged or setup.lifted is not None)
         terms = (
@@ -108,6 +110,11 @@ class VEMResult:
     def stop_reason(self) -> str:
         """What happened, and what to do, in a sentence."""
         return self.status.value
+
+    @property
+    def device(self) -> torch.device:
+        """Where the fit ran, and where its tensors are."""
+        return next(iter([*self.guide_params.values(), *self.params.values()]), torch.empty(0)).device
 
     @property
     def setup(self) -> Setup:
@@ -142,7 +149,7 @@ class VEMResult:
 
         def model(*args: Any, **kwargs: Any) -> Any:
             call = Arguments.of(args, kwargs).cast(torch.float64)
-            with pyro.condition(data=points):
+            with on_device(self.device), pyro.condition(data=points):
                 return program.call(params, call.args, call.kwargs)
 
         return model
@@ -160,7 +167,8 @@ class VEMResult:
 
         def guide(*args: Any, **kwargs: Any) -> Any:
             call = Arguments.of(args, kwargs).cast(torch.float64)
-            return program.call(self.guide_params, call.args, call.kwargs)
+            with on_device(self.device):
+                return program.call(self.guide_params, call.args, call.kwargs)
 
         return guide
 

@@ -118,7 +118,7 @@ class Run:
         objective = setup.objective
         if not objective.is_random or objective.is_exact or not objective.plan.exact:
             return
-        values = setup.phi.constrained(torch.from_numpy(phi)), setup.theta_values(torch.from_numpy(theta))
+        values = setup.phi.constrained(torch.as_tensor(phi)), setup.theta_values(torch.as_tensor(theta))
         gap = disagreement([setup.objective.sample(*values, SELF_CHECK, 1, ("densities", "terms"))])
         reason = setup.processes.first(gap)
         if reason is not None:
@@ -378,7 +378,7 @@ class Run:
             self.bar.update()
         for callback in self.callbacks:
             with torch.no_grad():
-                callback(row, self.setup.theta_values(torch.from_numpy(self.state.theta)))
+                callback(row, self.setup.theta_values(torch.as_tensor(self.state.theta)))
 
 
 def progress_bar(progress: bool | None) -> Any:

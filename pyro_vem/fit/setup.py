@@ -18,7 +18,7 @@ from ..guides.conjugate import MeanFieldConjugate
 from ..guides.factorised import Factorised, FactorisedNormal
 from ..guides.mean_field import MeanFieldNormal
 from ..model.checks import run_checked
-from ..model.data import Arguments, arguments, check_device
+from ..model.data import Arguments, arguments
 from ..model.parameters import Block, Parameter
 from ..model.prototype import Prototype, discover_modules, parameters_of, prototype
 from ..model.roles import roles_of
@@ -42,6 +42,8 @@ class FitOptions:
         encoder_steps: on batches of their own, for each step of encoder and decoder, while the mutual
             information of rows and latents still rises from epoch to epoch: against decoders that learn
             to do without latents.
+        device: that the fit runs on; None for the device of the data. Data are moved to it, batch by
+            batch where they come in batches; modules are to be on it already, as anywhere in torch.
         sharded: plates whose rows are shared out over the processes of torch.distributed; each gives
             its own rows as data, and all get the fit of all rows.
 
@@ -60,6 +62,7 @@ class FitOptions:
     annealed_epochs: int = 0
     encoder_steps: int = 1
     sharded: tuple[str, ...] = ()
+    device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
         if self.num_draws < 32 or self.num_draws % 2:
@@ -172,8 +175,7 @@ def set_up(
     """
     if not callable(model):
         raise ModelError(f"model={model!r}: give a Pyro model, a function or a PyroModule")
-    raw = arguments(model, data)
-    check_device(raw)
+    raw = arguments(model, data).to(torch.get_default_device())
     call = raw.cast(torch.float64)
     guide = _check_guide(guide)
     processes = Processes.of(options.sharded)

@@ -90,7 +90,7 @@ class Smooth:
         if not self.loss.is_twice:
             return self.difference_product(a, v)
         self._move(a)
-        product = self._product(torch.from_numpy(self.spread.own(self.scale * v)))
+        product = self._product(torch.as_tensor(self.spread.own(self.scale * v)))
         return self.scale * self.spread.summed(product.numpy())
 
     def _product(self, direction: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Smooth:
         if self._at is not None and np.array_equal(a, self._at):
             return
         self.evaluations += 1
-        self._leaf = torch.from_numpy(self.point(a)).requires_grad_()
+        self._leaf = torch.as_tensor(self.point(a)).requires_grad_()
         if self.loss.both is not None:
             self._value, self._gradient = self.loss.both(self._leaf.detach())
         else:

@@ -66,11 +66,12 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def initial_values(setup: Setup, block: Block, warm: VEMResult | None) -> NDArray[np.float64]:
     """Where a block starts, flat: at its own values, or at those of an earlier fit that still fit."""
     values = {p.name: p.init for p in block.parameters}
+    here = torch.get_default_device()
     if warm is not None:
         known = setup.processes.taken(warm.guide_params, setup.phi)
         for name, value in {**warm.params, **known}.items():
             if name in values and values[name].shape == value.shape:
-                values[name] = value
+                values[name] = value.to(here)
     flat: NDArray[np.float64] = block.flat(values).numpy()
     return flat
 
@@ -78,8 +79,8 @@ def initial_values(setup: Setup, block: Block, warm: VEMResult | None) -> NDArra
 def finite_elbo(setup: Setup, phi: NDArray[np.float64], theta: NDArray[np.float64]) -> float:
     """The bound at the start; raises `ModelError` with the site whose term is not finite."""
     with torch.no_grad():
-        constrained = setup.phi.constrained(torch.from_numpy(phi))
-        terms = setup.objective.terms(constrained, setup.theta_values(torch.from_numpy(theta)))
+        constrained = setup.phi.constrained(torch.as_tensor(phi))
+        terms = setup.objective.terms(constrained, setup.theta_values(torch.as_tensor(theta)))
     for name, value in terms.items():
         if not bool(torch.isfinite(value)):
             raise ModelError(

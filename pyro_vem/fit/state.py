@@ -27,7 +27,7 @@ class State:
 def elbo_at(setup: Setup, phi: Vector, theta: Vector) -> float:
     """The bound at flat vectors, in nats; of all processes' rows."""
     with torch.no_grad():
-        return float(setup.processes.total(setup.elbo(torch.from_numpy(phi), torch.from_numpy(theta))))
+        return float(setup.processes.total(setup.elbo(torch.as_tensor(phi), torch.as_tensor(theta))))
 
 
 def own_elbo(setup: Setup, state: State) -> float:
@@ -35,7 +35,7 @@ def own_elbo(setup: Setup, state: State) -> float:
     if setup.processes.count == 1:
         return state.elbo
     with torch.no_grad():
-        return float(setup.elbo(torch.from_numpy(state.phi), torch.from_numpy(state.theta)))
+        return float(setup.elbo(torch.as_tensor(state.phi), torch.as_tensor(state.theta)))
 
 
 def joint_loss(setup: Setup) -> Loss:
@@ -52,10 +52,10 @@ def loss_of(setup: Setup, state: State, block: str) -> tuple[Loss, Vector]:
         "M": (state.theta, state.phi),
         "joint": (state.joint, np.zeros(0)),
     }[block]
-    rest = torch.from_numpy(other)
+    rest = torch.as_tensor(other)
     function, is_twice = function_of(setup, block), setup.objective.is_twice
     spread = setup.processes.spread(block)
-    captured = None if setup.is_our_code else setup.captures.of(setup, block, torch.from_numpy(x), rest)
+    captured = None if setup.is_our_code else setup.captures.of(setup, block, torch.as_tensor(x), rest)
     if captured is None:
         return Loss(lambda a: function(a, rest), is_twice, spread=spread), x
     return Loss(

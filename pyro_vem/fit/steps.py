@@ -83,8 +83,8 @@ def hooked(
     if name not in setup.theta.names:
         raise ModelError(f"m_step: unknown name {name!r}; the parameters are {', '.join(setup.theta.names)}")
     with torch.no_grad():
-        phi = setup.phi.constrained(torch.from_numpy(state.phi))
-        theta = setup.theta_values(torch.from_numpy(state.theta))
+        phi = setup.phi.constrained(torch.as_tensor(state.phi))
+        theta = setup.theta_values(torch.as_tensor(state.theta))
         drawn = setup.objective.sample(phi, theta, HOOK_DRAWS, HOOK_SEED, ("values",))["values"]
         value = torch.as_tensor(hook(drawn, dict(theta)), dtype=torch.float64)
         if value.shape != theta[name].shape or not bool(torch.isfinite(value).all()):
@@ -164,7 +164,7 @@ def start_variances(setup: Setup, state: State) -> tuple[State, Step | None]:
     loss, _ = loss_of(setup, state, "E")
     current, norm = state, 0.0
     for _ in range(2):
-        leaf = torch.from_numpy(current.phi.copy()).requires_grad_()
+        leaf = torch.as_tensor(current.phi.copy()).requires_grad_()
         (gradient,) = torch.autograd.grad(loss.function(leaf), leaf, materialize_grads=True)
         whole = loss.spread.summed(gradient.numpy())
         phi = current.phi.copy()

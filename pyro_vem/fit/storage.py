@@ -16,6 +16,8 @@ from torch import Tensor
 from ..bound.elbo import AnalyticKL_ELBO
 from ..bound.tables import ElboTerms, Plan, PlanRow, TermRow
 from ..errors import ModelError
+from ..model.data import named_values
+from ..model.device import device_of
 from ..model.runtime import isolated
 from .exactness import compile_terms, settle
 from .result import VEMResult
@@ -60,7 +62,7 @@ def save(fit: VEMResult, path: str | Path) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        contiguous = {key: value.detach().clone().contiguous() for key, value in tensors.items()}
+        contiguous = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
         save_file(contiguous, name, metadata={"pyro_vem": json.dumps(summary)})
         with open(name, "rb+") as file:
             os.fsync(file.fileno())
@@ -73,17 +75,19 @@ def save(fit: VEMResult, path: str | Path) -> None:
 def load(path: str | Path, model: Callable[..., Any], data: Any, guide: Any) -> VEMResult:
     """Read what `save` wrote; with data, the problem is set up again around the numbers."""
     tensors, summary = _read(Path(path))
+    device = device_of(named_values(data))
+    tensors = {key: value.to(device) for key, value in tensors.items()}
     params, guide_params = _group(tensors, "param/"), _group(tensors, "guide/")
     setup = None
     if data is not None:
         try:
-            setup = _set_up_again(model, data, guide, summary, {**_group(tensors, "init/"), **params})
+            setup = _set_up_again(model, data, guide, summary, {**_group(tensors, "init/"), **params}, device)
         except ModelError as error:
             raise ModelError(f"{path} does not fit this model and data: {error}") from error
         _check_same(path, setup, params, guide_params)
         is_own = summary.get("processes", 1) == 1 or summary["elbo_se"] == 0  # else on draws of each process
         if is_own and not summary["on_batches"]:  # else the last row of history is an average over batches
-            _check_bound(path, setup, params, guide_params, summary["history"])
+            _check_bound(path, setup, params, guide_params, summary["history"], device)
     plan = summary["plan"]
     rows = tuple(_row(PlanRow, row) for row in plan["rows"])
     terms = summary["terms"]
@@ -125,10 +129,15 @@ def _group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _set_up_again(
-    model: Callable[..., Any], data: Any, guide: Any, summary: dict[str, Any], init: dict[str, Tensor]
+    model: Callable[..., Any],
+    data: Any,
+    guide: Any,
+    summary: dict[str, Any],
+    init: dict[str, Tensor],
+    device: torch.device,
 ) -> Setup:
     options = FitOptions(num_draws=summary["num_draws"] or FitOptions.num_draws, compiled=summary["compiled"])
-    with isolated(torch.float64, summary["seed"]):
+    with isolated(torch.float64, summary["seed"], device=device):
         elbo = AnalyticKL_ELBO(analytic=summary["analytic"], bounds=summary["bounds"])
         setup = set_up(model, data, guide, elbo, init, options, summary["seed"])
         phi = setup.phi.constrained(setup.phi.initial())
@@ -152,13 +161,21 @@ def _check_same(
 
 
 def _check_bound(
-    path: str | Path, setup: Setup, params: dict[str, Tensor], guide_params: dict[str, Tensor], history: Any
+    path: str | Path,
+    setup: Setup,
+    params: dict[str, Tensor],
+    guide_params: dict[str, Tensor],
+    history: Any,
+    device: torch.device,
 ) -> None:
     """Other data of the same shape give another bound on the same draws."""
     if not history:
         return
-    phi, theta = setup.phi.flat(guide_params).numpy(), setup.theta.flat(params).numpy()
-    with isolated(torch.float64), torch.no_grad():
+    phi, theta = (
+        block.flat(values).cpu().numpy()
+        for block, values in ((setup.phi, guide_params), (setup.theta, params))
+    )
+    with isolated(torch.float64, device=device), torch.no_grad():
         settle(setup, State(phi, theta, history[-1]["after"]))
         here = float(setup.objective.value(guide_params, params))
     stored = history[-1]["after"]

@@ -28,8 +28,8 @@ class Sweep:
 
     def __init__(self, setup: Setup, terms: LiftedTerms, state: State) -> None:
         self._setup, self._terms, self._start = setup, terms, state
-        self._phi = setup.phi.constrained(torch.from_numpy(state.phi))
-        self._theta = setup.theta_values(torch.from_numpy(state.theta))
+        self._phi = setup.phi.constrained(torch.as_tensor(state.phi))
+        self._theta = setup.theta_values(torch.as_tensor(state.theta))
         with torch.no_grad():
             self._statistics = terms.statistics(self._phi, self._theta)
         self._kept: dict[str, Tensor] = {}

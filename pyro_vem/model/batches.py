@@ -104,13 +104,15 @@ class Source:
 
     def _call(self, arrays: Mapping[str, Any], names: tuple[str, ...], where: Tensor | slice) -> Arguments:
         taken = {n: _taken(v, where) if n in names else v for n, v in arrays.items()}
-        return Arguments.of((), taken).cast(torch.float64)
+        return Arguments.of((), taken).to(torch.get_default_device()).cast(torch.float64)
 
 
 def _taken(value: Any, where: Tensor | slice) -> Any:
     """Some rows; of a memory map no more is read."""
-    if isinstance(where, slice) or isinstance(value, Tensor):
+    if isinstance(where, slice):
         return value[where]
+    if isinstance(value, Tensor):
+        return value[where.to(value.device)]
     if isinstance(value, np.memmap):
         return np.array(value[where.numpy()])
     return np.asarray(value)[where.numpy()]

@@ -1,7 +1,7 @@
 """A user's data as the positional and keyword arguments of the model."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ModelError, UnsupportedModelError, unknown_names
+from ..errors import ModelError, unknown_names
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,35 @@ class Arguments:
             {name: _cast(value, dtype) for name, value in self.kwargs.items()},
         )
 
+    def to(self, device: torch.device) -> "Arguments":
+        """The same call with every tensor on `device`."""
+        if device.type == "cpu" and not any(_is_elsewhere(value) for value in self._values):
+            return self
+        return Arguments(
+            tuple(_moved(value, device) for value in self.args),
+            {name: _moved(value, device) for name, value in self.kwargs.items()},
+        )
 
-def check_device(call: Arguments) -> None:
-    """Raise `UnsupportedModelError` for tensors that are not in the processor's own memory."""
-    named: dict[Any, Any] = {**dict(enumerate(call.args)), **call.kwargs}
-    for name, value in named.items():
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            raise UnsupportedModelError(
-                f"data[{name!r}] is on device {value.device}: fits run on the CPU: give .cpu()"
-            )
+    @property
+    def _values(self) -> tuple[Any, ...]:
+        return *self.args, *self.kwargs.values()
+
+
+def _is_elsewhere(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def named_values(data: Any) -> Iterable[tuple[Any, Any]]:
+    """Names (or places) and values of what a user gives as data, a mapping or a tuple."""
+    return (
+        data.items()
+        if isinstance(data, Mapping)
+        else enumerate(data if isinstance(data, tuple | list) else ())
+    )
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -85,8 +105,7 @@ def arguments(model: Callable[..., Any], data: Any) -> Arguments:
             a tuple or list is taken as positional arguments; None means no arguments.
 
     Raises:
-        ModelError: for unknown or missing names, or an array that holds no numbers.
-        UnsupportedModelError: for a DataLoader or another iterable of minibatches.
+        ModelError: for unknown or missing names, an array that holds no numbers, or data of another kind.
 
     Example:
         >>> def model(x, y=None): ...
@@ -104,9 +123,9 @@ def arguments(model: Callable[..., Any], data: Any) -> Arguments:
             "data is one array: give a mapping of the model's argument names to arrays, for example {'y': y}"
         )
     else:
-        raise UnsupportedModelError(
-            f"data is a {type(data).__name__}: minibatches are not supported yet; "
-            "give a mapping of argument names to whole arrays"
+        raise ModelError(
+            f"data is a {type(data).__name__}: give a mapping of the model's argument names to arrays, or an "
+            "iterable of such mappings for a fit on batches"
         )
     _check_signature(model, call)
     return call

@@ -5,21 +5,20 @@ module: `isolated` puts the state back, `Program` swaps parameters and weights f
 """
 
 import copy
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
-import numpy as np
 import pyro
 import torch
 from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistributionMixin
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor, nn
+
+from .device import generators, on_device, seed_generators, set_generators
 
 Site: TypeAlias = dict[str, Any]
 """A Pyro message of type "sample" or "param" after the run: name, fn, value, scale, mask, ..."""
@@ -36,12 +35,17 @@ SWAPPED = ".*not registered in the param store"
 
 
 @contextmanager
-def isolated(dtype: torch.dtype | None = None, seed: int = 0, threads: int | None = None) -> Iterator[None]:
+def isolated(
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    device: torch.device | None = None,
+) -> Iterator[None]:
     """Run pyro code without a trace in global state.
 
     Inside: an empty parameter store, seeded generators, validation off, no handler of the
-    caller in sight, `dtype` as default, torch on `threads` if given. On the way out, also after
-    an exception, all of it is as it was.
+    caller in sight, `dtype` as default, torch on `threads` and `device` if given. On the way
+    out, also after an exception, all of it is as it was.
 
     Example:
         >>> import pyro
@@ -50,7 +54,7 @@ def isolated(dtype: torch.dtype | None = None, seed: int = 0, threads: int | Non
         >>> "only_inside" in pyro.get_param_store()
         False
     """
-    rng = _generators()
+    rng = generators()
     torch_validation = torch.distributions.Distribution._validate_args
     usual_threads = torch.get_num_threads()
     try:
@@ -61,6 +65,7 @@ def isolated(dtype: torch.dtype | None = None, seed: int = 0, threads: int | Non
             pyro.get_param_store().scope(),
             pyro.validation_enabled(False),
             default_dtype(dtype or torch.get_default_dtype()),
+            on_device(device or torch.get_default_device()),
             warnings.catch_warnings(),
         ):
             warnings.filterwarnings("ignore", message=SWAPPED)
@@ -70,7 +75,7 @@ def isolated(dtype: torch.dtype | None = None, seed: int = 0, threads: int | Non
         if torch.get_num_threads() != usual_threads:
             torch.set_num_threads(usual_threads)
         torch.distributions.Distribution._validate_args = torch_validation
-        _set_generators(rng)
+        set_generators(rng)
 
 
 @contextmanager
@@ -93,33 +98,14 @@ def repeatable() -> Iterator[None]:
         ...     torch.manual_seed(3)
         <torch._C.Generator object at ...>
     """
-    rng = _generators()
+    rng = generators()
     torch_validation = torch.distributions.Distribution._validate_args
     try:
         with pyro.validation_enabled(False):
             yield
     finally:
         torch.distributions.Distribution._validate_args = torch_validation
-        _set_generators(rng)
-
-
-def seed_generators(seed: int) -> None:
-    """Seed torch, numpy and Python; devices only where they are in use already."""
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  (a model may draw from numpy's global generator)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
-
-
-def _generators() -> tuple[Any, list[Tensor]]:
-    return get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-
-def _set_generators(states: tuple[Any, list[Tensor]]) -> None:
-    set_rng_state(states[0])
-    if states[1]:
-        torch.cuda.set_rng_state_all(states[1])
+        set_generators(rng)
 
 
 class Execution(Messenger):  # type: ignore[misc]

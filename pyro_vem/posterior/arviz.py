@@ -191,7 +191,7 @@ def _drawn(
         log_weight, khat = psis((log_p - log_q).numpy())
         if correction == "psis":
             khat = best_pool(fit).khat
-        stats = {"lp": log_p, "log_q": log_q, "log_weight": torch.from_numpy(log_weight)}
+        stats = {"lp": log_p, "log_q": log_q, "log_weight": torch.as_tensor(log_weight)}
         found["sample_stats"] = _scalars({name: value.unsqueeze(0) for name, value in stats.items()})
         attrs["sample_stats"] = {"pareto_k": khat, **shared}
     if "log_likelihood" in wanted:

@@ -22,6 +22,7 @@ from ..errors import ModelError
 from ..fit.driver import fit_vem
 from ..fit.status import Status
 from ..model.data import Arguments
+from ..model.device import on_device
 from ..model.runtime import isolated
 from .calibration_plot import FAILED, Calibration, Counts
 from .simulate import Simulator, Task, replaced
@@ -99,14 +100,16 @@ def calibrate(
     first = fit_vem(model, data, guide=guide, seed=seed, progress=False, **fit_options)
     with suppress(ModelError):  # of these data; a correction that is unknown is raised
         first.sample(1, seed, correction)
-    simulator = Simulator.of(first, params or {}, seed)
-    refit = _Refit(model, guide, simulator.call, num_draws, correction, fit_options)
+    with on_device(first.device):
+        simulator = Simulator.of(first, params or {}, seed)
+    refit = _Refit(model, guide, simulator.call, num_draws, correction, first.device, fit_options)
     tasks = (simulator.task(index) for index in range(num_simulations))
     outcomes = map(refit, tasks) if num_workers == 1 else _in_processes(refit, tasks, num_workers)
     disable = None if progress is None else not progress
     bar = tqdm(outcomes, "calibrate", num_simulations, unit=" fits", disable=disable)
-    done = sorted(bar, key=lambda outcome: outcome.index)
-    names, kept = simulator.scalars()
+    with on_device(first.device):
+        done = sorted(bar, key=lambda outcome: outcome.index)
+        names, kept = simulator.scalars()
     missing = np.full(len(kept), FAILED)
     ranks = np.stack([missing if outcome.failure else outcome.ranks for outcome in done])[:, kept]
     failures = {outcome.index: outcome.failure for outcome in done if outcome.failure}
@@ -135,12 +138,16 @@ class _Refit:
     call: Arguments
     num_draws: int
     correction: Literal["linear_response", "psis"] | None
+    device: torch.device
     options: Mapping[str, Any]
 
     def __call__(self, task: Task) -> _Outcome:
         ranks, failure = np.zeros(0, dtype=np.int64), task.failure
         # One thread, as in a worker: sums in another order would be other numbers.
-        with isolated(torch.float64, threads=1), warnings.catch_warnings(record=True) as caught:
+        with (
+            isolated(torch.float64, threads=1, device=self.device),
+            warnings.catch_warnings(record=True) as caught,
+        ):
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserWarning)
             if not failure:

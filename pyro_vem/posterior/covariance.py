@@ -76,7 +76,7 @@ def covariance(
 
 def standard_errors(fit: VEMResult, plate: str | None = None) -> dict[str, Tensor]:
     """See `pyro_vem.VEMResult.standard_errors`."""
-    sd = torch.from_numpy(np.sqrt(np.diag(_of_params(fit, None, plate))))
+    sd = torch.as_tensor(np.sqrt(np.diag(_of_params(fit, None, plate))))
     values = [fit.params[name] for name in fit.setup.theta.names]
     pieces = sd.split([value.numel() for value in values])
     return {
@@ -169,7 +169,7 @@ def _hermite(site: Latent, loc: Vector, sd: Vector) -> Vector:
         return np.stack([loc, sd], axis=1) @ np.eye(2, ORDERS)
     nodes, mass = np.polynomial.hermite_e.hermegauss(NODES)
     points = loc + sd * nodes[:, None]
-    values = torch.from_numpy(points).reshape(NODES, *site.unconstrained.shape)
+    values = torch.as_tensor(points).reshape(NODES, *site.unconstrained.shape)
     shaped = site.transform(values).reshape(NODES, -1).numpy()
     basis = np.stack([hermitenorm(k)(nodes) / np.exp(0.5 * gammaln(k + 1)) for k in range(ORDERS)], axis=1)
     return shaped.T @ (basis * (mass / mass.sum())[:, None])

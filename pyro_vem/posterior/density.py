@@ -70,7 +70,7 @@ class Density:
         try:
             response = fit._linear_response
             where = free.numpy()
-            loc = torch.from_numpy(response.loc)
+            loc = torch.as_tensor(response.loc)
             if len(free) <= MOST_DENSE:
                 root = np.linalg.cholesky(response.covariance(where))
             else:
@@ -80,7 +80,7 @@ class Density:
             loc, sd = draws.mean(0), draws.std(0)[free]
             sd = torch.where(sd > 0, sd, 1.0)  # of a Delta
             return cls(problem, fit.params, sites, loc, free, sd, (draws - loc)[:, free] / sd)
-        return cls(problem, fit.params, sites, loc, free, torch.from_numpy(root))
+        return cls(problem, fit.params, sites, loc, free, torch.as_tensor(root))
 
     @property
     def dim(self) -> int:

@@ -104,7 +104,7 @@ class Pool:
         generator = np.random.default_rng(seed)
         points = (np.arange(num) + generator.random()) / num
         index = np.searchsorted(np.cumsum(self.weights), points * self.weights.sum())
-        chosen = torch.from_numpy(generator.permutation(np.minimum(index, len(self.weights) - 1)))
+        chosen = torch.as_tensor(generator.permutation(np.minimum(index, len(self.weights) - 1)))
         return {name: value.index_select(0, chosen) for name, value in self.noise.items()}
 
 
@@ -204,7 +204,7 @@ def corrected(
         groups = at_noise(fit, as_noise(fit, response, points), *keep)
         if "densities" in groups:
             log_q = _Elliptic.of(response, np.inf).density(points) - _factor_density(response, points)
-            groups["densities"]["log_q"] = groups["densities"]["log_q"] + torch.from_numpy(log_q)
+            groups["densities"]["log_q"] = groups["densities"]["log_q"] + torch.as_tensor(log_q)
         return groups
     if correction == "psis":
         pool = best_pool(fit)

@@ -179,6 +179,6 @@ def _bounds(
         setup = _held(fit, data, refine, seed, options)
         state, *_ = climb(setup, options, time.perf_counter())
     with torch.no_grad():
-        phi = setup.phi.constrained(torch.from_numpy(state.phi))
+        phi = setup.phi.constrained(torch.as_tensor(state.phi))
         parts = setup.objective.row_parts(phi, setup.held, lambda p: by_row(p, plate))
     return parts.mean(0).numpy(), setup.objective.num_draws

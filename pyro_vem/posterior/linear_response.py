@@ -206,7 +206,7 @@ def _idle(fit: VEMResult, size: int) -> Vector:
 
 def as_noise(fit: VEMResult, response: LinearResponse, points: Vector) -> dict[str, Tensor]:
     """The standard normal noise at which the guide's factors give `points`, (draws, scalars)."""
-    noise = torch.from_numpy((points - response.loc) / response.scale)
+    noise = torch.as_tensor((points - response.loc) / response.scale)
     sizes = [site.unconstrained.numel() for site in response.sites]
     pieces = noise.split(sizes, dim=1)
     return {

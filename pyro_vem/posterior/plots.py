@@ -8,6 +8,7 @@ import torch
 
 from ..errors import ModelError, unknown_names
 from ..fit.result import VEMResult
+from ..model.device import on_its_device
 from ..model.runtime import isolated
 from .comparison import Comparison
 from .diagnose import Diagnosis
@@ -55,6 +56,7 @@ def elbo(fit: VEMResult, ax: Any = None) -> Any:
     return ax
 
 
+@on_its_device
 def terms_over_steps(fit: VEMResult, ax: Any = None) -> Any:
     """Each term of the bound after every step of a fit, in nats from its final value.
 
@@ -71,8 +73,8 @@ def terms_over_steps(fit: VEMResult, ax: Any = None) -> Any:
     values: dict[str, list[float]] = {}
     with isolated(torch.float64), torch.no_grad():
         for point in fit._points:
-            phi = setup.phi.constrained(torch.from_numpy(point.phi))
-            found = setup.objective.terms(phi, setup.theta_values(torch.from_numpy(point.theta)))
+            phi = setup.phi.constrained(torch.as_tensor(point.phi))
+            found = setup.objective.terms(phi, setup.theta_values(torch.as_tensor(point.theta)))
             for name, value in found.items():
                 values.setdefault(name, []).append(float(value))
     ax = _axes(ax)

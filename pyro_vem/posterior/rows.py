@@ -106,7 +106,7 @@ def owners_of(fit: VEMResult, plate: Plate, inside: list[NoiseSpec]) -> dict[str
     for k in range(bits):
         is_set = (np.arange(plate.size) >> k & 1).astype(bool)
         patterns += [is_set, ~is_set]
-    moved = torch.from_numpy(TEST * np.stack(patterns))
+    moved = torch.as_tensor(TEST * np.stack(patterns))
     noise = {
         spec.name: torch.zeros(len(moved), *spec.shape, dtype=torch.float64)
         for spec in fit.setup.objective.specs

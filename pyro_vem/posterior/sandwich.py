@@ -77,7 +77,7 @@ def _rows(fit: VEMResult, plate: str, x: Vector) -> Tensor:
             "the bound sums discrete sites out at expected log densities, which do not come apart by "
             "rows: there is no sandwich where latents go with discrete sites"
         )
-    phi, theta = (torch.from_numpy(part.copy()) for part in np.split(x, [setup.phi.size]))
+    phi, theta = (torch.as_tensor(part.copy()) for part in np.split(x, [setup.phi.size]))
     with isolated(torch.float64), torch.no_grad():
         values = setup.phi.constrained(phi), setup.theta_values(theta)
         return objective.row_parts(*values, lambda parts: by_row(parts, plate)).mean(0)

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import numpy as np
 import pyro.distributions as dist
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributions as td
 
@@ -22,6 +23,7 @@ from .slots import RATIO, RESIDUAL, Spec
 Mean: TypeAlias = Mapping[str, Tensor]
 Cov: TypeAlias = Mapping[tuple[str, str], Tensor]
 Rule: TypeAlias = tuple[Tensor, Tensor]
+Vector: TypeAlias = NDArray[np.float64]
 
 REACH = 8.0  # of the trapezoid rule, in standard deviations
 FEW = 8  # nodes up to which Gauss-Hermite is always better: narrow factors need no more
@@ -30,19 +32,29 @@ LOGIT = (td.Bernoulli, td.Binomial, td.NegativeBinomial, td.Geometric)
 BOUNDED = (*LOGIT, td.StudentT, td.Cauchy, td.HalfCauchy)
 
 
-@functools.cache
 def gauss_hermite(n: int) -> Rule:
     """Nodes and weights of N(0, 1)."""
-    x, w = np.polynomial.hermite_e.hermegauss(n)
-    return torch.from_numpy(x), torch.from_numpy(w / w.sum())
+    x, w = _hermite(n)
+    return torch.as_tensor(x), torch.as_tensor(w)
+
+
+def trapezoid(n: int) -> Rule:
+    """Equidistant nodes with normal weights, 24 for n = 16."""
+    x, w = _equidistant(n)
+    return torch.as_tensor(x), torch.as_tensor(w)
 
 
 @functools.cache
-def trapezoid(n: int) -> Rule:
-    """Equidistant nodes with normal weights, 24 for n = 16."""
+def _hermite(n: int) -> tuple[Vector, Vector]:
+    x, w = np.polynomial.hermite_e.hermegauss(n)
+    return x, w / w.sum()
+
+
+@functools.cache
+def _equidistant(n: int) -> tuple[Vector, Vector]:
     x = np.linspace(-REACH, REACH, 3 * n // 2)
     w = np.exp(-(x**2) / 2)
-    return torch.from_numpy(x), torch.from_numpy(w / w.sum())
+    return x, w / w.sum()
 
 
 def tensor_grid(n: int, dimensions: int) -> Rule:

@@ -5,6 +5,7 @@ the latents. One product with each map serves the whole model, and its adjoint i
 so that the cost of autograd does not grow with the number of sites.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -78,24 +79,30 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The rows at x."""
-        if _is_traced.get():
+        if _is_traced.get() or x.device.type != "cpu":
             return self._operations(x)
         result: Tensor = _Map.apply(x, self, False)  # type: ignore[no-untyped-call]
         return result
 
     def _operations(self, x: Tensor) -> Tensor:
         """The rows at x by operations of torch alone."""
-        triplets = self._sparse.tocoo()
-        rows, columns = (torch.from_numpy(i).long() for i in (triplets.row, triplets.col))
-        parts = torch.from_numpy(triplets.data) * x.index_select(0, columns)
+        rows, columns, coefficients = self._triplets
+        parts = coefficients * x.index_select(0, columns)
         result = torch.zeros(self._sparse.shape[0], dtype=x.dtype).index_add(0, rows, parts)
         for span, where, matrix in self._denses:
             before, after = span.start, self._sparse.shape[0] - span.stop
             result = result + torch.nn.functional.pad(matrix @ x[where], (before, after))
         return result
 
+    @functools.cached_property
+    def _triplets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, columns and coefficients, on the device of the fit."""
+        found = self._sparse.tocoo()
+        rows, columns = (torch.as_tensor(index).long() for index in (found.row, found.col))
+        return rows, columns, torch.as_tensor(found.data)
+
     def apply(self, x: Tensor) -> Tensor:
-        """The rows at x, without a graph."""
+        """The rows at x, without a graph, on the processor."""
         result = torch.from_numpy(self._sparse @ x.numpy())
         for rows, columns, matrix in self._denses:
             result[rows] += matrix @ x[columns]

@@ -22,7 +22,7 @@ class Family:
         name: how the plan calls it.
         support: "real", "positive", "unit" or "simplex".
         statistics: u -> t(u), shaped (statistics, elements).
-        probes: values of u, shaped (statistics + 1, size), at which t and 1 are independent.
+        points: values of u, shaped (statistics + 1, size), at which t and 1 are independent.
         expected: the factor's parameters (of u) -> E t(u).
         updated: natural parameters and the factor's present ones -> the factor that is best;
             None where there is no factor.
@@ -35,7 +35,7 @@ class Family:
     name: str
     support: str
     statistics: Statistics
-    probes: Tensor
+    points: Tensor
     expected: Callable[[Values], Tensor] | None = None
     updated: Callable[[Tensor, Values], dict[str, Tensor]] | None = None
     best: Callable[[Tensor], Tensor] | None = None
@@ -46,7 +46,12 @@ class Family:
     @property
     def num(self) -> int:
         """Number of statistics, without the constant."""
-        return len(self.probes) - 1
+        return len(self.points) - 1
+
+    @property
+    def probes(self) -> Tensor:
+        """The points, on the device of the fit."""
+        return torch.as_tensor(self.points)
 
     def design(self, points: Tensor) -> Tensor:
         """(1, t_1, ...) at some points, a row each."""

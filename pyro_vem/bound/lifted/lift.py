@@ -197,7 +197,7 @@ def _coupled(
 
 
 def _levels(variable: Variable, layout: Tensor) -> Tensor:
-    levels = LEVELS[variable.support].unsqueeze(-1)
+    levels = torch.tensor(LEVELS[variable.support], dtype=torch.float64).unsqueeze(-1)
     members = torch.arange(layout.shape[1])
     if variable.support == "real":
         return levels * (1 + 0.31 * members) + 0.17 * members.square() * levels.square()
@@ -211,13 +211,14 @@ def _tried(probe: Probe, variable: Variable, family: Family, layout: Tensor, ind
     before = probe.variables[variable.name]
     probe.variables[variable.name] = variable
     run, groups, support = probe.along(variable.name), len(layout), variable.support
-    checks = 0.7 * LEVELS[support][:2].unsqueeze(-1).expand(-1, layout.shape[1])
+    two = torch.tensor(LEVELS[support][:2], dtype=torch.float64)
+    checks = 0.7 * two.unsqueeze(-1).expand(-1, layout.shape[1])
     checks = checks * (1 - 0.13 * torch.arange(layout.shape[1]))
     points = torch.cat([family.probes, checks])
     failed = dict.fromkeys(index.several, "an element of it depends on several elements")
     coding, design = Coding(variable, family, layout, index.where, failed), family.design(checks)
     runs = [run(coding.flat(point.expand(groups, -1))) for point in points]
-    num = len(family.probes)
+    num = family.num + 1
     for name in index.where:
         values = torch.stack([r[name] for r in runs])
         table = coding.solved(values[:num], index.where[name])

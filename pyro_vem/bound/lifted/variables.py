@@ -15,9 +15,9 @@ from .families import FACTORS, PARAMETERS, Family, block_normal, dirichlet
 
 MOST_MEMBERS = 12  # of a block: 91 runs of the model for its statistics
 LEVELS = {
-    "real": torch.tensor([0.37, -1.13, 1.71, -0.59], dtype=torch.float64),
-    "positive": torch.tensor([0.83, 1.91, 0.47, 1.37], dtype=torch.float64),
-    "unit": torch.tensor([0.41, 0.73, 0.17, 0.58], dtype=torch.float64),
+    "real": (0.37, -1.13, 1.71, -0.59),
+    "positive": (0.83, 1.91, 0.47, 1.37),
+    "unit": (0.41, 0.73, 0.17, 0.58),
 }
 
 
