@@ -329,6 +329,7 @@ def model(y):
     m = pyro.sample("m", dist.Normal(0., 1.)); s = pyro.sample("s", dist.HalfCauchy(1.))
     with pyro.plate("rows", len(y)):
         z = pyro.sample("z", dist.Normal(m, s)); pyro.sample("y", dist.Bernoulli(logits=z), obs=y)
+    pyro.sample("v", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
 fit = vem.fit_vem(model, {"y": torch.tensor([1., 0., 1.])}, progress=False)
 print(fit.status.name, "torch._dynamo" in sys.modules, "sympy" in sys.modules)
 """

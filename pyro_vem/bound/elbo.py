@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..model.device import seed_generators
+from ..model.modules import modules_called
 from ..model.roles import roles_of
 from ..model.runtime import (
     Execution,
     Site,
     is_deterministic,
     is_subsample,
-    modules_called,
     repeatable,
 )
 from .dependence import Pair, leaves_of

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..errors import ModelError, UnsupportedModelError
 from ..model.checks import run_checked
 from ..model.data import Arguments
-from ..model.runtime import Execution, Program, is_summed_out, modules_called, repeatable
+from ..model.modules import modules_called
+from ..model.runtime import Execution, Program, is_summed_out, repeatable
 from ..model.sites import plates_of
 from .dependence import Pair
 from .draws import NoiseSpec

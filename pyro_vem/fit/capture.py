@@ -84,8 +84,8 @@ def function_of(setup: "Setup", block: str) -> Callable[[Tensor, Tensor], Tensor
         return lambda x, other: -setup.elbo(x, other)
     if block == "M":
         return lambda x, other: -setup.elbo(other, x)
-    size = setup.phi.size
-    return lambda x, other: -setup.elbo(x[:size], x[size:])
+    sizes = [setup.phi.size, setup.theta.size]
+    return lambda x, other: -setup.elbo(*x.split(sizes))
 
 
 def capture(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, other: Tensor) -> Captured | str:

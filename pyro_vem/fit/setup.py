@@ -19,11 +19,12 @@ from ..guides.factorised import Factorised, FactorisedNormal
 from ..guides.mean_field import MeanFieldNormal
 from ..model.checks import run_checked
 from ..model.data import Arguments, arguments
+from ..model.modules import copied
 from ..model.parameters import Block, Parameter
 from ..model.prototype import Prototype, discover_modules, parameters_of, prototype
 from ..model.roles import roles_of
 from ..model.rows import Rows, Share
-from ..model.runtime import Program, copied
+from ..model.runtime import Program
 from .capture import Captures, Compile
 from .processes import Processes
 

@@ -14,8 +14,9 @@ from ..errors import ModelError, UnsupportedModelError, unknown_names
 from .checks import check_parameter, run_checked
 from .data import Arguments
 from .density import lean_log_prob
+from .modules import modules_called
 from .parameters import Parameter, off_boundary
-from .runtime import Execution, Program, Scout, Site, default_dtype, is_summed_out, modules_called
+from .runtime import Execution, Program, Scout, Site, default_dtype, is_summed_out
 from .sites import Latent, Plate, bijector, init_strategy, initial_values, latent_of, plates_of
 
 

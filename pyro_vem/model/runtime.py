@@ -4,12 +4,13 @@ Everything that touches Pyro's or torch's global state, or an internal of theirs
 module: `isolated` puts the state back, `Program` swaps parameters and weights for one run.
 """
 
-import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
+import numpy as np
 import pyro
 import torch
 from pyro.distributions import Delta
@@ -66,6 +67,7 @@ def isolated(
             pyro.validation_enabled(False),
             default_dtype(dtype or torch.get_default_dtype()),
             on_device(device or torch.get_default_device()),
+            light_shapes(),
             warnings.catch_warnings(),
         ):
             warnings.filterwarnings("ignore", message=SWAPPED)
@@ -76,6 +78,28 @@ def isolated(
             torch.set_num_threads(usual_threads)
         torch.distributions.Distribution._validate_args = torch_validation
         set_generators(rng)
+
+
+@contextmanager
+def light_shapes() -> Iterator[None]:
+    """`torch.broadcast_shapes` by NumPy inside the block, where torch's own has not been used yet.
+
+    At its first use, by any MultivariateNormal, torch's loads sympy: a quarter of a second.
+    """
+    before = torch.broadcast_shapes
+    if "sympy" not in sys.modules:
+        torch.broadcast_shapes = _broadcast_shapes
+    try:
+        yield
+    finally:
+        torch.broadcast_shapes = before
+
+
+def _broadcast_shapes(*shapes: Any) -> torch.Size:
+    try:
+        return torch.Size(np.broadcast_shapes(*shapes))
+    except ValueError as error:
+        raise RuntimeError(f"shapes {shapes} cannot be broadcast") from error
 
 
 @contextmanager
@@ -334,53 +358,3 @@ def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.is_floating_point():
         value = value.to(dtype)
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-
-
-def copied(module: nn.Module) -> nn.Module:
-    """A deep copy of a guide module.
-
-    Pyro's autoguides drop their model when they are copied, the original too: both get it back.
-    """
-    kept: list[dict[str, Any]] = [
-        {key: m.__dict__[key] for key in ("_model", "_original_model", "master") if key in m.__dict__}
-        for m in module.modules()
-    ]
-    try:
-        twin = copy.deepcopy(module)
-    finally:
-        for m, values in zip(module.modules(), kept, strict=True):
-            m.__dict__.update(values)
-    for m, values in zip(twin.modules(), kept, strict=True):
-        m.__dict__.update({key: value for key, value in values.items() if key != "master"})
-    return twin
-
-
-@contextmanager
-def modules_called() -> Iterator[list[nn.Module]]:
-    """Collect the outermost modules whose forward runs inside the block; their buffers are put back.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(1, 1))
-        >>> with modules_called() as found:
-        ...     _ = net(torch.zeros(1))
-        >>> found == [net]
-        True
-    """
-    found: list[nn.Module] = []
-    before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-
-    def note(module: nn.Module, _: Any) -> None:
-        if not any(module is m for known in found for m in known.modules()):
-            found.append(module)
-            for owner in module.modules():
-                buffers = {name: b for name, b in owner._buffers.items() if b is not None}
-                before.extend((owner, name, b, b.clone()) for name, b in buffers.items())
-
-    handle = nn.modules.module.register_module_forward_pre_hook(note)
-    try:
-        yield found
-    finally:
-        handle.remove()
-        with torch.no_grad():
-            for owner, name, buffer, value in reversed(before):  # the first snapshot is the oldest
-                owner._buffers[name] = buffer.copy_(value)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...model.density import collapsed
 from ...model.runtime import Site
 from ..kl import leaf_of
 from .families import Values
@@ -105,7 +104,10 @@ def coupled_of(site: Site, variable: Variable) -> Coupled | str:
         return "its scale differs between rows"
     if site["mask"] is not None or leaf.mask() is not True:
         return "some of its rows are masked"
-    loc, tril = leaf.dist.loc.double(), collapsed(leaf.dist.scale_tril, 2).double()
+    loc = leaf.dist.loc.double()
+    tril = (
+        leaf.dist._unbroadcasted_scale_tril.double()
+    )  # derivatives of the other one are as large as all rows
     size, unit = loc.shape[-1], variable.unit.reshape(-1)[0]
     if tril.shape[:-2].numel() > 1:
         tril = tril.expand(*variable.shape, size)
