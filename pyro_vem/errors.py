@@ -1,7 +1,12 @@
-"""The errors that users meet. Each message names the site and what to type instead."""
+"""The errors and warnings that users meet. Each message names the site and what to type instead."""
 
 import difflib
+import itertools
+import sys
+import warnings
 from collections.abc import Iterable
+
+OURS = ("pyro_vem", "pyro", "torch", "contextlib")  # packages whose lines tell a user nothing
 
 
 class VEMError(Exception):
@@ -65,3 +70,15 @@ def unknown_names(what: str, given: Iterable[str], known: Iterable[str]) -> str 
         parts.append(f"unknown name {name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
     listing = ", ".join(repr(name) for name in known) or "none"
     return f"{what}: {', '.join(parts)}. Known names: {listing}."
+
+
+def warn(message: str) -> None:
+    """A `UserWarning` at the user's own line, however deep it arises."""
+    for level in itertools.count(1):
+        try:
+            name = sys._getframe(level).f_globals.get("__name__", "")
+        except ValueError:  # no line of the user's
+            break
+        if name.partition(".")[0] not in OURS:
+            break
+    warnings.warn(message, stacklevel=level + 1)

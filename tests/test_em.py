@@ -10,10 +10,12 @@ from scipy import special
 from torch.distributions import constraints
 
 import pyro_vem as vem
+from pyro_vem.fit.together import Together
 from pyro_vem.posterior.importance import pools
 
 D = torch.float64
 WAITS = {"y": zoo_em.WAITING}
+Y8 = torch.tensor([0.1, -0.8, 0.4, 0.9, -0.3, 6.1, 5.2, 5.9], dtype=D)
 
 
 def test_old_faithful_is_the_fixed_point_of_em(fit):
@@ -117,10 +119,14 @@ def forward_backward(start, moves, mu, sd, y):
     return log_likelihood, torch.stack(marginals[::-1])
 
 
-def test_a_hidden_markov_chain_has_forward_and_backward(fit):
+def switching():
     generator = torch.Generator().manual_seed(2)
     states = torch.tensor([0] * 8 + [1] * 10 + [0] * 7)
-    y = 2.5 * states - 1 + torch.randn(25, generator=generator, dtype=D)
+    return 2.5 * states - 1 + torch.randn(25, generator=generator, dtype=D)
+
+
+def test_a_hidden_markov_chain_has_forward_and_backward(fit):
+    y = switching()
     result = fit(zoo_em.chain, {"y": y})
     p = result.params
     log_likelihood, marginals = forward_backward(p["start"], p["moves"], p["mu"], p["sd"], y)
@@ -362,6 +368,62 @@ def test_a_start_may_do_better(fit):
     assert many.params["mu"].sort().values.numpy() == pytest.approx([-6.0, 0.0, 6.0], abs=0.02)
 
 
+TOGETHER = {
+    "mixture": (zoo_em.two_waits, WAITS, {}),
+    "bayesian mixture": (zoo_em.two_waits_bayes, WAITS, {}),
+    "plain rounds": (zoo_em.two_waits, WAITS, {"schedule": "alternate", "tol": 1e-9}),
+    "factors of their families": (zoo_em.normal_gamma, {"y": WAITS["y"][:20]}, {"guide": "auto"}),
+}
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_starts_at_once_end_where_each_alone_does(fit, monkeypatch, case):
+    model, data, options = TOGETHER[case]
+    at_once = fit(model, data, num_starts=5, **options)
+    assert any("rounds of 5 starts at once" in row.note for row in at_once.history)
+    monkeypatch.setattr("pyro_vem.fit.together.can_go_together", lambda *_: False)
+    alone = fit(model, data, num_starts=5, **options)
+    assert not any("at once" in row.note for row in alone.history)
+    assert at_once.status is alone.status is vem.Status.converged
+    assert at_once.elbo == pytest.approx(alone.elbo, abs=1e-6)
+    assert [s.elbo for s in at_once.starts] == pytest.approx([s.elbo for s in alone.starts], abs=1e-4)
+    rises = [row.after - row.before for row in at_once.history]
+    assert min(rises) > -1e-8
+
+
+def test_starts_that_need_more_than_closed_forms_go_one_by_one(fit):
+    settings = [{"schedule": "profile"}, {"m_step": "newton"}, {"e_step": "lbfgs"}]
+    cases = [(zoo_em.two_waits, WAITS, options) for options in settings]
+    cases += [(zoo_em.chain, {"y": switching()}, {})]
+    for model, data, options in cases:
+        result = fit(model, data, num_starts=2, **options)
+        assert not any("at once" in row.note for row in result.history)
+        assert len(result.starts) == 2
+
+
+@pytest.mark.parametrize("where", ["in a round", "in a callback"])
+def test_starts_at_once_may_be_interrupted(fit, monkeypatch, where):
+    rounds, through = [], Together._round
+
+    def stop_in_round(self, is_moving, iteration):
+        rounds.append(iteration)
+        if where == "in a round" and iteration == 4:
+            raise KeyboardInterrupt
+        through(self, is_moving, iteration)
+
+    def stop_in_callback(step, params):
+        if where == "in a callback" and "at once" in step.note:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Together, "_round", stop_in_round)
+    result = fit(zoo_em.two_waits_bayes, WAITS, num_starts=3, callbacks=[stop_in_callback])
+    assert result.status is vem.Status.interrupted
+    assert [start.status for start in result.starts] == [vem.Status.interrupted] * 3
+    assert result.elbo == max(start.elbo for start in result.starts) > result.history[0].before
+    assert rounds == list(range(1, len(rounds) + 1))
+    assert (len(rounds) == 4) == (where == "in a round")
+
+
 def test_the_caller_may_give_an_m_step(fit):
     """The sd of a random effect from draws: the root of the mean square."""
 
@@ -449,7 +511,6 @@ def test_starts_are_saved(fit, tmp_path):
 
 
 PARALLEL = {"infer": {"enumerate": "parallel"}}
-Y8 = torch.tensor([0.1, -0.8, 0.4, 0.9, -0.3, 6.1, 5.2, 5.9], dtype=D)
 
 
 def test_masked_rows_of_a_mixture_count_nothing(fit):
@@ -551,6 +612,37 @@ def test_a_component_that_collapses_has_run_away(fit):
     y = torch.cat([torch.randn(50, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0])])
     with pytest.warns(UserWarning, match="'sd' has run away"):
         assert fit(model, {"y": y}).status is vem.Status.diverged
+
+
+def collapsing(y):
+    """Two components, each with its own sd; some starts end with one point alone in one of them."""
+    mu = pyro.param("mu", torch.tensor([-0.5, 0.5]))
+    sd = pyro.param("sd", torch.ones(2), constraint=constraints.positive)
+    w = pyro.param("w", torch.ones(2) / 2, constraint=constraints.simplex)
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(w), **PARALLEL)
+        pyro.sample("y", dist.Normal(mu[z], sd[z]), obs=y)
+
+
+def test_a_start_that_runs_away_is_not_the_best(fit):
+    """Its bound is the highest of all, since it has no end."""
+    with pytest.warns(UserWarning, match="'sd' has run away") as caught:
+        result = vem.fit_vem(collapsing, {"y": torch.arange(4.0)}, num_starts=6)
+    assert {w.filename for w in caught} == {__file__}  # the user's own line
+    assert result.status is vem.Status.converged
+    ended = [start.status for start in result.starts]
+    assert vem.Status.diverged in ended
+    diverged = max(start.elbo for start in result.starts if start.status is vem.Status.diverged)
+    assert diverged > result.elbo == max(s.elbo for s in result.starts if s.status is vem.Status.converged)
+
+
+def test_a_state_that_is_never_left_is_no_runaway(fit):
+    """The probability of a move that no row makes goes to zero, below what torch tells from it."""
+    result = fit(zoo_em.chain, {"y": Y8})
+    assert result.status is vem.Status.converged
+    assert float(result.params["moves"].min()) < 1e-9
+    log_likelihood, _ = forward_backward(*(result.params[n] for n in ("start", "moves", "mu", "sd")), Y8)
+    assert result.elbo == pytest.approx(log_likelihood, abs=1e-9)
 
 
 def test_an_observation_mask_under_a_discrete_site_names_the_remedy(fit):

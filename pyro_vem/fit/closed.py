@@ -52,10 +52,14 @@ class ClosedForm:
     @property
     def is_exact(self) -> bool:
         """True if one E-step is the optimum in phi, wherever it starts."""
+        is_searched = any(self.is_searched(name) for name in sum(self.latents, ()))
+        return self.is_all_of["E"] and len(self.latents) <= 1 and not is_searched
+
+    def is_searched(self, name: str) -> bool:
+        """True if a latent's best factor has no formula: its update is a Newton step."""
         lifted = self.terms.lifted
-        families = {n: lifted.found.codings[n].family for n in sum(self.latents, ())}
-        newton = any((f.num > 2 and not f.has_unit) or n in lifted.singles for n, f in families.items())
-        return self.is_all_of["E"] and len(self.latents) <= 1 and not newton
+        family = lifted.found.codings[name].family
+        return (family.num > 2 and not family.has_unit) or name in lifted.singles
 
     @property
     def is_complete(self) -> bool:
@@ -64,7 +68,7 @@ class ClosedForm:
 
     def step(self, state: State, block: str, iteration: int) -> tuple[State, Step | None]:
         """Each factor (or each parameter) in turn at its best given the others; None if there is none."""
-        batches, moments = (self.latents, ()) if block == "E" else (self.parameters, self.moments)
+        batches, moments = self.batches_of(block), self.moments if block == "M" else ()
         if not (batches or moments):
             return state, None
         start = time.perf_counter()
@@ -75,7 +79,7 @@ class ClosedForm:
             self.is_restarting = moved.elbo > state.elbo
             evaluations = RESTARTED * len(self.weights) + len(self.others) + 1
         if not moved.elbo > state.elbo:
-            sweep, note = Sweep(self.setup, self.terms, state), "closed form"
+            sweep, note = self._sweep(state), "closed form"
             for batch in batches:
                 sweep.update(batch)
             for prior in moments:
@@ -87,16 +91,24 @@ class ClosedForm:
         seconds = time.perf_counter() - start
         return moved, Step(iteration, block, state.elbo, elbo, 0.0, evaluations, 0, seconds, note)
 
+    def batches_of(self, block: str) -> list[tuple[str, ...]]:
+        """What a step updates, in order: "E", "M", or "restart" (an E-step from equal weights)."""
+        restart = self.weights * RESTARTED + self.others
+        return {"E": self.latents, "M": self.parameters, "restart": restart}.get(block, [])
+
+    def _sweep(self, state: State) -> Sweep:
+        return Sweep.at(self.setup, self.terms, torch.as_tensor(state.phi), torch.as_tensor(state.theta))
+
     def _restarted(self, state: State) -> State:
         """The E-step with mixture weights from equal ones.
 
         A row's weights that have once gone to the wrong components come back slowly, so the first
         rounds forget them: on 395 documents the bound ends thousands of nats higher.
         """
-        sweep = Sweep(self.setup, self.terms, state)
+        sweep = self._sweep(state)
         for batch in self.weights:
             sweep.level(batch)
-        for batch in [*self.weights * RESTARTED, *self.others]:
+        for batch in self.batches_of("restart"):
             sweep.update(batch)
         return sweep.state()
 
@@ -106,7 +118,7 @@ class ClosedForm:
         if not lifted.discrete:
             return state
         generator = torch.Generator().manual_seed(seed)
-        sweep = Sweep(self.setup, self.terms, state)
+        sweep = self._sweep(state)
         with lifted.noisy(START_NOISE, generator, is_alone=also_parameters):
             for batch in [*self.latents, *(self.parameters if also_parameters else ())]:
                 sweep.update(batch)

@@ -26,6 +26,7 @@ from .setup import FitOptions, Setup, set_up
 from .starts import best_of
 from .state import State
 from .status import Status, Step
+from .together import from_starts
 
 PILOT_TOL, PILOT_ROUNDS = 1e-2, 100
 SERIAL = 10_000_000  # numbers in the data below which a fit runs on one thread
@@ -156,30 +157,36 @@ def fit_vem(
             where = init_to_sample if start and given is None else given
             return set_up(model, data, guide, elbo, where, options, seed + start, compile)
 
-        setup, found = set_up_at(0), []
-        for start in range(num_starts):
-            if start and setup.lifted is None:
-                setup = set_up_at(start)
-            run = Run(
-                setup, options, tol, (e_step, m_step), begin, tuple(callbacks), progress, checkpoint=saved
-            )
+        setup = set_up_at(0)
+
+        def begun(start: int) -> Run:
+            here = setup if setup.lifted is not None or not start else set_up_at(start)
+            methods = e_step, m_step
+            run = Run(here, options, tol, methods, begin, tuple(callbacks), progress, checkpoint=saved)
             run.start(warm, start)
-            try:
-                status = _alternate(run, max_iter, schedule)
-            except KeyboardInterrupt:
-                if setup.processes.count > 1:  # the others do not know
-                    raise
-                status = Status.interrupted
-                run.save(is_last=True)
-            finally:
-                run.close()
-            found.append(run.result(status))
-            if status is Status.interrupted:
-                break
+            return run
+
+        found = from_starts(
+            begun, lambda run: _finished(run, max_iter, schedule), num_starts, schedule, max_iter
+        )
         best = best_of(found)
-    if status is not Status.interrupted:
+    if found[-1].status is not Status.interrupted:
         saved.remove()
     return replace(best, seconds=time.perf_counter() - begin)
+
+
+def _finished(run: Run, max_iter: int, schedule: Schedule) -> VEMResult:
+    """Rounds from where a run is to their end."""
+    try:
+        status = _alternate(run, max_iter, schedule)
+    except KeyboardInterrupt:
+        if run.setup.processes.count > 1:  # the others do not know
+            raise
+        status = Status.interrupted
+        run.save(is_last=True)
+    finally:
+        run.close()
+    return run.result(status)
 
 
 def _check_batched(
@@ -248,7 +255,7 @@ def _threads(data: Any) -> int | None:
 
 def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
     """E-step and M-step in turn until nothing is left to gain."""
-    for iteration in range(1, max_iter + 1):
+    for iteration in range(run.iterations + 1, max_iter + 1):
         how = run.schedule_of(iteration, schedule)
         if how == "profile":
             run.profile(iteration)

@@ -1,6 +1,5 @@
 """The bound of a finished fit: exact where it can be, else on fresh draws; and the two held together."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from ..bound.objective import MOST_AT_ONCE
 from ..bound.tables import ElboTerms, TermRow
+from ..errors import warn
 from ..model.runtime import isolated
 from .setup import Setup
 
@@ -36,7 +36,7 @@ def measure(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]
     gap = disagreement(parts)
     if gap is not None:
         setup.objective.add_note(gap)
-        warnings.warn(gap, stacklevel=4)
+        warn(gap)
     exact = _exact_terms(setup, phi, theta)
     rows = []
     for row in setup.objective.shown_plan.rows:

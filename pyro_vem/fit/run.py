@@ -2,7 +2,6 @@
 
 import functools
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import warn
 from .checkpoint import Checkpoint, snapshot
 from .closed import Anderson, ClosedForm
 from .exactness import compile_terms, more_draws, prepare, settle, settle_nodes
@@ -108,7 +108,7 @@ class Run:
         self.bar = progress_bar(self.progress if setup.processes.rank == 0 else False)
         if warm is None:
             self.state, row = start_variances(setup, self.state)
-            self._record(row)
+            self.record(row)
             if settle_nodes(setup, self.state.phi, self.state.theta):  # now, not after a whole fit
                 self._changed("more quadrature nodes")
 
@@ -133,7 +133,7 @@ class Run:
         if block == "M" and isinstance(self.methods[1], Mapping):
             for name, hook in self.methods[1].items():
                 self.state, made = hooked(self.setup, self.state, name, hook, iteration)
-                self._record(made)
+                self.record(made)
             if set(self.methods[1]) >= set(self.setup.theta.names):
                 return
         if self.closed is not None and block != "joint":
@@ -142,7 +142,7 @@ class Run:
                 if self.closed.is_all_of["E"]:
                     return
             self.state, row = self.closed.step(self.state, block, iteration)
-            self._record(row)
+            self.record(row)
             if self.closed.is_all_of[block]:
                 return
         self.state, row = step(
@@ -150,7 +150,7 @@ class Run:
             iteration=iteration, gtol=self.gtol, method=self._method(block),
             max_iter=self.options.step_iterations,
         )  # fmt: skip
-        self._record(row)
+        self.record(row)
 
     def schedule_of(self, iteration: int, schedule: Schedule) -> Schedule:
         """What one round does; "auto" decides by whether steps have closed forms.
@@ -174,7 +174,7 @@ class Run:
         """A quasi-Newton step in theta, with the E-step at its end."""
         self.iterations = iteration
         self.state, row = self.profiled.step(self.state, iteration)
-        self._record(row)
+        self.record(row)
 
     @functools.cached_property
     def profiled(self) -> Profile:
@@ -224,7 +224,7 @@ class Run:
             self.anderson.restart()
             note = "extrapolation rolled back: the bound would have fallen"
         seconds = time.perf_counter() - start
-        self._record(Step(iteration, "joint", old.elbo, self.state.elbo, 0.0, 1, 0, seconds, note))
+        self.record(Step(iteration, "joint", old.elbo, self.state.elbo, 0.0, 1, 0, seconds, note))
 
     def is_converged(self) -> bool:
         """The stopping rule, tried only where the gains say that it may hold.
@@ -264,7 +264,7 @@ class Run:
         self.anderson.restart()
         self.__dict__.pop("profiled", None)
         seconds, note = time.perf_counter() - start, f"left a saddle of the bound along {names}"
-        self._record(Step(self.iterations, "check", old.elbo, self.state.elbo, 0.0, 0, 0, seconds, note))
+        self.record(Step(self.iterations, "check", old.elbo, self.state.elbo, 0.0, 0, 0, seconds, note))
         return True
 
     def _tolerance(self) -> float:
@@ -310,7 +310,7 @@ class Run:
         before = self.state.elbo
         elbo = elbo_at(self.setup, self.state.phi, self.state.theta)
         self.state = replace(self.state, elbo=elbo)
-        self._record(Step(self.iterations, "check", before, elbo, 0.0, 1, 0, 0.0, change))
+        self.record(Step(self.iterations, "check", before, elbo, 0.0, 1, 0, 0.0, change))
 
     def _gain_of_round(self) -> float:
         """Gain of the last M-step and the E-step after it (or of the joint step)."""
@@ -322,7 +322,7 @@ class Run:
         """True, with a warning that names it, if a site or parameter has run away."""
         name = self.setup.processes.first(runaway(self.setup, self.state, self.first))
         if name is not None:
-            warnings.warn(f"site {name!r} has run away: {Status.diverged.value}", stacklevel=5)
+            warn(f"site {name!r} has run away: {Status.diverged.value}")
         return name is not None
 
     def result(self, status: Status) -> VEMResult:
@@ -367,7 +367,8 @@ class Run:
         size = self.setup.processes.spread(block).size(sizes.get(block, sum(sizes.values())))
         return "newton" if size <= NEWTON_LIMIT else "lbfgs"
 
-    def _record(self, row: Step | None) -> None:
+    def record(self, row: Step | None) -> None:
+        """Add a row to the history, and tell whoever watches."""
         if row is None:
             return
         self.history.append(row)

@@ -1,6 +1,5 @@
 """From a user's model, data and guide to a problem with its blocks of parameters."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from ..bound.lifted.lifted import Lifted
 from ..bound.lifted.terms import LiftedTerms
 from ..bound.objective import Objective
 from ..bound.problem import Problem, plan_problem
-from ..errors import ModelError, unknown_names
+from ..errors import ModelError, unknown_names, warn
 from ..guides.conjugate import MeanFieldConjugate
 from ..guides.factorised import Factorised, FactorisedNormal
 from ..guides.mean_field import MeanFieldNormal
@@ -191,10 +190,9 @@ def set_up(
             "without obs=, or pyro.param statements"
         )
     if not proto.observed:
-        warnings.warn(
+        warn(
             "the model has no observed site: the fit returns its prior; did you forget obs= or a "
-            "data argument?",
-            stacklevel=3,
+            "data argument?"
         )
     latents = tuple(site for site in proto.latents if site.name not in map_sites)
     _check_modules_apart(guide, program)

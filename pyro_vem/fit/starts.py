@@ -36,8 +36,16 @@ class Start:
 
 
 def best_of(fits: Sequence[VEMResult]) -> VEMResult:
-    """The fit with the highest bound; a report on all of them if there are several."""
-    best = max(fits, key=lambda fit: fit.elbo if fit.elbo == fit.elbo else -torch.inf)
+    """The fit with the highest bound; a report on all of them if there are several.
+
+    One that has run away is the best only where all have: a bound that grows without end, as that of a
+    component with one row does, is no sign of a good fit (Redner and Walker 1984, SIAM Review 26).
+    """
+
+    def merit(fit: VEMResult) -> tuple[bool, float]:
+        return fit.status is not Status.diverged, fit.elbo if fit.elbo == fit.elbo else -torch.inf
+
+    best = max(fits, key=merit)
     if len(fits) == 1:
         return best
     rows = densities(best)

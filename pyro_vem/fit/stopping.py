@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from torch.distributions import constraints
 
 from ..guides.factorised import FactorisedNormal
 from .setup import Setup
@@ -12,7 +13,7 @@ from .state import State, joint_loss
 GRADIENT_LIMIT = 1e-3  # of the scaled gradient per square root of dimension: posterior sds
 RUNAWAY = 25.0  # |log sd| beyond which a factor has collapsed or exploded
 DRIFT = 1e8  # movement of a real parameter, relative to its start, that no data set needs
-CANCELLED = 17.0  # log ratio at which x^-2 outgrows the digits of the statistics beside it
+CANCELLED = 15.0  # log ratio at which x^-2 leaves the statistics beside it two or three digits
 FAR = 50.0  # movement of a constrained one on its unconstrained (mostly log) scale, likewise
 
 
@@ -59,6 +60,8 @@ def runaway(setup: Setup, state: State, start: State) -> str | None:
     drift = np.abs(state.theta - start.theta)
     tabulated = setup.lifted.lifted.found.codings if setup.lifted is not None else {}
     for parameter in setup.theta.parameters:
+        if parameter.constraint is constraints.simplex:
+            continue  # at its edge a component is empty, and the bound has its maximum there
         where = setup.theta.where([parameter.name])
         limit = DRIFT * (1 + np.abs(start.theta[where])) if parameter.is_real else FAR
         if parameter.name in tabulated and tabulated[parameter.name].variable.support == "positive":

@@ -23,37 +23,53 @@ class Sweep:
     Args:
         setup: the problem.
         terms: its closed forms.
-        state: where the sweep starts.
+        phi: the guide's parameters where the sweep starts, constrained.
+        theta: the model's.
+        statistics: expected ones there, if they are known.
     """
 
-    def __init__(self, setup: Setup, terms: LiftedTerms, state: State) -> None:
-        self._setup, self._terms, self._start = setup, terms, state
-        self._phi = setup.phi.constrained(torch.as_tensor(state.phi))
-        self._theta = setup.theta_values(torch.as_tensor(state.theta))
+    def __init__(
+        self,
+        setup: Setup,
+        terms: LiftedTerms,
+        phi: Mapping[str, Tensor],
+        theta: Mapping[str, Tensor],
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._setup, self._terms = setup, terms
+        self.phi, self.theta = dict(phi), dict(theta)
         with torch.no_grad():
-            self._statistics = terms.statistics(self._phi, self._theta)
+            self.statistics = dict(statistics or terms.statistics(self.phi, self.theta))
         self._kept: dict[str, Tensor] = {}
         has = setup.processes.has
         self._own = {site.name for site in setup.prototype.latents if has(site.plates)}
 
+    @classmethod
+    def at(cls, setup: Setup, terms: LiftedTerms, phi: Tensor, theta: Tensor) -> "Sweep":
+        """A sweep from flat vectors."""
+        return cls(setup, terms, setup.phi.constrained(phi), setup.theta_values(theta))
+
     @torch.no_grad()
     def update(self, batch: Sequence[str]) -> None:
         """Move some variables that share no table to their best values."""
+        self.take(batch, self._terms.lifted.natural(batch, self.statistics, self.theta, self._kept))
+
+    @torch.no_grad()
+    def take(self, batch: Sequence[str], natural: Sequence[Tensor]) -> None:
+        """The same with their natural parameters known; a pure function of what the sweep holds."""
         lifted, guide = self._terms.lifted, self._terms.guide
-        natural = lifted.natural(batch, self._statistics, self._theta, self._kept)
         for name, own in zip(batch, natural, strict=True):
             coding = lifted.found.codings[name]
             eta = own if name in self._own else self._setup.processes.total(own)
             if name in lifted.latents:
                 assert guide is not None
-                now = coding.factor(guide.factor_values(name, self._phi))
-                made = coding.outside(lifted.updated(name, eta, now, self._theta, self._terms.shares[name]))
+                now = coding.factor(guide.factor_values(name, self.phi))
+                made = coding.outside(lifted.updated(name, eta, now, self.theta, self._terms.shares[name]))
                 self._move(name, made)
             else:
                 value = self._best(name, eta)
-                if bool(torch.isfinite(value).all()):
-                    self._theta[name] = value
-                    self._moved(name, self._theta)
+                self.theta[name] = torch.where(torch.isfinite(value).all(), value, self.theta[name])
+                self._moved(name, self.theta)
 
     @torch.no_grad()
     def match(self, moments: Moments) -> None:
@@ -61,41 +77,43 @@ class Sweep:
         lifted, guide = self._terms.lifted, self._terms.guide
         assert guide is not None
         total = self._setup.processes.total if moments.site in self._own else lambda value: value
-        made = lifted.matched(moments, guide.factor_values(moments.site, self._phi), self._theta, total)
+        made = lifted.matched(moments, guide.factor_values(moments.site, self.phi), self.theta, total)
         if all(bool(torch.isfinite(value).all()) for value in made.values()):
-            self._theta |= made
-            self._kept.clear()  # parameters may move coefficients
+            self.theta |= made
+            self._kept = {}  # parameters may move coefficients
 
     @torch.no_grad()
     def level(self, batch: Sequence[str]) -> None:
         """Give all components of some simplexes one weight."""
         for name in batch:
             assert self._terms.guide is not None
-            values = self._terms.guide.factor_values(name, self._phi)
+            values = self._terms.guide.factor_values(name, self.phi)
             self._move(name, {key: torch.ones_like(value) for key, value in values.items()})
 
     @torch.no_grad()
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Where the sweep has come to: phi and theta."""
+        return self._setup.phi.flat(self.phi), self._setup.theta.flat(self.theta)
+
     def state(self) -> State:
-        """Where the sweep has come to."""
-        phi, theta = self._start.phi, self._start.theta
-        if self._setup.phi.size:
-            phi = self._setup.phi.flat(self._phi).numpy()
-        if self._setup.theta.size:
-            theta = self._setup.theta.flat(self._theta).numpy()
+        """The same as a state, with its bound."""
+        phi, theta = (part.numpy() for part in self.flat())
         return State(phi, theta, elbo_at(self._setup, phi, theta))
 
     def _move(self, name: str, values: Mapping[str, Tensor]) -> None:
         """Give a factor new parameters, unless they lie outside their range."""
         guide = self._terms.guide
         assert guide is not None
-        fine = all(bool(torch.isfinite(value).all()) for value in values.values())
-        if fine and all(bool((value > 0).all()) for key, value in values.items() if key in POSITIVE):
-            self._phi |= {guide.parameter_name(key, name): value for key, value in values.items()}
-            self._moved(name, values)
+        fine = [torch.isfinite(value).all() for value in values.values()]
+        fine += [(value > 0).all() for key, value in values.items() if key in POSITIVE]
+        now, is_fine = guide.factor_values(name, self.phi), torch.stack(fine).all()
+        made = {key: torch.where(is_fine, value, now[key]) for key, value in values.items()}
+        self.phi |= {guide.parameter_name(key, name): value for key, value in made.items()}
+        self._moved(name, made)
 
     def _moved(self, name: str, values: Mapping[str, Tensor]) -> None:
         lifted = self._terms.lifted
-        self._statistics[name] = lifted.statistic(name, values)
+        self.statistics[name] = lifted.statistic(name, values)
         for table in lifted.found.tables.values():
             if name in table.scope or name not in lifted.latents:  # parameters may move coefficients
                 self._kept.pop(table.name, None)

@@ -1,7 +1,6 @@
 """ArviZ's two generations: InferenceData (0.x) and xarray's DataTree (1.x, Python 3.12 and later)."""
 
 import datetime
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -9,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from scipy.special import logsumexp
+
+from ..errors import warn
 
 Array: TypeAlias = npt.NDArray[Any]
 Vector: TypeAlias = npt.NDArray[np.float64]
@@ -178,10 +179,9 @@ def approximate_loo(data: Any, name: str) -> Any:
     good_k = min(1 - 1 / np.log10(num), 0.7)
     is_bad = bool((khat > good_k).any())
     if is_bad:
-        warnings.warn(
+        warn(
             f"Estimated shape parameter of Pareto distribution is greater than {good_k:.2f} for one or "
-            "more rows: their leave-one-out posteriors are too far from the draws",
-            stacklevel=3,
+            "more rows: their leave-one-out posteriors are too far from the draws"
         )
     total = float(elpd.sum())
     return az.stats.ELPDData({

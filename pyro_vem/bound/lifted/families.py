@@ -160,6 +160,9 @@ NORMAL_EXPS = Family(
 def block_normal(size: int) -> Family:
     """Normal vectors: t = (u_i, u_i u_j for i <= j)."""
     rows, columns = torch.triu_indices(size, size)
+    table = torch.zeros(size, size, dtype=torch.long)
+    table[rows, columns] = table[columns, rows] = torch.arange(len(rows))
+    number, twice = table.reshape(-1), 1 + torch.eye(size, dtype=torch.float64).reshape(-1)
 
     def statistics(u: Tensor) -> Tensor:
         return torch.cat([u.T, (u[:, rows] * u[:, columns]).T])
@@ -170,9 +173,8 @@ def block_normal(size: int) -> Family:
 
     def quadratic(eta: Tensor) -> tuple[Tensor, Tensor]:
         """Minus the Hessian, and the slope at zero."""
-        halves = torch.zeros(eta.shape[1], size, size, dtype=eta.dtype)
-        halves[:, rows, columns] = -eta[size:].T
-        return halves + halves.mT, eta[:size].T
+        precision = -twice * eta[size:].T[:, number]
+        return precision.reshape(-1, size, size), eta[:size].T
 
     def updated(eta: Tensor, _: Values) -> dict[str, Tensor]:
         precision, slope = quadratic(eta)

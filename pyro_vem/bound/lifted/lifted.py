@@ -326,11 +326,16 @@ class Lifted:
         self, names: Sequence[str], statistics: Values, theta: Values, kept: dict[str, Tensor] | None = None
     ) -> list[Tensor]:
         """Derivatives of the expected log joint in some variables' statistics; `kept` as in `expected`."""
-        leaves = [statistics[name].detach().requires_grad_() for name in names]
+        leaves = {name: statistics[name].detach().requires_grad_() for name in names}
         with torch.enable_grad():
-            moved = {**statistics, **dict(zip(names, leaves, strict=True))}
-            total = torch.stack(list(self.expected(moved, theta, names, kept).values())).sum()
-            return list(torch.autograd.grad(total, leaves, materialize_grads=True))
+            total = self.total(names, {**statistics, **leaves}, theta, kept)
+            return list(torch.autograd.grad(total, list(leaves.values()), materialize_grads=True))
+
+    def total(
+        self, names: Sequence[str], statistics: Values, theta: Values, kept: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """The part of the expected log joint that some variables enter."""
+        return torch.stack(list(self.expected(statistics, theta, names, kept).values())).sum()
 
     def responsibilities(self, statistics: Values, theta: Values) -> dict[str, Tensor]:
         """Marginal probabilities of each discrete site: (values, *plates)."""
@@ -375,7 +380,7 @@ class Lifted:
 
     def misfits(self, values: Values) -> dict[str, float]:
         """Tables that differ from the model at values of all variables (a kink may lie between)."""
-        u = {n: v.internal(values[n]) for n, v in self.probe.variables.items()}
+        u = {n: v.within(v.internal(values[n])) for n, v in self.probe.variables.items()}
         given = {n: values[n] for n in self.probe.others}
         return misfits(self.found, self.tables(values), u, self.probe.pieces(u, given))
 

@@ -65,6 +65,11 @@ class Variable:
         """Flat u at a value."""
         return ((value - self.centre) / self.unit).reshape(-1)
 
+    def within(self, u: Tensor) -> Tensor:
+        """The nearest values whose densities are exact: torch takes probabilities below eps for eps."""
+        eps = torch.finfo(torch.float64).eps
+        return u.clamp(eps, 1 - eps) if self.support in ("unit", "simplex") else u
+
     def without_unit(self) -> "Variable":
         """The same variable with u in its own unit."""
         return replace(self, unit=torch.ones_like(self.unit))
@@ -207,8 +212,7 @@ class Coding:
     def flat(self, groups: Tensor) -> Tensor:
         """The way back."""
         u = torch.empty(self.layout.numel(), dtype=groups.dtype)
-        u[self.layout] = groups.reshape(self.layout.shape)
-        return u
+        return u.index_put((self.layout,), groups.reshape(self.layout.shape))
 
     def statistics(self, value: Tensor) -> Tensor:
         """T at a value of the variable, (statistics, groups)."""

@@ -1,0 +1,230 @@
+"""Several starts at once: rounds of closed forms for all of them in one batch.
+
+A small model's round costs Python and dispatch, which ten starts share under `torch.func.vmap`. Each
+start is extrapolated by itself, as alone; the best one then goes on by itself, with all checks.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import vmap
+
+from ..bound.lifted.table import Table
+from .closed import NOISE, Anderson
+from .result import VEMResult
+from .run import ACCELERATE_FROM, ROUNDING, Run, Schedule
+from .smooth import Vector
+from .state import State
+from .status import Status, Step
+from .sweep import Sweep
+
+MOST_TOGETHER = 2_000_000  # numbers of all starts beyond which batches only cost memory
+STILL = 2  # rounds that gain less than the tolerance, after which a start stands still
+
+Flags: TypeAlias = NDArray[np.bool_]
+Values: TypeAlias = dict[str, Tensor]
+Parts: TypeAlias = tuple[Values, Values, Values]  # phi, theta, statistics
+
+
+def from_starts(
+    begun: Callable[[int], Run],
+    finished: Callable[[Run], VEMResult],
+    num_starts: int,
+    schedule: Schedule,
+    max_iter: int,
+) -> list[VEMResult]:
+    """A result for each start, in order; fewer after an interrupt.
+
+    Args:
+        begun: gives the run of a start, at its first point.
+        finished: takes a run to its end.
+        num_starts: how many.
+        schedule: of the rounds.
+        max_iter: most rounds.
+    """
+    first = begun(0)
+    if num_starts == 1 or not can_go_together(first, schedule, num_starts):
+        found = [finished(first)]
+        while len(found) < num_starts and found[-1].status is not Status.interrupted:
+            found.append(finished(begun(len(found))))
+        return found
+    runs = [first, *(begun(start) for start in range(1, num_starts))]
+    statuses = Together(runs, schedule != "alternate").climb(max_iter)
+    found = [run.result(status) for run, status in zip(runs, statuses, strict=True)]
+    if Status.interrupted not in statuses:
+        for i in np.argsort([-run.state.elbo for run in runs]):
+            found[i] = finished(runs[i])
+            if found[i].status is not Status.diverged:
+                break
+    for run in runs:
+        run.close()
+    return found
+
+
+def can_go_together(run: Run, schedule: Schedule, num_starts: int) -> bool:
+    """True if every step is a pure closed form, and numbers are few enough for batches to pay."""
+    closed, setup = run.closed, run.setup
+    is_asked_for = schedule in ("auto", "accelerated", "alternate") and run.methods == ("auto", "auto")
+    if closed is None or not closed.is_complete or not is_asked_for or setup.processes.count > 1:
+        return False
+    lifted = closed.terms.lifted
+    is_searched = any(closed.is_searched(name) for name in sum(closed.latents, ()))
+    tables = lifted.found.tables.values()  # messages between discrete sites are Pyro's, not for torch.func
+    has_messages = any(isinstance(table, Table) and len(table.discrete) > 1 for table in tables)
+    if closed.moments or lifted.found.live or is_searched or has_messages:
+        return False
+    return num_starts * (closed.terms.num_elements + setup.phi.size) <= MOST_TOGETHER
+
+
+@dataclass
+class Together:
+    """Rounds of several runs of one problem.
+
+    Attributes:
+        runs: each at its start.
+        is_accelerated: whether rounds are extrapolated.
+    """
+
+    runs: Sequence[Run]
+    is_accelerated: bool
+
+    def __post_init__(self) -> None:
+        states = [run.state for run in self.runs]
+        self.phi, self.theta = np.stack([s.phi for s in states]), np.stack([s.theta for s in states])
+        self.elbo = np.array([state.elbo for state in states])
+        self.is_expected = np.zeros(len(states), dtype=bool)  # whether phi has followed extrapolated theta
+        self.rules = [Anderson() for _ in states]
+        closed = self.runs[0].closed
+        self.is_restarting = np.full(len(states), closed is not None and closed.is_restarting)
+        self.before: Vector | None = None
+
+    def climb(self, max_iter: int) -> list[Status]:
+        """Rounds until every start stands still; leaves each run where it has come to, and says how."""
+        begin, first, runs = time.perf_counter(), self.elbo.copy(), self.runs
+        still, rounds = np.zeros(len(runs), dtype=int), np.zeros(len(runs), dtype=int)
+        is_interrupted = False
+        try:
+            for iteration in range(1, max_iter + 1):
+                last, is_moving = self.elbo.copy(), still < STILL
+                self._round(is_moving, iteration)
+                rounds[is_moving] = iteration
+                limit = np.maximum(runs[0].tol, ROUNDING * np.abs(self.elbo))
+                still = np.where(self.elbo - last < limit, still + 1, 0)
+                if not (still < STILL).any():
+                    break
+        except KeyboardInterrupt:
+            is_interrupted = True
+        for i, run in enumerate(runs):
+            run.state, run.iterations = State(self.phi[i], self.theta[i], float(self.elbo[i])), int(rounds[i])
+        seconds = (time.perf_counter() - begin) / len(runs)
+        for run, before in zip(runs, first, strict=True):
+            note = f"{run.iterations} rounds of {len(runs)} starts at once"
+            gained = float(before), run.state.elbo
+            try:
+                run.record(Step(run.iterations, "start", *gained, 0.0, run.iterations, 0, seconds, note))
+            except KeyboardInterrupt:  # a callback's
+                is_interrupted = True
+        if is_interrupted:
+            return [Status.interrupted] * len(runs)
+        return [Status.converged if n >= STILL else Status.max_iterations for n in still]
+
+    def _round(self, is_moving: Flags, iteration: int) -> None:
+        has_theta = self.theta.shape[1] > 0
+        waiting = is_moving & ~self.is_expected
+        if self.is_restarting.any():
+            waiting &= ~self._restarted(waiting)
+        self._take("E", waiting)
+        self.is_expected[:] = False
+        if has_theta:
+            self._take("M", is_moving)
+        if self.is_accelerated:
+            self._extrapolate(has_theta, is_moving, iteration)
+
+    def _take(self, block: str, chosen: Flags) -> None:
+        """A step of the chosen starts, where their bounds do not fall."""
+        if chosen.any():
+            phi, theta, elbo = self._moved(block, self.phi, self.theta)
+            self._keep(phi, theta, elbo, chosen & (elbo >= self.elbo - NOISE * (1 + np.abs(self.elbo))))
+
+    def _restarted(self, chosen: Flags) -> Flags:
+        """E-steps with mixture weights from equal ones, as long as they are the better ones; which are."""
+        phi, theta, elbo = self._moved("restart", self.phi, self.theta)
+        self.is_restarting &= ~chosen | (elbo > self.elbo)
+        taken = chosen & self.is_restarting
+        self._keep(phi, theta, elbo, taken)
+        return taken
+
+    def _extrapolate(self, has_theta: bool, is_moving: Flags, iteration: int) -> None:
+        """See `Run.accelerate`."""
+        image = (self.theta if has_theta else self.phi).copy()
+        point, self.before = self.before, image
+        if point is None or iteration < ACCELERATE_FROM:
+            return
+        proposals = image.copy()
+        for i in np.flatnonzero(is_moving):
+            proposals[i] = self.rules[i].proposal(point[i], image[i])
+        if has_theta:
+            phi, theta, elbo = self._moved("E", self.phi, proposals)
+        else:
+            phi, theta, elbo = self._moved("", proposals, self.theta)
+        is_higher = is_moving & (elbo > self.elbo)
+        self._keep(phi, theta, elbo, is_higher)
+        self.before = np.where(is_higher[:, None], proposals, image)
+        self.is_expected = is_higher & has_theta
+        for i in np.flatnonzero(is_moving & ~is_higher):
+            self.rules[i].restart()
+
+    def _keep(self, phi: Vector, theta: Vector, elbo: Vector, chosen: Flags) -> None:
+        rows = chosen[:, None]
+        phi, theta = np.where(rows, phi, self.phi), np.where(rows, theta, self.theta)
+        self.phi, self.theta, self.elbo = phi, theta, np.where(chosen, elbo, self.elbo)
+
+    def _moved(self, block: str, phi: Vector, theta: Vector) -> tuple[Vector, Vector, Vector]:
+        """One step of all starts from some points ("" for none), and the bounds there."""
+        setup, closed = self.runs[0].setup, self.runs[0].closed
+        assert closed is not None
+        terms = closed.terms
+
+        def begun(phi: Tensor, theta: Tensor) -> Parts:
+            sweep = Sweep.at(setup, terms, phi, theta)
+            for batch in closed.weights if block == "restart" else ():
+                sweep.level(batch)
+            return sweep.phi, sweep.theta, sweep.statistics
+
+        def ended(parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
+            phi, theta = Sweep(setup, terms, *parts).flat()
+            return phi, theta, setup.elbo(phi, theta)
+
+        with torch.no_grad():
+            parts = vmap(begun)(torch.as_tensor(phi), torch.as_tensor(theta))
+            for batch in closed.batches_of(block):
+                parts = self._updated(batch, parts)
+            phi, theta, elbo = (part.numpy() for part in vmap(ended)(parts))
+        return phi, theta, elbo
+
+    def _updated(self, batch: tuple[str, ...], parts: Parts) -> Parts:
+        """`Sweep.update` of all starts: derivatives are taken outside vmap, of the sum over starts."""
+        setup, closed = self.runs[0].setup, self.runs[0].closed
+        assert closed is not None
+        lifted, (_, theta, statistics) = closed.terms.lifted, parts
+
+        def total(leaves: Values, statistics: Values, theta: Values) -> Tensor:
+            return lifted.total(batch, {**statistics, **leaves}, theta)
+
+        def moved(parts: Parts, natural: list[Tensor]) -> Parts:
+            sweep = Sweep(setup, closed.terms, *parts)
+            sweep.take(batch, natural)
+            return sweep.phi, sweep.theta, sweep.statistics
+
+        leaves = {name: statistics[name].detach().requires_grad_() for name in batch}
+        with torch.enable_grad():
+            value = vmap(total)(leaves, statistics, theta).sum()
+            natural = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+        made: Parts = vmap(moved)(parts, list(natural))
+        return made
