@@ -35,7 +35,25 @@ def _host(value):
     )
 
 
+def waits(y):
+    """Factors of three families whose terms take draws: quantiles of Gamma with their own derivatives."""
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    p = pyro.sample("p", dist.Dirichlet(torch.ones(2)))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Weibull(1.0 + p[0] + rate.sin() ** 2, 1.0 + p[1]), obs=y)
+
+
+def waits_guide(y):
+    positive = dist.constraints.positive
+    a = pyro.param("a", torch.tensor(2.0), constraint=positive)
+    b = pyro.param("b", torch.tensor(1.0), constraint=positive)
+    c = pyro.param("c", torch.full((2,), 3.0), constraint=positive)
+    pyro.sample("rate", dist.Gamma(a, b))
+    pyro.sample("p", dist.Dirichlet(c))
+
+
 CASES = {
+    "quantiles": (waits, {"y": torch.tensor([0.4, 1.0, 2.2, 0.9, 1.7])}, {"guide": waits_guide}),
     "closed forms": (zoo.random_effects, {"y": zoo.random_effects_data()}, {}),
     "quadrature": (zoo.eight_schools, zoo.SCHOOLS, {}),
     "conjugate factors": (zoo.pumps, zoo.PUMPS, {"guide": "auto"}),
@@ -54,7 +72,8 @@ def test_a_fit_is_the_same_on_another_device(fit, device, case):
     here, there = fit(model, data, **options), fit(model, _on(device, data), **options)
     assert there.status is here.status is vem.Status.converged
     assert there.device == device
-    agreement = AGREEMENT[device.type]
+    # Pyro's tags cannot follow a twin through a guide of the user's: a grid stands in for a closed form.
+    agreement = 1e-8 if case == "quantiles" else AGREEMENT[device.type]
     assert there.elbo == pytest.approx(here.elbo, rel=agreement)
     for mine, others in ((here.params, there.params), (here.guide_params, there.guide_params)):
         assert all(value.device == device for value in others.values())
@@ -116,6 +135,9 @@ def test_a_result_goes_on_there(fit, device, on_host, tmp_path):
     known = {name: value[0] for name, value in there.sample(1).items() if name in "ab"}
     trace = pyro.poutine.trace(pyro.poutine.condition(there.model, known)).get_trace(**data)
     assert torch.isfinite(trace.log_prob_sum())
+    assert torch.isfinite(there.predict({"x": X[:3]}, num_draws=5)["y"]).all()  # rows in host memory
+    assert vem.VEMResult.load(tmp_path / "there.fit", lines, LINES, device=device).device == device
+    assert vem.VEMResult.load(tmp_path / "there.fit", lines, LINES).sample(2)["b"].device.type == "cpu"
     assert "NUTS" in str(there.compare_nuts(num_chains=1, num_samples=20, warmup_steps=10))
 
 
@@ -154,10 +176,23 @@ def autoencoder(device):
     return model, vem.AmortizedNormal(model, {"z": Coder(3, 4, True).to(device)}, inputs="y")
 
 
+class Rows(torch.utils.data.Dataset):
+    """Works with tensors of its own, and with NumPy, as if no fit were on its way."""
+
+    def __len__(self):
+        return len(IMAGES)
+
+    def __getitem__(self, i):
+        return torch.as_tensor(IMAGES[i].numpy() + torch.zeros(3).numpy())
+
+
 def _loader():
-    rows = torch.utils.data.TensorDataset(IMAGES)
     return torch.utils.data.DataLoader(
-        rows, batch_size=20, collate_fn=lambda batch: {"y": torch.stack([row for (row,) in batch])}
+        Rows(),
+        batch_size=20,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(4),
+        collate_fn=lambda rows: {"y": torch.stack(rows)},
     )
 
 
@@ -195,6 +230,8 @@ def test_batches_with_factors_of_rows(fit, device):
     here = fit(ranks.counts, data, batch_size=25, max_iter=2)
     there = fit(ranks.counts, data, batch_size=25, max_iter=2, options=options)
     assert there.elbo == pytest.approx(here.elbo, rel=1e3 * AGREEMENT[device.type])
+    again = fit(ranks.counts, data, batch_size=25, max_iter=1, options=options, init=here)
+    assert again.device == device
 
 
 def test_data_on_two_devices_are_refused(fit, device):

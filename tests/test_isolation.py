@@ -198,3 +198,14 @@ def test_every_module_with_shapes_is_checked_in_tests():
     files = [p for p in (ROOT / "pyro_vem").rglob("*.py") if "from jaxtyping" in p.read_text()]
     modules = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files}
     assert modules == set(checked.split(",")) - {"beartype.beartype"}
+
+
+def test_shapes_beyond_numpys_are_torchs_own():
+    """NumPy's arrays end at 64 dimensions and 2^63 numbers; shapes of expanded tensors do not."""
+    from pyro_vem.model.runtime import _broadcast_shapes
+
+    assert _broadcast_shapes((2, 1), (3,)) == (2, 3)
+    assert _broadcast_shapes((1,) * 70, (2,)) == (1,) * 69 + (2,)
+    assert _broadcast_shapes((2**40, 1), (1, 2**40)) == (2**40, 2**40)
+    with pytest.raises(RuntimeError, match="broadcast"):
+        _broadcast_shapes((2,), (3,))

@@ -338,7 +338,11 @@ def test_a_loader_is_a_mapping_in_batches(fit):
     for name, value in by_rows.params.items():
         torch.testing.assert_close(streamed.params[name], value)
     loader = torch.utils.data.DataLoader([{"y": row} for row in y], batch_size=30, shuffle=True)
+    before = torch.get_rng_state()
     assert math.isfinite(fit(model, loader, guide=guide, max_iter=2).elbo)
+    assert torch.equal(torch.get_rng_state(), before)  # a loader that shuffles draws a seed each pass
+    with pytest.raises(vem.ModelError, match="data has no batch"):
+        fit(model, torch.utils.data.DataLoader([]), guide=guide)
 
 
 def test_training_climbs_and_keeps_the_best_held_out_state(fit):

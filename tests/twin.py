@@ -13,8 +13,13 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "twin"
 COPIES = ("aten::copy_", "aten::_copy_from", "aten::_to_copy")
-# Indices may stay on the processor, as on CUDA.
+# Indices may stay on the processor, as on CUDA, where what they index is on the device.
 INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+# These take no number of the processor's either; elementwise operations do.
+STRICT = {f"aten::{name}" for name in (
+    "cat", "stack", "mm", "bmm", "addmm", "mv", "dot", "gather", "scatter", "index_add", "index_select",
+    "scatter_add", "index_add_", "scatter_add_", "linalg_solve_triangular", "baddbmm",
+)}  # fmt: skip
 # Those whose general kernels would resize a result, which a wrapper does not follow, among them.
 FACTORIES = (
     *("empty.memory_format", "empty_strided", "scalar_tensor", "_efficientzerotensor", "eye", "eye.m"),
@@ -57,12 +62,14 @@ def run(op: Any, *args: Any, **kwargs: Any) -> Any:
     if name in COPIES:
         return _copied(op, name, *args, **kwargs)
     known: dict[int, Twin] = {}
+    if name in INDEXED:
+        _check_indexed(name, *args)
 
     def opened(value: Any) -> Any:
         if isinstance(value, Twin):
             known[id(value.host)] = value
             return value.host
-        if isinstance(value, torch.Tensor) and value.dim() and name not in INDEXED:
+        if isinstance(value, torch.Tensor) and (value.dim() or name in STRICT) and name not in INDEXED:
             raise RuntimeError(f"{name}: expected all tensors to be on one device, found twin:0 and cpu")
         if isinstance(value, torch.Generator):
             raise RuntimeError(f"{name}: expected a generator of device twin, found one of cpu")
@@ -71,12 +78,20 @@ def run(op: Any, *args: Any, **kwargs: Any) -> Any:
     def closed(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
+        if value._is_zerotensor():  # has no storage, which the kernels of a wrapper need
+            value = torch.zeros(value.shape, dtype=value.dtype)
         return known[id(value)] if id(value) in known else Twin(value)
 
     args, kwargs = tree_map(opened, (args, kwargs))
     if any(argument.name == "device" for argument in op._schema.arguments):
         kwargs = {**kwargs, "device": "cpu", "pin_memory": False}
     return tree_map(closed, op(*args, **kwargs))
+
+
+def _check_indexed(name: str, owner: Any, indices: Any, values: Any = None, *_: Any) -> None:
+    is_apart = isinstance(values, torch.Tensor) and values.dim() and not isinstance(values, Twin)
+    if not isinstance(owner, Twin) or is_apart:
+        raise RuntimeError(f"{name}: what is indexed and its new values should be on the device of the index")
 
 
 def _copied(op: Any, name: str, *args: Any, **kwargs: Any) -> Any:

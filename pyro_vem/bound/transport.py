@@ -22,10 +22,11 @@ class _GammaQuantile(torch.autograd.Function):
 
     @staticmethod
     def forward(shape: Tensor, noise: Tensor) -> Tensor:
-        a, score = shape.detach().numpy(), noise.detach().numpy()
+        a, score = _host(shape), _host(noise)
         lower = special.gammaincinv(a, special.ndtr(score))
         upper = special.gammainccinv(a, special.ndtr(-score))  # keeps digits in the right tail
-        return torch.as_tensor(np.maximum(np.where(score < 0, lower, upper), np.finfo(float).tiny))
+        made = np.maximum(np.where(score < 0, lower, upper), np.finfo(float).tiny)
+        return torch.as_tensor(made, device=shape.device)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -50,7 +51,7 @@ class _GammaSlope(torch.autograd.Function):
 
     @staticmethod
     def forward(shape: Tensor, value: Tensor) -> Tensor:
-        return torch.as_tensor(_slope(shape.detach().numpy(), value.detach().numpy()))
+        return torch.as_tensor(_slope(_host(shape), _host(value)), device=shape.device)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -59,11 +60,17 @@ class _GammaSlope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         shape, value, slope = (tensor.detach() for tensor in ctx.saved_tensors)
-        a, x = shape.numpy(), value.numpy()
+        a, x = _host(shape), _host(value)
         step = 1e-3 * np.maximum(a, 1e-3)
-        by_shape = torch.as_tensor((_slope(a + step, x) - _slope(a - step, x)) / (2 * step))
+        found = (_slope(a + step, x) - _slope(a - step, x)) / (2 * step)
+        by_shape = torch.as_tensor(found, device=shape.device)
         by_value = torch.digamma(shape) - value.log() - slope * ((shape - 1) / value - 1)
         return grad * by_shape, grad * by_value
+
+
+def _host(value: Tensor) -> Any:
+    """The numbers of a tensor, wherever it is: autograd runs backward outside `on_device`."""
+    return value.detach().cpu().numpy()
 
 
 def _slope(a: Any, x: Any) -> Any:

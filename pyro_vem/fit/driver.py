@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..bound.elbo import AnalyticKL_ELBO
 from ..model.data import named_values
-from ..model.device import device_of
-from ..model.runtime import isolated
+from ..model.device import as_outside, device_of
+from ..model.runtime import isolated, repeatable
 from ..model.sites import init_strategy
 from .capture import Compile
 from .checkpoint import Checkpoint
@@ -102,7 +102,7 @@ def fit_vem(
             history and the parameters so far; raising KeyboardInterrupt in one ends the fit
             with `Status.interrupted`.
         progress: a bar on standard error; None shows it in a terminal only.
-        seed: of the fixed draws. The same seed gives the same history bit for bit.
+        seed: of the fixed draws. The same seed gives the same history bit for bit on the CPU.
         options: rare settings, see `FitOptions`.
 
     Returns:
@@ -242,8 +242,10 @@ def climb(
 
 def _device(data: Any, options: FitOptions) -> torch.device:
     """Where the fit runs; a stream of batches is known by its first."""
-    first = next(iter(data), None) if _is_stream(data) and options.device is None else data
-    return device_of(named_values(first), options.device)
+    if not _is_stream(data) or options.device is not None:
+        return device_of(named_values(data), options.device)
+    with repeatable():
+        return device_of(named_values(next(as_outside(data), None)))
 
 
 def _threads(data: Any) -> int | None:
@@ -288,7 +290,7 @@ def _warm_strategy(warm: VEMResult) -> Callable[[dict[str, Any]], Tensor]:
     def strategy(site: dict[str, Any]) -> Tensor:
         value = known.get(site["name"])
         is_known = value is not None and value.shape == site["fn"].shape()
-        return torch.as_tensor(value) if is_known else median(site)
+        return value.to(torch.get_default_device()) if is_known else median(site)
 
     return strategy
 

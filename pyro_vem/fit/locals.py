@@ -86,7 +86,7 @@ class Locals:
                 every = value.mean(0).expand(self.rows.total, *value.shape[1:])
                 left = known.get(name(site.name))
                 if left is not None and self._rows_first(site, left).shape == every.shape:
-                    every = self._rows_first(site, left)
+                    every = self._rows_first(site, left.to(value.device))
                 store[site.name] = every.clone()
 
     def taken(self, index: Tensor | None) -> dict[str, Tensor]:

@@ -222,7 +222,8 @@ class Processes:
         Raises:
             ModelError: if names or shapes differ.
         """
-        every = self.gathered({name: value.detach() for name, value in values.items()})
+        here = torch.get_default_device()
+        every = self.gathered({name: value.detach().cpu() for name, value in values.items()})
         shapes = [{name: tuple(value.shape) for name, value in one.items()} for one in every]
         for rank, one in enumerate(shapes):
             for name in set(one) | set(shapes[0]):
@@ -231,7 +232,7 @@ class Processes:
                         f"{name!r} has shape {shapes[0].get(name)} in process 0 and {one.get(name)} in "
                         f"process {rank}: if each has rows of its own, name its plate in FitOptions(sharded=)"
                     )
-        return every[0]
+        return {name: value.to(here) for name, value in every[0].items()}
 
     def laid_out(
         self, guide: Any, latents: Iterable[Latent], parameters: Iterable[Parameter], num_theta: int
@@ -317,8 +318,9 @@ class Processes:
 
     def joined(self, phi: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The guide's parameters with the rows of all processes."""
-        every = self.gathered({name: phi[name] for name in self.axes})
-        return {**phi, **{n: torch.cat([one[n] for one in every], axis) for n, axis in self.axes.items()}}
+        every = self.gathered({name: phi[name].cpu() for name in self.axes})
+        whole = {n: torch.cat([one[n] for one in every], axis) for n, axis in self.axes.items()}
+        return {**phi, **{name: value.to(phi[name].device) for name, value in whole.items()}}
 
     def whole_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of one of the guide's parameters with the rows of all processes."""
@@ -368,8 +370,8 @@ def _gathered(value: Tensor) -> list[Tensor]:
 
     if not value.numel():
         return [value] * distributed.get_world_size()
-    device = torch.device("cuda") if distributed.get_backend() == "nccl" else value.device
-    here = value.detach().contiguous().to(device)
+    is_nccl = distributed.get_backend() == "nccl"  # on GPUs; gloo gathers in host memory
+    here = value.detach().contiguous().to("cuda" if is_nccl else "cpu")
     parts = [torch.empty_like(here) for _ in range(distributed.get_world_size())]
     distributed.all_gather(parts, here)
     return [part.to(value.device) for part in parts]

@@ -124,7 +124,7 @@ class VEMResult:
             ModelError: on a result that was loaded without data, or whose rows are of several processes.
         """
         if self._setup is None and self._whole is not None:
-            with isolated(torch.float64, self.seed):
+            with isolated(torch.float64, self.seed, device=self.device):
                 object.__setattr__(self, "_setup", self._whole())
         if self._setup is None:
             raise ModelError("this result was loaded without data: VEMResult.load(path, model, data)")
@@ -148,7 +148,7 @@ class VEMResult:
         params = {name: value for name, value in self.params.items() if name not in points}
 
         def model(*args: Any, **kwargs: Any) -> Any:
-            call = Arguments.of(args, kwargs).cast(torch.float64)
+            call = Arguments.of(args, kwargs).to(self.device).cast(torch.float64)
             with on_device(self.device), pyro.condition(data=points):
                 return program.call(params, call.args, call.kwargs)
 
@@ -166,7 +166,7 @@ class VEMResult:
             raise ModelError("this fit has no guide: every latent is in map_sites, or there is none")
 
         def guide(*args: Any, **kwargs: Any) -> Any:
-            call = Arguments.of(args, kwargs).cast(torch.float64)
+            call = Arguments.of(args, kwargs).to(self.device).cast(torch.float64)
             with on_device(self.device):
                 return program.call(self.guide_params, call.args, call.kwargs)
 
@@ -369,7 +369,12 @@ class VEMResult:
 
     @staticmethod
     def load(
-        path: str | Path, model: Callable[..., Any], data: Any = None, *, guide: Any = None
+        path: str | Path,
+        model: Callable[..., Any],
+        data: Any = None,
+        *,
+        guide: Any = None,
+        device: torch.device | str | None = None,
     ) -> "VEMResult":
         """Read a saved result.
 
@@ -379,13 +384,14 @@ class VEMResult:
             data: its data; without them only the numbers are there, and methods that run the
                 model raise `ModelError`.
             guide: the guide, if the fit was given one.
+            device: where to; as `FitOptions` has it, by default that of the data.
 
         Raises:
             ModelError: if the file is not a saved result, or belongs to another model.
         """
         from .storage import load
 
-        return load(path, model, data, guide)
+        return load(path, model, data, guide, device)
 
     def __repr__(self) -> str:
         from ..posterior.card import card

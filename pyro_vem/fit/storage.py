@@ -72,10 +72,16 @@ def save(fit: VEMResult, path: str | Path) -> None:
         raise
 
 
-def load(path: str | Path, model: Callable[..., Any], data: Any, guide: Any) -> VEMResult:
+def load(
+    path: str | Path,
+    model: Callable[..., Any],
+    data: Any,
+    guide: Any,
+    wanted: torch.device | str | None = None,
+) -> VEMResult:
     """Read what `save` wrote; with data, the problem is set up again around the numbers."""
     tensors, summary = _read(Path(path))
-    device = device_of(named_values(data))
+    device = device_of(named_values(data), wanted)
     tensors = {key: value.to(device) for key, value in tensors.items()}
     params, guide_params = _group(tensors, "param/"), _group(tensors, "guide/")
     setup = None

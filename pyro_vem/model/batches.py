@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .data import Arguments, arguments
+from .device import as_outside
 
 FEWEST = 4  # rows of a batch, whose halves must still be plates
 Batch = tuple[Tensor | None, Arguments]
@@ -23,7 +24,8 @@ class Source:
 
     Attributes:
         model: whose arguments are named.
-        arrays: whole data by argument name; tensors, arrays, memory maps, pandas columns.
+        arrays: whole data by argument name; tensors, arrays, memory maps, pandas columns. Of a
+            stream, its first batch.
         stream: an iterable of mappings instead, one pass an epoch.
         size: rows of a batch.
         seed: of the order of rows.
@@ -54,19 +56,21 @@ class Source:
             return cls(model, arrays, None, batch_size, seed)
         if not isinstance(data, Iterable) or isinstance(data, Tensor | np.ndarray):
             raise ModelError(f"data is a {type(data).__name__}: give a mapping, or a DataLoader of mappings")
-        if iter(data) is data:
+        if isinstance(data, Iterator):
             raise ModelError(
                 "data is an iterator, which ends after one epoch: give a DataLoader, a list of mappings, or "
                 "an object whose __iter__ starts anew"
             )
-        return cls(model, {}, data, _length(next(iter(data))), seed)
+        first = next(as_outside(data), None)
+        if first is None:
+            raise ModelError("data has no batch: give a DataLoader or a list with rows in it")
+        return cls(model, first, data, _length(first), seed)
 
     @property
     def lengths(self) -> dict[int, list[str]]:
         """Names of the arguments by their number of rows (of a first batch, for a stream)."""
-        arrays = self.arrays if self.stream is None else next(iter(self.stream))
         found: dict[int, list[str]] = {}
-        for name, value in arrays.items():
+        for name, value in self.arrays.items():
             if _has_rows(value):
                 found.setdefault(int(value.shape[0]), []).append(name)
         return found
@@ -77,12 +81,10 @@ class Source:
         if self.stream is None:
             return None
         dataset = getattr(self.stream, "dataset", None)
-        return len(dataset) if isinstance(dataset, Sized) else sum(_length(batch) for batch in self.stream)
+        return len(dataset) if isinstance(dataset, Sized) else sum(map(_length, as_outside(self.stream)))
 
     def head(self, names: Iterable[str], num: int) -> Arguments:
         """The call with the first rows."""
-        if self.stream is not None:
-            return self._call(next(iter(self.stream)), tuple(names), slice(0, num))
         return self._call(self.arrays, tuple(names), slice(0, num))
 
     def epoch(
@@ -90,7 +92,7 @@ class Source:
     ) -> Iterator[Batch]:
         """Batches of all rows, in a new order each epoch; the last one may be of another size."""
         if self.stream is not None:
-            for batch in self.stream:
+            for batch in as_outside(self.stream):
                 yield None, self._call(batch, names, slice(None))
             return
         generator = torch.Generator().manual_seed(self.seed + number)

@@ -21,6 +21,7 @@ from ..errors import ModelError, UnsupportedModelError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Owner = TypeVar("Owner")
+Item = TypeVar("Item")
 
 TO_NUMPY: tuple[Any, ...] = (Tensor.numpy, Tensor.__array__)
 DRAWS = frozenset([torch.randn, torch.rand, torch.randint, torch.randperm])
@@ -54,8 +55,9 @@ class _Crossing(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in TO_NUMPY:
             return func(args[0].cpu(), *args[1:], **kwargs)
-        if func in DRAWS and kwargs.get("generator") is not None:
-            return func(*args, **{**kwargs, "device": "cpu"}).to(self.device)
+        generator = kwargs.get("generator")
+        if func in DRAWS and generator is not None and kwargs.get("device") is None:
+            return func(*args, **{**kwargs, "device": generator.device}).to(self.device)
         return func(*args, **kwargs)
 
 
@@ -74,11 +76,14 @@ def device_of(values: Iterable[tuple[Any, Any]], wanted: torch.device | str | No
         >>> device_of([("y", torch.zeros(2)), ("n", 3)])
         device(type='cpu')
     """
-    found = {value.device: name for name, value in values if isinstance(value, Tensor) and value.dim()}
+    tensors = [(name, value) for name, value in values if isinstance(value, Tensor)]
+    found = {value.device: name for name, value in tensors if value.dim()}
     if wanted is None and len(found) > 1:
         places = ", ".join(f"data[{name!r}] on {device}" for device, name in found.items())
         raise ModelError(f"{places}: give all of them on one device, or FitOptions(device=)")
-    device = torch.device(wanted) if wanted is not None else next(iter(found), torch.get_default_device())
+    numbers = (value.device for _, value in tensors if value.device.type != "cpu")  # of no dimension
+    usual = torch.get_default_device()
+    device = torch.device(wanted) if wanted is not None else next(iter(found), next(numbers, usual))
     if device.type in ("mps", "meta"):
         why = "has no float64" if device.type == "mps" else "holds no numbers"
         raise UnsupportedModelError(f"device {device} {why}: give data on the CPU or a CUDA device")
@@ -104,6 +109,31 @@ def all_on_its_device(owner: type[Owner]) -> type[Owner]:
         elif inspect.isfunction(value) and not name.startswith("__"):
             setattr(owner, name, on_its_device(value))
     return owner
+
+
+def as_outside(values: Iterable[Item]) -> Iterator[Item]:
+    """Items of the caller's, made where theirs are: inside, no mode of a fit moves new tensors.
+
+    Example:
+        >>> with on_device(torch.device("meta")):
+        ...     [value.device.type for value in as_outside(torch.zeros(n) for n in (1, 2))]
+        ['cpu', 'cpu']
+    """
+    with torch._C.DisableTorchFunction():
+        items = iter(values)
+    while True:
+        with torch._C.DisableTorchFunction():
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
+
+
+def wake(device: torch.device | None) -> None:
+    """Start a device, so that its generators are among those in use."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.init()
 
 
 def seed_generators(seed: int) -> None:

@@ -19,7 +19,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from .device import generators, on_device, seed_generators, set_generators
+from .device import generators, on_device, seed_generators, set_generators, wake
 
 Site: TypeAlias = dict[str, Any]
 """A Pyro message of type "sample" or "param" after the run: name, fn, value, scale, mask, ..."""
@@ -33,6 +33,7 @@ Choose: TypeAlias = Callable[[Site], Tensor | None]
 
 # Weights are swapped for plain tensors during a run, which pyro.module remarks on.
 SWAPPED = ".*not registered in the param store"
+BROADCAST_SHAPES = torch.broadcast_shapes
 
 
 @contextmanager
@@ -55,6 +56,7 @@ def isolated(
         >>> "only_inside" in pyro.get_param_store()
         False
     """
+    wake(device)
     rng = generators()
     torch_validation = torch.distributions.Distribution._validate_args
     usual_threads = torch.get_num_threads()
@@ -86,20 +88,19 @@ def light_shapes() -> Iterator[None]:
 
     At its first use, by any MultivariateNormal, torch's loads sympy: a quarter of a second.
     """
-    before = torch.broadcast_shapes
     if "sympy" not in sys.modules:
         torch.broadcast_shapes = _broadcast_shapes
     try:
         yield
     finally:
-        torch.broadcast_shapes = before
+        torch.broadcast_shapes = BROADCAST_SHAPES
 
 
 def _broadcast_shapes(*shapes: Any) -> torch.Size:
     try:
         return torch.Size(np.broadcast_shapes(*shapes))
-    except ValueError as error:
-        raise RuntimeError(f"shapes {shapes} cannot be broadcast") from error
+    except (ValueError, TypeError):  # also more dimensions, or larger ones, than NumPy has
+        return BROADCAST_SHAPES(*shapes)
 
 
 @contextmanager

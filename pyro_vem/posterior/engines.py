@@ -119,13 +119,13 @@ def _nutpie(density: Density, options: NUTSOptions, seed: int) -> Run:
 
     def log_density(x: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         try:
-            value, slope = density.gradient(torch.tensor(x))
+            value, slope = density.gradient(torch.tensor(x, device=density.loc.device))  # in its own thread
         except Exception as error:  # one that leaves a thread of nutpie's ends the process
             # As Pyro has it, there is no density where a matrix has no decomposition.
             if not isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
                 errors.append(error)
             return -np.inf, np.zeros_like(x)
-        return float(value), slope.numpy()
+        return float(value), slope.cpu().numpy()
 
     model = from_pyfunc(
         density.dim,
@@ -134,7 +134,7 @@ def _nutpie(density: Density, options: NUTSOptions, seed: int) -> Run:
         [np.dtype(np.float64)],
         [(density.dim,)],
         ["z"],
-        make_initial_point_fn=lambda seed: density.start(seed % 2**63).numpy(),
+        make_initial_point_fn=lambda seed: density.start(seed % 2**63).cpu().numpy(),
     )
     # Pyro's handlers are global: chains that run the model itself must not run side by side.
     cores = min(options.num_chains, os.cpu_count() or 1) if density.graph is not None else 1

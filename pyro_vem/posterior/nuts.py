@@ -150,7 +150,9 @@ def _of_mcmc(fit: VEMResult, mcmc: Any) -> tuple[dict[str, Tensor], Tensor]:
     """Draws and flags of a run that the user made."""
     if mcmc._samples is None:
         raise ModelError("the MCMC object has no draws: call its run() first")
-    chains = {name: value.double().cpu() for name, value in mcmc.get_samples(group_by_chain=True).items()}
+    chains = {
+        name: value.double().to(fit.device) for name, value in mcmc.get_samples(group_by_chain=True).items()
+    }
     flags = torch.zeros(next(iter(chains.values())).shape[:2], dtype=torch.bool)
     for chain, where in enumerate(mcmc.diagnostics().get("divergences", {}).values()):
         flags[chain, where] = True

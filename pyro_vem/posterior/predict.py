@@ -143,7 +143,7 @@ def _call(fit: VEMResult, data: Any) -> Arguments:
     problem = fit.setup.problem
     if data is None:
         return problem.call
-    return arguments(problem.model.fn, data).cast(torch.float64)
+    return arguments(problem.model.fn, data).to(fit.device).cast(torch.float64)
 
 
 def _latents(
