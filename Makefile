@@ -50,6 +50,7 @@ linkcheck: $(STAMP)  ## needs the network; not part of CI
 bench: $(STAMP)  ## paired benchmarks; prints ratios, tables and plots go to build/bench
 	$(BIN)/python tests/benchmarks/analytic_kl.py
 	$(BIN)/python tests/benchmarks/scaling.py
+	$(BIN)/python tests/benchmarks/imports.py
 	$(MAKE) bench-peers
 
 # PEERS_PYTHON names an interpreter that has the peers already; BENCH passes options, as BENCH=--quick.

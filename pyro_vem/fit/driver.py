@@ -289,8 +289,9 @@ def _warm_strategy(warm: VEMResult) -> Callable[[dict[str, Any]], Tensor]:
 
     def strategy(site: dict[str, Any]) -> Tensor:
         value = known.get(site["name"])
-        is_known = value is not None and value.shape == site["fn"].shape()
-        return value.to(torch.get_default_device()) if is_known else median(site)
+        if value is None or value.shape != site["fn"].shape():
+            return median(site)
+        return value.to(torch.get_default_device())
 
     return strategy
 

@@ -33,7 +33,7 @@ Choose: TypeAlias = Callable[[Site], Tensor | None]
 
 # Weights are swapped for plain tensors during a run, which pyro.module remarks on.
 SWAPPED = ".*not registered in the param store"
-BROADCAST_SHAPES = torch.broadcast_shapes
+BROADCAST_SHAPES: Any = torch.broadcast_shapes
 
 
 @contextmanager
@@ -100,7 +100,8 @@ def _broadcast_shapes(*shapes: Any) -> torch.Size:
     try:
         return torch.Size(np.broadcast_shapes(*shapes))
     except (ValueError, TypeError):  # also more dimensions, or larger ones, than NumPy has
-        return BROADCAST_SHAPES(*shapes)
+        made: torch.Size = BROADCAST_SHAPES(*shapes)
+        return made
 
 
 @contextmanager
