@@ -1,5 +1,6 @@
 """What each process of tests/test_processes.py runs: several models, each on its share of the rows."""
 
+import contextlib
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ import pyro.distributions as dist
 import torch
 
 import pyro_vem as vem
+from pyro_vem.fit import minibatch
 
 ROWS = 101  # no multiple of the number of processes
 
@@ -145,6 +147,94 @@ def lines(x, y, w):
         pyro.sample("w", dist.Normal(c, 1.0), obs=w)
 
 
+def tight(x, y):
+    """A regression whose prior says as much as its data: a process more that counts it would show."""
+    b = pyro.sample("b", dist.Normal(torch.zeros(3), 0.1).to_event(1))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(x @ b, 1.0), obs=y)
+
+
+class Coder(torch.nn.Module):
+    """A linear encoder or decoder."""
+
+    def __init__(self, inputs, outputs, is_encoder=False):
+        super().__init__()
+        self.layer, self.is_encoder = torch.nn.Linear(inputs, outputs), is_encoder
+
+    def forward(self, x):
+        out = self.layer(x)
+        return (out[..., :1], (out[..., 1:] - 1).exp()) if self.is_encoder else out
+
+
+def factor_model():
+    """A decoder and a guide of three columns; weights differ between processes until the fit has one."""
+    decoder, encoder = Coder(1, 3).double(), Coder(3, 2, True).double()
+
+    def model(y):
+        pyro.module("decoder", decoder)
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(decoder(z), 0.5).to_event(1), obs=y)
+
+    return model, vem.AmortizedNormal(model, {"z": encoder}, inputs="y")
+
+
+COLUMNS = {"y": u @ torch.tensor([[1.0, -0.5, 2.0]], dtype=torch.float64) + 0.5 * x}
+TIGHT = {"x": x, "y": x.sum(1) * 0.1 + _noise(ROWS, seed=4)}
+TRAINED = ("tight", "counts", "held out")
+
+
+def trained(name, rank, count):
+    """Fits on batches: of shared factors only, with factors of rows, and of networks."""
+    torch.manual_seed(rank)
+    data, guide, settings, special = COLUMNS, None, {}, {}
+    if name == "tight":
+        model, data = tight, TIGHT
+    elif name == "counts":
+        model, data, *_ = CASES["counts"]
+    else:
+        model, guide = factor_model()
+        special = {"encoder_steps": 2}
+        settings = {"max_iter": 30, "validation": share(COLUMNS, rank, count)}
+    options = vem.FitOptions(sharded=("rows",), **special)
+    own, settings = share(data, rank, count), {"batch_size": 10, **settings}
+    fit = vem.fit_vem(vem.vem_model(model), own, guide=guide, options=options, progress=False, **settings)
+    values = {n: v.reshape(-1).tolist() for n, v in {**fit.params, **fit.guide_params}.items()}
+    every = [None] * count
+    torch.distributed.all_gather_object(every, values)
+    return {
+        "elbo": fit.elbo,
+        "se": fit.elbo_se,
+        "values": values,
+        "agree": all(other == values for other in every),
+        "notes": fit.plan.notes,
+        "first": fit.history[0].after,
+    }
+
+
+def gradient(rank, count):
+    """Bound and gradient of all rows where a network starts: exact, as antithetic pairs are for squares."""
+    found = []
+
+    def look(climb, callbacks):
+        fit = climb.fit
+        call = fit.source.head(fit.rows.names, fit.rows.total)
+        x = fit.start.requires_grad_()
+        value = fit.value(x, {}, call, fit.noise(call, 4, climb.generator))
+        value, slope = fit.summed(value.detach(), torch.autograd.grad(value, x)[0])
+        found.extend([float(value), *slope.tolist()])
+        raise StopIteration
+
+    run, minibatch._Network.run = minibatch._Network.run, look
+    torch.manual_seed(rank)
+    (model, guide), options = factor_model(), vem.FitOptions(sharded=("rows",))
+    own = share(COLUMNS, rank, count)
+    with contextlib.suppress(StopIteration):
+        vem.fit_vem(model, own, guide=guide, options=options, batch_size=ROWS, progress=False)
+    minibatch._Network.run = run
+    return found
+
+
 def share(data, rank, count):
     """The rows of one process; what points at groups counts from its first one."""
     first, last = ROWS * rank // count, ROWS * (rank + 1) // count
@@ -185,6 +275,8 @@ def main(path):
     torch.distributed.init_process_group("gloo")
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
     found = {name: fitted(name, rank, count) for name in CASES}
+    found["trained"] = {name: trained(name, rank, count) for name in TRAINED}
+    found["gradient"] = gradient(rank, count)
     data = share(CASES["counts"][1], rank, count)
     options = vem.FitOptions(sharded=("rows",))
     drawn = vem.fit_vem(waves, share(WAVES, rank, count), options=options, progress=False)
@@ -212,6 +304,10 @@ def main(path):
         "shapes": refused(("rows",), {"y": data["y"][:, 0]}, per_row),
         "guide": refused(("rows",), data, guide=pyro.infer.autoguide.AutoNormal(counts)),
         "forms": refused(("rows",), columns, lines, guide="auto"),
+        "plates": refused(("counts",), data, batch_size=10),
+        "validation": refused(
+            ("rows",), data, batch_size=10, validation=None if rank else data
+        ),
         "starts": refused(("rows",), data, num_starts=2),
     }  # fmt: skip
     if rank == 0:

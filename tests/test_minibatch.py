@@ -345,6 +345,17 @@ def test_a_loader_is_a_mapping_in_batches(fit):
         fit(model, torch.utils.data.DataLoader([]), guide=guide)
 
 
+def test_a_fit_on_a_stream_is_loaded_with_any_rows(fit, tmp_path):
+    y = factor_data(90)
+    model, guide = autoencoder()
+    found = fit(model, [{"y": part} for part in y.split(30)], guide=guide, max_iter=2)
+    found.save(tmp_path / "stream.fit")
+    again = vem.VEMResult.load(tmp_path / "stream.fit", model, {"y": y[:50]}, guide=guide)
+    assert again.elbo == found.elbo
+    assert again.infer({"y": y[:5]}).elbo == pytest.approx(found.infer({"y": y[:5]}).elbo)
+    assert math.isfinite(again.amortization_gap().mean)
+
+
 def test_training_climbs_and_keeps_the_best_held_out_state(fit):
     y, held_out = factor_data(120), factor_data(160)[120:]
     model, guide = autoencoder()

@@ -80,12 +80,43 @@ def test_two_processes_take_the_steps_of_one(found, one_process, name):
         ("outside", "'total' is in none of the plates rows"),
         ("shapes", r"'z' has shape \(50,\) in process 0 and \(51,\) in process 1.*name its plate"),
         ("guide", "takes our guides only, not AutoNormal"),
-        ("starts", "one fit on all rows"),
+        ("plates", r"rows are in plate rows, which FitOptions\(sharded=\) does not name"),
+        ("validation", "validation= is missing in some processes"),
+        ("starts", "one fit from one start"),
         ("forms", "closed form of 'y' differs between processes"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(found, case, message):
     assert re.search(message, found["refused"][case]), found["refused"][case]
+
+
+@pytest.mark.parametrize("name", ranks.TRAINED)
+def test_batches_of_two_processes_have_the_answer_of_one(found, one_process, name):
+    """Each takes batches of its own rows; a step is from all of them."""
+    expected, here = ranks.trained(name, 0, 1), found["trained"][name]
+    assert here["agree"]  # bit for bit, in both processes
+    if name == "held out":  # half as many steps
+        assert here["elbo"] > expected["first"] + 500
+        assert "gradients are summed over processes" in "".join(here["notes"])
+    else:
+        error = (here["se"] ** 2 + expected["se"] ** 2) ** 0.5
+        assert here["elbo"] == pytest.approx(expected["elbo"], abs=5 * error)
+        for key, value in expected["values"].items():
+            assert here["values"][key] == pytest.approx(value, rel=0.1, abs=0.02), key
+
+
+def test_gradients_of_two_processes_add_up(found, one_process):
+    assert found["gradient"] == pytest.approx(ranks.gradient(0, 1), rel=1e-10)
+
+
+def test_a_prior_counts_once_in_batches_of_two_processes(found):
+    """Against the exact posterior, which a prior that counted twice would narrow by a seventh."""
+    x, y = ranks.TIGHT["x"], ranks.TIGHT["y"]
+    precision = x.T @ x + torch.eye(3) / 0.1**2
+    mean, sd = torch.linalg.solve(precision, x.T @ y), precision.diagonal().rsqrt()
+    values = found["trained"]["tight"]["values"]
+    assert values["guide.scale.b"] == pytest.approx(sd.tolist(), rel=0.05)
+    assert values["guide.loc.b"] == pytest.approx(mean.tolist(), abs=0.1 * float(sd.min()))
 
 
 def test_sharing_needs_an_initialised_group(fit):

@@ -32,14 +32,14 @@ class BatchFit:
     Attributes:
         source: of the batches.
         rows: arguments and plates that follow them.
-        make: sets the problem up on a batch.
+        make: sets the problem up on a batch; alone, without what processes agree upon.
         first: the problem on a first batch; others of other sizes are made when they come.
         warm: an earlier result to go on from.
     """
 
     source: Source
     rows: Rows
-    make: Callable[[Arguments], Setup]
+    make: Callable[[Arguments, bool], Setup]
     first: Setup
     warm: VEMResult | None = None
     setups: dict[int, Setup] = field(default_factory=dict)
@@ -53,6 +53,8 @@ class BatchFit:
             p for p in (*self.first.phi.parameters, *self.first.theta.parameters) if p.name not in inside
         )
         self.has_network = any("$$$" in name for name in self.block.names)
+        self.processes = self.first.processes
+        self.total = round(self.processes.sum_of(self.rows.total))  # rows of all processes
         guide = self.first.guide
         encoded = set(guide.encoded) if isinstance(guide, FactorisedNormal) else set()
         self.is_amortized = bool(encoded) and encoded == {s.name for s in self.first.prototype.latents}
@@ -62,7 +64,8 @@ class BatchFit:
         """Of all parameters, those of all rows among them, constrained."""
         found = {p.name: tuple(p.init.shape) for p in self.block.parameters}
         found |= {name: tuple(value.shape) for name, value in self.first.held.items()}
-        return found | self.locals.shapes(self.first.phi)
+        inside = self.locals.shapes(self.first.phi)
+        return found | {name: self.processes.whole_shape(name, shape) for name, shape in inside.items()}
 
     @property
     def start(self) -> Tensor:
@@ -73,7 +76,7 @@ class BatchFit:
         """The problem on a batch, set up for its number of rows."""
         size = self.rows.size(call)
         if size not in self.setups:
-            self.setups[size] = self.make(call)
+            self.setups[size] = self.make(call, True)
         return self.setups[size]
 
     def value(
@@ -81,6 +84,13 @@ class BatchFit:
     ) -> Tensor:
         """The bound that a batch stands for, in nats, on some draws; differentiable in x and rows."""
         return self.bound({**self.block.constrained(x), **rows}, call, noise)
+
+    def summed(self, value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """A bound and its gradient over all processes."""
+        if self.processes.count == 1:
+            return value, gradient
+        both = self.processes.total(torch.cat([value.reshape(1), gradient]))
+        return both[0], both[1:]
 
     def bound(self, values: Mapping[str, Tensor], call: Arguments, noise: Mapping[str, Tensor]) -> Tensor:
         """The same at constrained parameters by name."""
@@ -105,7 +115,7 @@ class BatchFit:
         values = {name: value.detach() for name, value in self.block.constrained(x).items()}
         theta = {name: values[name] for name in self.first.theta.names}
         phi = {name: values[name] for name in self.first.phi.names if name in values}
-        return {**theta, **self.first.held}, {**phi, **self.locals.taken(None)}
+        return {**theta, **self.first.held}, self.processes.joined({**phi, **self.locals.taken(None)})
 
     def snapshot(self, x: Tensor, history: tuple[Step, ...], epochs: int) -> VEMResult:
         """A fit on its way; its bound is the average of the last epoch."""
@@ -127,8 +137,13 @@ class BatchFit:
         return made
 
     def epoch(self, number: int, is_shuffled: bool = True) -> Iterator[tuple[Tensor | None, Arguments]]:
-        """Batches of all rows; each is held against the rows that it should have."""
-        for index, call in self.source.epoch(self.rows.names, self.rows.total, number, is_shuffled):
+        """Batches of all rows; each is held against the rows that it should have.
+
+        Shuffled ones are for steps, which all processes take together: the epoch ends with the
+        process that has fewest.
+        """
+        batches = self.source.epoch(self.rows.names, self.rows.total, number, is_shuffled)
+        for index, call in self.processes.in_step(batches) if is_shuffled else batches:
             lengths = {len(v) for n, v in call.kwargs.items() if n in self.rows.names}
             if len(lengths) != 1 or (index is not None and lengths != {len(index)}):
                 raise ModelError(
@@ -155,7 +170,7 @@ def held_out_bound(fit: BatchFit, x: Tensor, source: Source, dtype: torch.dtype 
             with default_dtype(dtype):
                 total += size * float(fit.value(x.to(dtype), {}, call.cast(dtype), noise))
             seen += size
-    return total / seen
+    return fit.processes.sum_of(total / seen)
 
 
 def mutual_information(fit: BatchFit, x: Tensor) -> float:
@@ -174,7 +189,8 @@ def mutual_information(fit: BatchFit, x: Tensor) -> float:
     loc, scale = (torch.cat(part)[:INFORMED] for part in zip(*parts, strict=True))
     noise = torch.randn(loc.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     density = torch.distributions.Normal(loc, scale).log_prob((loc + scale * noise).unsqueeze(1)).sum(-1)
-    return float((density.diagonal() - density.logsumexp(1)).mean()) + math.log(len(loc))
+    own = float((density.diagonal() - density.logsumexp(1)).mean()) + math.log(len(loc))
+    return fit.processes.sum_of(own) / fit.processes.count
 
 
 def measured(fit: BatchFit, x: Tensor) -> ElboTerms:
@@ -187,7 +203,7 @@ def measured(fit: BatchFit, x: Tensor) -> ElboTerms:
         with torch.no_grad():
             values = {**fit.block.constrained(x), **fit.locals.taken(index)}
             found = setup.objective.on(call, None).sample(
-                *_apart(setup, values), MEASURED, 7919 + number, ("densities", "terms")
+                *_apart(setup, values), MEASURED, 7919 + number + fit.processes.seed, ("densities", "terms")
             )
         ratio = found["densities"]["log_p"] - found["densities"]["log_q"]
         total += size * float(ratio.mean())
@@ -196,4 +212,4 @@ def measured(fit: BatchFit, x: Tensor) -> ElboTerms:
         for name, term in found["terms"].items():
             parts[name] = parts.get(name, 0.0) + size * float(term.mean())
     rows = tuple(TermRow.of(row, parts[row.site] / seen, 0.0) for row in plan.rows)
-    return ElboTerms(rows, total / seen, square**0.5 / seen)
+    return fit.processes.table(ElboTerms(rows, total / seen, square**0.5 / seen))

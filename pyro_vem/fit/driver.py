@@ -212,8 +212,8 @@ def _check_options(
     options: FitOptions, is_batched: bool, m_step: MStep, num_starts: int, checkpoint: Any
 ) -> None:
     """Settings that go with some fits only."""
-    if options.sharded and (is_batched or num_starts > 1 or isinstance(m_step, Mapping)):
-        raise ValueError("FitOptions(sharded=) is for one fit on all rows, without hooks in m_step=")
+    if options.sharded and (num_starts > 1 or isinstance(m_step, Mapping)):
+        raise ValueError("FitOptions(sharded=) is for one fit from one start, without hooks in m_step=")
     if not is_batched and (options.encoder_steps > 1 or options.annealed_epochs):
         raise ValueError(
             "FitOptions(encoder_steps=, annealed_epochs=) are for fits on batches: give batch_size="

@@ -10,6 +10,7 @@ import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,14 @@ from ..errors import ModelError, UnsupportedModelError
 from ..guides.factorised import FactorisedNormal
 from ..model.batches import Source
 from ..model.data import Arguments
-from ..model.rows import rows_of
+from ..model.rows import Rows, rows_of
 from .averaging import AveragedAdam
 from .batched import BatchFit, held_out_bound, measured, mutual_information
 from .capture import Compile
 from .checkpoint import Checkpoint
 from .locals import natural_step
 from .network import NetworkStep
+from .processes import Processes
 from .result import VEMResult
 from .run import progress_bar
 from .scales import Scales, free_sites
@@ -69,11 +71,13 @@ def fit_batches(
     """See `pyro_vem.fit_vem`; runs inside its isolation."""
     begin = time.perf_counter()
     source = Source.of(model, data, batch_size, seed)
-    rows = rows_of(source)
+    processes = Processes.of(options.sharded)
+    rows = _shared_rows(rows_of(source), processes, validation)
 
-    def make(call: Arguments) -> Setup:
+    def make(call: Arguments, is_alone: bool = False) -> Setup:
+        own = replace(options, sharded=()) if is_alone else options
         with pyro.get_param_store().scope():  # another size has other parameters of the same names
-            return set_up(model, dict(call.kwargs), guide, elbo, init, options, seed, False, rows)
+            return set_up(model, dict(call.kwargs), guide, elbo, init, own, seed, False, rows)
 
     if guide == "auto":
         guide = None  # closed forms are of all rows
@@ -96,7 +100,7 @@ def fit_batches(
         if fit.has_network
         else _Global(fit, max_iter, held_out, pilot)
     )
-    climb.bar, climb.saved = progress_bar(progress), saved
+    climb.bar, climb.saved = progress_bar(progress if processes.rank == 0 else False), saved
     saved.check(fit.shapes, first.problem.call)
     if saved.left is not None:
         first.objective.add_note(f"went on from a checkpoint after {saved.left.n_iter} epochs")
@@ -104,6 +108,8 @@ def fit_batches(
     try:
         x, status = climb.run(callbacks)
     except KeyboardInterrupt:
+        if processes.count > 1:  # the others do not know
+            raise
         x, status = climb.x, Status.interrupted
         climb.save(is_last=True)
     finally:
@@ -114,7 +120,7 @@ def fit_batches(
         saved.remove()
     theta, phi = fit.found(x)
     whole = None
-    if source.stream is None:
+    if source.stream is None and processes.count == 1:
         everything = dict(source.arrays)
 
         def whole() -> Setup:
@@ -125,6 +131,23 @@ def fit_batches(
         time.perf_counter() - begin, first.objective.shown_plan, terms, seed,
         first if whole is None else None, _whole=whole,
     )  # fmt: skip
+
+
+def _shared_rows(rows: Rows, processes: Processes, validation: Any) -> Rows:
+    """The rows of this process, if there are several.
+
+    Raises:
+        ModelError: if other plates are shared out than those over rows, or only some processes have
+            rows to hold out.
+    """
+    if not processes.plates:
+        return rows
+    if not rows.all_plates <= processes.plates:
+        names = ", ".join(sorted(rows.all_plates))
+        raise ModelError(f"rows are in plate {names}, which FitOptions(sharded=) does not name")
+    if len(set(processes.gathered(validation is None))) > 1:
+        raise ModelError("validation= is missing in some processes: give each some rows of its own")
+    return replace(rows, count=processes.count)
 
 
 def _check_locals(fit: BatchFit, is_validated: bool) -> None:
@@ -149,7 +172,7 @@ class _Climb(ABC):
         self.history: list[Step] = []
         self.x = fit.start  # after the last epoch
         self.saved = Checkpoint()
-        self.generator = torch.Generator().manual_seed(fit.source.seed)
+        self.generator = torch.Generator().manual_seed(fit.source.seed + fit.processes.seed)
         self.bar: Any = progress_bar(False)
 
     @abstractmethod
@@ -172,7 +195,8 @@ class _Climb(ABC):
         gradient, *others = torch.autograd.grad(value, [leaf, *rows.values()])
         if index is not None and rows:
             fit.locals.move(index, rows, dict(zip(rows, others, strict=True)))
-        return float(value.detach()), gradient
+        value, gradient = fit.summed(value.detach(), gradient)
+        return float(value), gradient
 
     def record(
         self, values: list[float], seconds: float, note: str, x: Tensor, callbacks: tuple[Any, ...]
@@ -210,7 +234,7 @@ class _Global(_Climb):
     def run(self, callbacks: tuple[Any, ...]) -> tuple[Tensor, Status]:
         """Epochs until two averages agree."""
         fit = self.fit
-        engine = fit.make(fit.first.problem.call)  # its compiled terms hold the pilot's rows
+        engine = fit.make(fit.first.problem.call, False)  # its compiled terms hold the pilot's rows
         state = self.pilot(engine)
         joint = torch.as_tensor(np.concatenate([state.phi, state.theta]))
         lengths = torch.as_tensor(Scales(engine).of(state, "joint", 0))
@@ -223,6 +247,7 @@ class _Global(_Climb):
             )
         )
         known = fit.warm.guide_params if fit.warm is not None else {}
+        known = fit.processes.taken(known, fit.locals.shapes(fit.first.phi))
         fit.locals.start(fit.first.phi.constrained(torch.as_tensor(state.phi)), known)
         rule = AveragedAdam(joint[where] if fit.warm is None else fit.start, lengths[where])
         while self.epochs < self.max_iter and not rule.is_done:
@@ -351,6 +376,7 @@ def _settled(fit: BatchFit, x: Tensor) -> Tensor:
                 total[name] += gradient * fit.rows.size(call) / fit.rows.total
         for site in shared:
             loc, scale = guide.loc_name(site), guide.scale_name(site)
-            values[loc], values[scale] = natural_step(values[loc], values[scale], total[loc], total[scale])
+            slopes = (fit.processes.total(total[name]) for name in (loc, scale))
+            values[loc], values[scale] = natural_step(values[loc], values[scale], *slopes)
         x = fit.block.flat(values)
     return x

@@ -38,7 +38,7 @@ class NetworkStep:
         x = fit.start
         self.moments: Moments = (x, torch.zeros_like(x), torch.zeros_like(x), torch.zeros(2).double())
         self.rate, self._before = torch.tensor(RATE, dtype=torch.float64), self.moments
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed + fit.processes.seed)
         self.rejected = 0
         self.weight = torch.ones((), dtype=torch.float64)  # of KL terms
         self.every = torch.ones_like(x)  # entries that a step moves
@@ -47,6 +47,9 @@ class NetworkStep:
         self.dtype = self._dtype()
         self._graph: Graph | None = None
         self._is_decided, self._eager_seconds, self._num_eager = mode is False, 0.0, 0
+        if fit.processes.count > 1 and mode is not False:
+            self._is_decided = True
+            fit.first.objective.add_note("steps not captured: gradients are summed over processes")
 
     def _dtype(self) -> torch.dtype:
         """Of forward and backward passes: that of the weights as they were given. Adam's is float64."""
@@ -91,7 +94,7 @@ class NetworkStep:
 
     def _eager(self, call: Arguments, noise: Mapping[str, Tensor]) -> Any:
         """The step as a function of tensors: moments, rate, weight of KL terms, what moves, data, noise."""
-        names, draws, total, dtype = list(_tensors(call)), list(noise), self.fit.rows.total, self.dtype
+        names, draws, total, dtype = list(_tensors(call)), list(noise), self.fit.total, self.dtype
         is_encoder = self.encoder > 0
 
         def run(
@@ -110,7 +113,7 @@ class NetworkStep:
             leaf = x.detach().to(dtype).requires_grad_()
             value = self.fit.annealed(leaf, Arguments((), kwargs), here, weight.to(dtype))
             (gradient,) = torch.autograd.grad(-value / total, leaf)
-            value, gradient = value.double(), gradient.double()
+            value, gradient = self.fit.summed(value.double(), gradient.double())
             count = count + torch.stack(
                 [torch.ones_like(rate), moving.min()]
             )  # zero where only encoders move

@@ -9,7 +9,7 @@ step that another one does not take.
 
 import contextlib
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -289,6 +289,23 @@ class Processes:
         """True if it is in some process."""
         return flag if self.count == 1 else any(self.gathered(flag))
 
+    def in_step(self, items: Iterable[T]) -> Iterator[T]:
+        """Items as long as every process has one: what is done with them may wait for the others."""
+        if self.count == 1:
+            yield from items
+            return
+        rest = iter(items)
+        while True:
+            item = next(rest, None)
+            if float(self.total(torch.tensor(item is None).double())):
+                return
+            assert item is not None
+            yield item
+
+    def sum_of(self, value: float) -> float:
+        """Of a number, over all processes."""
+        return value if self.count == 1 else float(self.total(torch.tensor(value).double()))
+
     def union(self, values: Mapping[str, str]) -> dict[str, str]:
         """Entries of all processes, by name."""
         return {name: text for one in self.gathered(dict(values)) for name, text in one.items()}
@@ -329,12 +346,16 @@ class Processes:
         axis = self.axes[name]
         return (*shape[:axis], sum(self.gathered(shape[axis])), *shape[axis + 1 :])
 
-    def taken(self, values: Mapping[str, Tensor], phi: Block) -> dict[str, Tensor]:
-        """Of the guide's parameters with all rows, those of this process, if there are as many."""
+    def taken(self, values: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Of the guide's parameters with all rows, those of this process, if there are as many.
+
+        Args:
+            values: by name.
+            shapes: that they have here.
+        """
         found = dict(values)
-        here = {p.name: p.init.shape for p in phi.parameters}
         for name, axis in self.axes.items():
-            sizes = [shape[axis] for shape in self.gathered(here[name])]
+            sizes = [shape[axis] for shape in self.gathered(tuple(shapes[name]))]
             if name in found and found[name].dim() > axis and found[name].shape[axis] == sum(sizes):
                 found[name] = found[name].narrow(axis, sum(sizes[: self.rank]), sizes[self.rank])
         return found

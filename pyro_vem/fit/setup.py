@@ -171,7 +171,7 @@ def set_up(
 ) -> Setup:
     """Run the model a few times, check everything, and choose the method of each term.
 
-    With `rows` the data are a batch, which stands for all rows.
+    With `rows` the data are a batch, which stands for all rows (of this process).
     """
     if not callable(model):
         raise ModelError(f"model={model!r}: give a Pyro model, a function or a PyroModule")
@@ -179,7 +179,7 @@ def set_up(
     call = raw.cast(torch.float64)
     guide = _check_guide(guide)
     processes = Processes.of(options.sharded)
-    part = processes.share or rows
+    part = rows or processes.share
     program = discover_modules(_program(model, part), raw)
     own_init = guide.init if init is None and isinstance(guide, Factorised) else init
     proto = processes.agreed(prototype(program, call, processes.start(own_init)), roles_of(model).map_sites)

@@ -76,7 +76,7 @@ def initial_values(setup: Setup, block: Block, warm: VEMResult | None) -> NDArra
     values = {p.name: p.init for p in block.parameters}
     here = torch.get_default_device()
     if warm is not None:
-        known = setup.processes.taken(warm.guide_params, setup.phi)
+        known = setup.processes.taken(warm.guide_params, {p.name: p.init.shape for p in setup.phi.parameters})
         for name, value in {**warm.params, **known}.items():
             if name in values and values[name].shape == value.shape:
                 values[name] = value.to(here)

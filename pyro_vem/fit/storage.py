@@ -36,9 +36,10 @@ def save(fit: VEMResult, path: str | Path) -> None:
     tensors |= {f"guide/{name}": value for name, value in fit.guide_params.items()}
     draws = 0
     setup = fit._setup
+    is_of_batch = setup is not None and setup.problem.model.is_batched
     if setup is not None:
         sites = [site for site in setup.prototype.latents if not setup.processes.has(site.plates)]
-        tensors |= {f"init/{site.name}": site.init for site in sites}
+        tensors |= {f"init/{site.name}": site.init for site in sites if not is_of_batch}
         draws = setup.objective.num_draws
     summary = {
         "format": FORMAT,
@@ -49,7 +50,7 @@ def save(fit: VEMResult, path: str | Path) -> None:
         "seconds": fit.seconds,
         "seed": fit.seed,
         "num_draws": draws,
-        "on_batches": fit._whole is not None,
+        "on_batches": fit._whole is not None or is_of_batch,
         "processes": setup.processes.count if setup is not None else 1,
         "compiled": setup is not None and setup.objective.exact is not None,
         "analytic": setup.analytic if setup is not None else "auto",

@@ -24,15 +24,31 @@ UNBIASED = 1e-8  # of a site's log density, that halves of a batch may be off it
 
 
 class RowScale(Messenger):  # type: ignore[misc]
-    """Scales sites in plates over rows, as if a batch were all of them, or the sites outside of them."""
+    """Scales sites in plates over rows, as if a batch were all of them, and the sites outside of them.
 
-    def __init__(self, plates: frozenset[str], inside: float = 1.0, outside: float = 1.0) -> None:
+    Args:
+        plates: over rows.
+        inside: factor of sites in them.
+        outside: factor of all others, but for those in `scaled`.
+        scaled: plates over rows that scale themselves.
+    """
+
+    def __init__(
+        self,
+        plates: frozenset[str],
+        inside: float = 1.0,
+        outside: float = 1.0,
+        scaled: frozenset[str] = frozenset(),
+    ) -> None:
         super().__init__()
-        self.plates, self.inside, self.outside = plates, inside, outside
+        self.plates, self.inside, self.outside, self.scaled = plates, inside, outside, scaled
 
     def factor(self, plates: Iterable[str]) -> float:
         """What a site in these plates is scaled by."""
-        return self.outside if self.plates.isdisjoint(plates) else self.inside
+        names = frozenset(plates)
+        if not self.plates.isdisjoint(names):
+            return self.inside
+        return self.outside if self.scaled.isdisjoint(names) else 1.0
 
     def _pyro_sample(self, msg: Site) -> None:
         msg["scale"] = msg["scale"] * self.factor(frame.name for frame in msg["cond_indep_stack"])
@@ -61,15 +77,17 @@ class Rows:
 
     Attributes:
         names: arguments whose first dimension runs over rows.
-        total: rows of all data.
+        total: rows of all data (of this process, where there are several).
         plates: that run over the rows of a batch, and are scaled here.
         scaled: that know how many rows there are, and scale themselves.
+        count: of processes, each of which counts what is outside of the plates.
     """
 
     names: tuple[str, ...]
     total: int
     plates: frozenset[str]
     scaled: frozenset[str] = frozenset()
+    count: int = 1
 
     @property
     def all_plates(self) -> frozenset[str]:
@@ -90,7 +108,7 @@ class Rows:
 
     def scaling(self, call: Arguments) -> RowScale:
         """The handler under which the rows of a call stand for all."""
-        return RowScale(self.plates, self.total / self.size(call))
+        return RowScale(self.plates, self.total / self.size(call), 1.0 / self.count, self.scaled)
 
 
 def rows_of(source: Source) -> Rows:
