@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,31 +71,24 @@ def fit_batches(
 ) -> VEMResult:
     """See `pyro_vem.fit_vem`; runs inside its isolation."""
     begin = time.perf_counter()
-    source = Source.of(model, data, batch_size, seed)
-    processes = Processes.of(options.sharded)
+    source, processes = Source.of(model, data, batch_size, seed), Processes.of(options.sharded)
     rows = _shared_rows(rows_of(source), processes, validation)
+    guide = None if guide == "auto" else guide  # closed forms are of all rows
+    problem = partial(set_up, model, guide=guide, elbo=elbo, init=init, seed=seed, compile=False)
 
     def make(call: Arguments, is_alone: bool = False) -> Setup:
         own = replace(options, sharded=()) if is_alone else options
         with pyro.get_param_store().scope():  # another size has other parameters of the same names
-            return set_up(model, dict(call.kwargs), guide, elbo, init, own, seed, False, rows)
+            return problem(dict(call.kwargs), options=own, rows=rows)
 
-    if guide == "auto":
-        guide = None  # closed forms are of all rows
     first = make(source.head(rows.names, min(source.size, rows.total)))
-    if first.lifted is not None:
-        raise UnsupportedModelError(
-            "closed forms and discrete sites are fitted on all rows at once: leave batch_size= out"
-        )
-    fit = BatchFit(source, rows, make, first, warm)
-    held_out = Source.of(model, validation, source.size, seed) if validation is not None else None
-    _check_locals(fit, held_out is not None)
     first.objective.add_note(
         f"batches of {source.size:,} of {rows.total:,} rows ({', '.join(rows.names)}): plate "
         f"{', '.join(sorted(rows.all_plates))} stands for all of them"
     )
-    if options.encoder_steps > 1 and not (fit.has_network and fit.is_amortized):
-        raise ModelError("FitOptions(encoder_steps=) needs an encoder for every latent (AmortizedNormal)")
+    fit = BatchFit(source, rows, make, first, warm)
+    held_out = Source.of(model, validation, source.size, seed) if validation is not None else None
+    _check(fit, held_out is not None, options)
     climb: _Climb = (
         _Network(fit, max_iter, held_out, mode, options)
         if fit.has_network
@@ -105,32 +99,31 @@ def fit_batches(
     if saved.left is not None:
         first.objective.add_note(f"went on from a checkpoint after {saved.left.n_iter} epochs")
         climb.epochs = saved.left.n_iter
-    try:
-        x, status = climb.run(callbacks)
-    except KeyboardInterrupt:
-        if processes.count > 1:  # the others do not know
-            raise
-        x, status = climb.x, Status.interrupted
-        climb.save(is_last=True)
-    finally:
-        climb.bar.close()
+    x, status = _climbed(climb, callbacks)
     x = _settled(fit, x)
     terms = measured(fit, x)
     if status is not Status.interrupted:
         saved.remove()
-    theta, phi = fit.found(x)
-    whole = None
-    if source.stream is None and processes.count == 1:
-        everything = dict(source.arrays)
-
-        def whole() -> Setup:
-            return set_up(model, everything, guide, elbo, init, options, seed, False)
-
+    is_whole = source.stream is None and processes.count == 1
     return VEMResult(
-        theta, phi, terms.elbo, terms.elbo_se, status, climb.epochs, tuple(climb.history),
+        *fit.found(x), terms.elbo, terms.elbo_se, status, climb.epochs, tuple(climb.history),
         time.perf_counter() - begin, first.objective.shown_plan, terms, seed,
-        first if whole is None else None, _whole=whole,
+        None if is_whole else first,
+        _whole=partial(problem, dict(source.arrays), options=options) if is_whole else None,
     )  # fmt: skip
+
+
+def _climbed(climb: "_Climb", callbacks: tuple[Any, ...]) -> tuple[Tensor, Status]:
+    """Where a climb ends, or has been interrupted."""
+    try:
+        return climb.run(callbacks)
+    except KeyboardInterrupt:
+        if climb.fit.processes.count > 1:  # the others do not know
+            raise
+        climb.save(is_last=True)
+        return climb.x, Status.interrupted
+    finally:
+        climb.bar.close()
 
 
 def _shared_rows(rows: Rows, processes: Processes, validation: Any) -> Rows:
@@ -150,8 +143,14 @@ def _shared_rows(rows: Rows, processes: Processes, validation: Any) -> Rows:
     return replace(rows, count=processes.count)
 
 
-def _check_locals(fit: BatchFit, is_validated: bool) -> None:
-    """What factors of single rows cannot be fitted with."""
+def _check(fit: BatchFit, is_validated: bool, options: FitOptions) -> None:
+    """What batches cannot be fitted with."""
+    if fit.first.lifted is not None:
+        raise UnsupportedModelError(
+            "closed forms and discrete sites are fitted on all rows at once: leave batch_size= out"
+        )
+    if options.encoder_steps > 1 and not (fit.has_network and fit.is_amortized):
+        raise ModelError("FitOptions(encoder_steps=) needs an encoder for every latent (AmortizedNormal)")
     names = ", ".join(site.name for site in fit.locals.sites)
     if names and is_validated:
         raise ModelError(f"validation= needs an encoder for {names}: held-out rows have no factors")
