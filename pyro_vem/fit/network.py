@@ -1,7 +1,7 @@
 """Training of encoders and decoders on batches: one Adam, its whole step captured where that pays."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,9 +47,6 @@ class NetworkStep:
         self.dtype = self._dtype()
         self._graph: Graph | None = None
         self._is_decided, self._eager_seconds, self._num_eager = mode is False, 0.0, 0
-        if fit.processes.count > 1 and mode is not False:
-            self._is_decided = True
-            fit.first.objective.add_note("steps not captured: gradients are summed over processes")
 
     def _dtype(self) -> torch.dtype:
         """Of forward and backward passes: that of the weights as they were given. Adam's is float64."""
@@ -81,6 +78,9 @@ class NetworkStep:
         self._eager_seconds += time.perf_counter() - start
         self._num_eager += 1
         value, *moments = found
+        if self.fit.processes.count > 1:
+            value, gradient = self.fit.summed(value, moments[0])
+            moments = self._adam(self.moments, gradient, self.rate, moving)
         if not bool(torch.isfinite(moments[0]).all()):
             self.rejected += 1  # the step before led here: go back, and on with half of it
             self.moments, self.rate = self._before, self.rate / 2
@@ -93,9 +93,20 @@ class NetworkStep:
         self.weight = torch.tensor(min(1.0, (epoch + 1) / max(1, epochs)), dtype=torch.float64)
 
     def _eager(self, call: Arguments, noise: Mapping[str, Tensor]) -> Any:
-        """The step as a function of tensors: moments, rate, weight of KL terms, what moves, data, noise."""
+        """The step as a function of tensors: moments, rate, weight of KL terms, what moves, data, noise.
+
+        In several processes it ends with the gradient, which is then summed over them.
+        """
         names, draws, total, dtype = list(_tensors(call)), list(noise), self.fit.total, self.dtype
-        is_encoder = self.encoder > 0
+
+        def gradient(x: Tensor, weight: Tensor, rest: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            cast = [value.to(dtype) if value.is_floating_point() else value for value in rest]
+            kwargs = {**call.kwargs, **dict(zip(names, cast[: len(names)], strict=True))}
+            here = dict(zip(draws, cast[len(names) :], strict=True))
+            leaf = x.detach().to(dtype).requires_grad_()
+            value = self.fit.annealed(leaf, Arguments((), kwargs), here, weight.to(dtype))
+            (slope,) = torch.autograd.grad(-value / total, leaf)
+            return value.detach().double(), slope.double()
 
         def run(
             x: Tensor,
@@ -107,25 +118,24 @@ class NetworkStep:
             moving: Tensor,
             *rest: Tensor,
         ) -> Any:
-            cast = [value.to(dtype) if value.is_floating_point() else value for value in rest]
-            kwargs = {**call.kwargs, **dict(zip(names, cast[: len(names)], strict=True))}
-            here = dict(zip(draws, cast[len(names) :], strict=True))
-            leaf = x.detach().to(dtype).requires_grad_()
-            value = self.fit.annealed(leaf, Arguments((), kwargs), here, weight.to(dtype))
-            (gradient,) = torch.autograd.grad(-value / total, leaf)
-            value, gradient = self.fit.summed(value.double(), gradient.double())
-            count = count + torch.stack(
-                [torch.ones_like(rate), moving.min()]
-            )  # zero where only encoders move
-            mean = mean + moving * (1 - BETAS[0]) * (gradient - mean)
-            square = square + moving * (1 - BETAS[1]) * (gradient * gradient - square)
-            first, second = ((1 - beta**count).clamp(min=EPSILON) for beta in BETAS)
-            mean_bias, square_bias = (torch.where(is_encoder, bias[0], bias[1]) for bias in (first, second))
-            size = (square / square_bias).sqrt() + EPSILON
-            moved = x - moving * rate * mean / mean_bias / size
-            return value.detach(), moved, mean, square, count
+            value, slope = gradient(x, weight, rest)
+            if self.fit.processes.count > 1:
+                return value, slope
+            return value, *self._adam((x, mean, square, count), slope, rate, moving)
 
         return run
+
+    def _adam(self, moments: Moments, gradient: Tensor, rate: Tensor, moving: Tensor) -> Moments:
+        """Adam's step down a gradient."""
+        x, mean, square, count = moments
+        is_encoder = self.encoder > 0
+        count = count + torch.stack([torch.ones_like(rate), moving.min()])  # zero where only encoders move
+        mean = mean + moving * (1 - BETAS[0]) * (gradient - mean)
+        square = square + moving * (1 - BETAS[1]) * (gradient * gradient - square)
+        first, second = ((1 - beta**count).clamp(min=EPSILON) for beta in BETAS)
+        mean_bias, square_bias = (torch.where(is_encoder, bias[0], bias[1]) for bias in (first, second))
+        size = (square / square_bias).sqrt() + EPSILON
+        return x - moving * rate * mean / mean_bias / size, mean, square, count
 
     def _decide(self, call: Arguments, noise: Mapping[str, Tensor], given: list[Tensor]) -> None:
         """Trace or compile the step when the eager ones tell that it pays; say so in the plan."""
