@@ -214,6 +214,32 @@ def trained(name, rank, count):
     }
 
 
+TRENDED = torch.linspace(0.0, 3.0, ROWS, dtype=torch.float64) + 0.5 * x[:, 0]
+
+
+def uneven(rank, count):
+    """Mean and sd of rows in streams that are never shuffled, of 3 and of 8 batches."""
+
+    def model(y):
+        mean = pyro.param("mean", torch.tensor(0.0))
+        sd = pyro.param("sd", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mean, sd), obs=y)
+
+    own = (TRENDED[:21].split(7), TRENDED[21:].split(10))[rank]
+    options = vem.FitOptions(sharded=("rows",))
+    fit = vem.fit_vem(model, [{"y": part} for part in own], options=options, progress=False)
+    return {name: float(value) for name, value in fit.params.items()}
+
+
+def nested(group, y):
+    """Groups that are rows of a process, but not of a batch."""
+    with pyro.plate("groups", 4):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(z[group], 1.0), obs=y)
+
+
 def gradient(rank, count):
     """Bound and gradient of all rows where a network starts: exact, as antithetic pairs are for squares."""
     found = []
@@ -278,7 +304,7 @@ def main(path):
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
     found = {name: fitted(name, rank, count) for name in CASES}
     found["trained"] = {name: trained(name, rank, count) for name in TRAINED}
-    found["gradient"] = gradient(rank, count)
+    found["gradient"], found["uneven"] = gradient(rank, count), uneven(rank, count)
     data = share(CASES["counts"][1], rank, count)
     options = vem.FitOptions(sharded=("rows",))
     drawn = vem.fit_vem(waves, share(WAVES, rank, count), options=options, progress=False)
@@ -306,6 +332,9 @@ def main(path):
         "shapes": refused(("rows",), {"y": data["y"][:, 0]}, per_row),
         "guide": refused(("rows",), data, guide=pyro.infer.autoguide.AutoNormal(counts)),
         "forms": refused(("rows",), columns, lines, guide="auto"),
+        "groups": refused(
+            ("rows", "groups"), {"group": torch.arange(40) % 4, "y": x[:40, 0]}, nested, batch_size=10
+        ),
         "plates": refused(("counts",), data, batch_size=10),
         "validation": refused(
             ("rows",), data, batch_size=10, validation=None if rank else data

@@ -15,6 +15,7 @@ from pyro_vem.posterior.importance import pools
 
 D = torch.float64
 WAITS = {"y": zoo_em.WAITING}
+POSITIVE, INTERVAL = constraints.positive, constraints.unit_interval
 Y8 = torch.tensor([0.1, -0.8, 0.4, 0.9, -0.3, 6.1, 5.2, 5.9], dtype=D)
 
 
@@ -369,7 +370,7 @@ def test_a_start_may_do_better(fit):
 
 
 TOGETHER = {
-    "mixture": (zoo_em.two_waits, WAITS, {}),
+    "mixture": (zoo_em.two_waits, WAITS, {"schedule": "accelerated"}),
     "bayesian mixture": (zoo_em.two_waits_bayes, WAITS, {}),
     "plain rounds": (zoo_em.two_waits, WAITS, {"schedule": "alternate", "tol": 1e-9}),
     "factors of their families": (zoo_em.normal_gamma, {"y": WAITS["y"][:20]}, {"guide": "auto"}),
@@ -389,6 +390,41 @@ def test_starts_at_once_end_where_each_alone_does(fit, monkeypatch, case):
     assert [s.elbo for s in at_once.starts] == pytest.approx([s.elbo for s in alone.starts], abs=1e-4)
     rises = [row.after - row.before for row in at_once.history]
     assert min(rises) > -1e-8
+
+
+def test_starts_at_once_leave_saddles_as_alone(fit):
+    """Five groups, all components in one place at first, where plain rounds would creep."""
+    generator = torch.Generator().manual_seed(1)
+    centres = 12 * torch.rand(5, generator=generator, dtype=D)
+    y = (centres + 0.4 * torch.randn(30, 5, generator=generator, dtype=D)).reshape(-1)
+
+    def model(y):
+        mu, sd = pyro.param("mu", torch.full((5,), 5.0)), pyro.param("sd", torch.tensor(3.0), POSITIVE)
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(5)), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(mu[z], sd), obs=y)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyro_vem.fit.together.can_go_together", lambda *_: False)
+        alone = fit(model, {"y": y}, num_starts=6)
+    assert fit(model, {"y": y}, num_starts=6).elbo >= alone.elbo - 1e-6
+
+
+def test_probabilities_at_their_edge_have_not_run_away(fit):
+    """An item that no one of a class solves: the bound has its maximum there."""
+    y = torch.cat([torch.tensor([[1.0, 1, 0, 0]] * 20), torch.tensor([[0.0, 0, 1, 1]] * 20)]).double()
+
+    def model(y):
+        p = pyro.param("p", torch.tensor([[0.6, 0.6, 0.4, 0.4], [0.4, 0.4, 0.6, 0.5]]), INTERVAL)
+        with pyro.plate("rows", len(y), dim=-2):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+            with pyro.plate("items", 4, dim=-1):
+                pyro.sample("y", dist.Bernoulli(p[z, torch.arange(4)]), obs=y)
+
+    for schedule in ("auto", "accelerated", "alternate"):
+        result = fit(model, {"y": y}, schedule=schedule, num_starts=3)
+        assert result.status is vem.Status.converged
+        assert result.elbo == pytest.approx(40 * np.log(0.5), abs=1e-5)
 
 
 def test_starts_that_need_more_than_closed_forms_go_one_by_one(fit):

@@ -345,6 +345,22 @@ def test_a_loader_is_a_mapping_in_batches(fit):
         fit(model, torch.utils.data.DataLoader([]), guide=guide)
 
 
+def test_a_sampler_says_how_many_rows_there_are():
+    """Of a loader that leaves rows to others, not those of its data set."""
+    data = torch.utils.data
+    rows, model = [{"y": torch.ones(())}] * 60, autoencoder()[0]
+    samplers = {
+        60: None,
+        40: data.SubsetRandomSampler(range(40)),
+        30: data.DistributedSampler(rows, num_replicas=2, rank=0),
+    }
+    for number, sampler in samplers.items():
+        loader = data.DataLoader(rows, batch_size=10, sampler=sampler)
+        assert Source.of(model, loader, None, 0).total == number
+    batches = [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
+    assert Source.of(model, data.DataLoader(rows, batch_sampler=batches), None, 0).total == 9
+
+
 def test_a_fit_on_a_stream_is_loaded_with_any_rows(fit, tmp_path):
     y = factor_data(90)
     model, guide = autoencoder()

@@ -81,6 +81,7 @@ def test_two_processes_take_the_steps_of_one(found, one_process, name):
         ("shapes", r"'z' has shape \(50,\) in process 0 and \(51,\) in process 1.*name its plate"),
         ("guide", "takes our guides only, not AutoNormal"),
         ("plates", r"rows are in plate rows, which FitOptions\(sharded=\) does not name"),
+        ("groups", "guide.loc.z, guide.scale.z belong to a plate .* not over the rows of batches"),
         ("validation", "validation= is missing in some processes"),
         ("starts", "one fit from one start"),
         ("forms", "closed form of 'y' differs between processes"),
@@ -107,6 +108,12 @@ def test_batches_of_two_processes_have_the_answer_of_one(found, one_process, nam
 
 def test_gradients_of_two_processes_add_up(found, one_process):
     assert found["gradient"] == pytest.approx(ranks.gradient(0, 1), rel=1e-10)
+
+
+def test_streams_of_different_lengths_are_all_seen(found):
+    """The shorter one begins again: the fit of the rows that come first would have another mean."""
+    assert found["uneven"]["mean"] == pytest.approx(float(ranks.TRENDED.mean()), abs=0.05)
+    assert found["uneven"]["sd"] == pytest.approx(float(ranks.TRENDED.std(correction=0)), rel=0.05)
 
 
 def test_a_prior_counts_once_in_batches_of_two_processes(found):

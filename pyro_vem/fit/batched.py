@@ -1,8 +1,10 @@
 """A problem seen through batches of its rows, and what it is worth on all of them."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,17 +12,19 @@ from torch import Tensor
 from ..bound.tables import ElboTerms, TermRow
 from ..errors import ModelError
 from ..guides.factorised import FactorisedNormal
-from ..model.batches import Source
+from ..model.batches import Batch, Source
 from ..model.data import Arguments
 from ..model.parameters import Block
 from ..model.rows import Rows
 from ..model.runtime import default_dtype
 from .locals import Locals
+from .processes import Processes
 from .result import VEMResult
 from .setup import Setup, encoded_moments
 from .starts import initial_values
 from .status import Status, Step
 
+ENCODER_EPOCHS = 1_000_000  # from here on are the orders of rows for steps of the encoder alone
 INFORMED = 512  # rows on which mutual information is estimated
 MEASURED = 64  # draws of the reported bound, a batch
 
@@ -43,6 +47,7 @@ class BatchFit:
     first: Setup
     warm: VEMResult | None = None
     setups: dict[int, Setup] = field(default_factory=dict)
+    passes: dict[str, "Passes"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         size = self.rows.size(self.first.problem.call)
@@ -139,17 +144,69 @@ class BatchFit:
     def epoch(self, number: int, is_shuffled: bool = True) -> Iterator[tuple[Tensor | None, Arguments]]:
         """Batches of all rows; each is held against the rows that it should have.
 
-        Shuffled ones are for steps, which all processes take together: the epoch ends with the
-        process that has fewest.
+        Shuffled ones are for steps, which several processes take together.
         """
-        batches = self.source.epoch(self.rows.names, self.rows.total, number, is_shuffled)
-        for index, call in self.processes.in_step(batches) if is_shuffled else batches:
+        if is_shuffled and self.processes.count > 1:
+            kind = "encoder" if number >= ENCODER_EPOCHS else "all"
+            if kind not in self.passes:
+                make = partial(self.source.epoch, self.rows.names, self.rows.total)
+                self.passes[kind] = Passes(self.processes, make, number)
+            batches = self.passes[kind].epoch()
+        else:
+            batches = self.source.epoch(self.rows.names, self.rows.total, number, is_shuffled)
+        for index, call in batches:
             lengths = {len(v) for n, v in call.kwargs.items() if n in self.rows.names}
             if len(lengths) != 1 or (index is not None and lengths != {len(index)}):
                 raise ModelError(
                     f"a batch has {sorted(lengths)} rows in {', '.join(self.rows.names)}: they must agree"
                 )
             yield index, call
+
+
+@dataclass
+class Passes:
+    """Batches of a process's own rows, for steps that all processes take together.
+
+    An epoch ends when every process has been through its rows. One with fewer batches begins again,
+    and goes on from there in the next epoch, so that its rows take part alike.
+
+    Attributes:
+        processes: of the fit.
+        make: the batches of a pass, by its number.
+        number: of the next pass.
+        length: batches of a pass, once one has ended.
+    """
+
+    processes: Processes
+    make: Callable[[int], Iterator[Batch]]
+    number: int = 0
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        self.seen = 0  # in the first pass
+        self._begin()
+
+    def epoch(self) -> Iterator[Batch]:
+        """Batches until every process has had a pass."""
+        for step in itertools.count():
+            item = next(self.rest, None) if self.length is None else None
+            if self.length is None:
+                self.seen += item is not None
+                self.length = self.seen if item is None else None
+            is_done = self.length is not None and step >= self.length
+            if self.processes.sum_of(is_done) == self.processes.count:
+                return
+            yield self._next() if item is None else item
+
+    def _next(self) -> Batch:
+        item = next(self.rest, None)
+        if item is None:
+            self._begin()
+            item = next(self.rest)
+        return item
+
+    def _begin(self) -> None:
+        self.rest, self.number = self.make(self.number), self.number + 1
 
 
 def _apart(setup: Setup, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

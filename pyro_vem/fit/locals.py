@@ -79,8 +79,8 @@ class Locals:
 
     def start(self, phi: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
         """All rows at the average of a batch's, or where an earlier fit has left them."""
-        assert self.guide is not None
         for site in self.sites:
+            assert self.guide is not None
             for store, name in ((self.loc, self.guide.loc_name), (self.scale, self.guide.scale_name)):
                 value = self._rows_first(site, phi[name(site.name)].detach())
                 every = value.mean(0).expand(self.rows.total, *value.shape[1:])

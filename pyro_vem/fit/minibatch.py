@@ -26,7 +26,7 @@ from ..model.batches import Source
 from ..model.data import Arguments
 from ..model.rows import Rows, rows_of
 from .averaging import AveragedAdam
-from .batched import BatchFit, held_out_bound, measured, mutual_information
+from .batched import ENCODER_EPOCHS, BatchFit, held_out_bound, measured, mutual_information
 from .capture import Compile
 from .checkpoint import Checkpoint
 from .locals import natural_step
@@ -43,7 +43,6 @@ PAIRS = 4  # antithetic pairs of draws a step; one draw where only encoders draw
 PATIENCE, LEAST_RATE = 10, 1e-5  # epochs without a rise after which a network's rate falls, and its end
 FADING = 0.2  # share of the epochs over which it falls where no rows are held out
 STILL = 3  # epochs without a rise of the mutual information: its estimate is noisy
-ENCODER_EPOCHS = 1_000_000  # from here on are the orders of rows for steps of the encoder alone
 FINAL_PAIRS = 2048  # for a last pass over all rows: shared among its batches, 16 to 256 each
 ROUNDS = 3  # natural-gradient steps of the rows of a batch in the first epoch, one later
 LAST_ROUNDS, FINAL_PASSES = 4, 2
@@ -148,6 +147,12 @@ def _check(fit: BatchFit, is_validated: bool, options: FitOptions) -> None:
     if fit.first.lifted is not None:
         raise UnsupportedModelError(
             "closed forms and discrete sites are fitted on all rows at once: leave batch_size= out"
+        )
+    apart = set(fit.processes.axes) - fit.locals.names
+    if apart:
+        raise ModelError(
+            f"{', '.join(sorted(apart))} belong to a plate of FitOptions(sharded=) that is not over the "
+            "rows of batches: leave batch_size= out"
         )
     if options.encoder_steps > 1 and not (fit.has_network and fit.is_amortized):
         raise ModelError("FitOptions(encoder_steps=) needs an encoder for every latent (AmortizedNormal)")

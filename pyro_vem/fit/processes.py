@@ -9,7 +9,7 @@ step that another one does not take.
 
 import contextlib
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -288,19 +288,6 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """True if it is in some process."""
         return flag if self.count == 1 else any(self.gathered(flag))
-
-    def in_step(self, items: Iterable[T]) -> Iterator[T]:
-        """Items as long as every process has one: what is done with them may wait for the others."""
-        if self.count == 1:
-            yield from items
-            return
-        rest = iter(items)
-        while True:
-            item = next(rest, None)
-            if float(self.total(torch.tensor(item is None).double())):
-                return
-            assert item is not None
-            yield item
 
     def sum_of(self, value: float) -> float:
         """Of a number, over all processes."""

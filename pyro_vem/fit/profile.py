@@ -79,6 +79,8 @@ class Profile:
         if self.last is None:
             zero = np.zeros_like(theta)
             information = np.stack([smooth.hessian_product(zero, e) for e in np.eye(theta.size)])
+            if not np.isfinite(information).all():  # at the edge of a range; BFGS learns it from steps
+                information = np.eye(theta.size)
             values, vectors = np.linalg.eigh((information + information.T) / 2)
             values = np.maximum(np.abs(values), 1e-8 * np.abs(values).max() + 1e-300)
             self.inverse = (vectors / values) @ vectors.T

@@ -184,7 +184,7 @@ class Run:
     def _best_phi(self, state: State) -> State:
         """The E-step at other parameters, to its own tolerance."""
         if not self.setup.phi.size:
-            return state
+            return replace(state, elbo=elbo_at(self.setup, state.phi, state.theta))
         if self.closed is not None:
             state, _ = self.closed.step(state, "E", self.iterations)
             if self.closed.is_all_of["E"]:

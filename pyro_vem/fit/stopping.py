@@ -60,11 +60,13 @@ def runaway(setup: Setup, state: State, start: State) -> str | None:
     drift = np.abs(state.theta - start.theta)
     tabulated = setup.lifted.lifted.found.codings if setup.lifted is not None else {}
     for parameter in setup.theta.parameters:
-        if parameter.constraint is constraints.simplex:
-            continue  # at its edge a component is empty, and the bound has its maximum there
+        is_tabulated = parameter.name in tabulated
+        support = tabulated[parameter.name].variable.support if is_tabulated else None
+        if parameter.constraint is constraints.simplex or support == "unit":
+            continue  # a probability, at whose edge the bound has its maximum: a value that never occurs
         where = setup.theta.where([parameter.name])
         limit = DRIFT * (1 + np.abs(start.theta[where])) if parameter.is_real else FAR
-        if parameter.name in tabulated and tabulated[parameter.name].variable.support == "positive":
+        if support == "positive":
             limit = CANCELLED
         if (drift[where] > limit).any():
             return parameter.name

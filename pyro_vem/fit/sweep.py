@@ -10,7 +10,7 @@ from ..bound.lifted.terms import LiftedTerms
 from .setup import Setup
 from .state import State, elbo_at
 
-EDGE = 1e-12  # smallest probability that an M-step gives to a component
+EDGE = 1e-12  # smallest probability that an M-step gives
 POSITIVE = ("scale", "rate", "concentration", "concentration1", "concentration0")
 
 
@@ -126,4 +126,6 @@ class Sweep:
         if coding.variable.support == "simplex":
             u = u.reshape(-1, coding.variable.shape[-1]).clamp(min=EDGE)
             u = (u / u.sum(-1, keepdim=True)).reshape(-1)
+        elif coding.variable.support == "unit":
+            u = u.clamp(EDGE, 1 - EDGE)
         return coding.variable.placed(u)

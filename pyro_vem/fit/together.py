@@ -1,7 +1,7 @@
 """Several starts at once: rounds of closed forms for all of them in one batch.
 
 A small model's round costs Python and dispatch, which ten starts share under `torch.func.vmap`. Each
-start is extrapolated by itself, as alone; the best one then goes on by itself, with all checks.
+start is extrapolated as alone, and goes on by itself, with all checks, from where it stands still.
 """
 
 import time
@@ -18,7 +18,7 @@ from torch.func import vmap
 from ..bound.lifted.table import Table
 from .closed import NOISE, Anderson
 from .result import VEMResult
-from .run import ACCELERATE_FROM, ROUNDING, Run, Schedule
+from .run import ACCELERATE_FROM, PROFILE_FROM, ROUNDING, Run, Schedule
 from .smooth import Vector
 from .state import State
 from .status import Status, Step
@@ -55,23 +55,27 @@ def from_starts(
             found.append(finished(begun(len(found))))
         return found
     runs = [first, *(begun(start) for start in range(1, num_starts))]
-    statuses = Together(runs, schedule != "alternate").climb(max_iter)
-    found = [run.result(status) for run, status in zip(runs, statuses, strict=True)]
-    if Status.interrupted not in statuses:
-        for i in np.argsort([-run.state.elbo for run in runs]):
-            found[i] = finished(runs[i])
-            if found[i].status is not Status.diverged:
-                break
+    if not Together(runs, schedule != "alternate").climb(max_iter):
+        for run in runs:
+            run.close()
+        return [run.result(Status.interrupted) for run in runs]
+    found = []
     for run in runs:
+        found.append(finished(run))
+        if found[-1].status is Status.interrupted:
+            break
+    for run in runs[len(found) :]:
         run.close()
     return found
 
 
 def can_go_together(run: Run, schedule: Schedule, num_starts: int) -> bool:
-    """True if every step is a pure closed form, and numbers are few enough for batches to pay."""
+    """True if every round is of pure closed forms, and numbers are few enough for batches to pay."""
     closed, setup = run.closed, run.setup
     is_asked_for = schedule in ("auto", "accelerated", "alternate") and run.methods == ("auto", "auto")
     if closed is None or not closed.is_complete or not is_asked_for or setup.processes.count > 1:
+        return False
+    if run.schedule_of(PROFILE_FROM, schedule) == "profile":  # which leaves a saddle where EM creeps
         return False
     lifted = closed.terms.lifted
     is_searched = any(closed.is_searched(name) for name in sum(closed.latents, ()))
@@ -104,8 +108,8 @@ class Together:
         self.is_restarting = np.full(len(states), closed is not None and closed.is_restarting)
         self.before: Vector | None = None
 
-    def climb(self, max_iter: int) -> list[Status]:
-        """Rounds until every start stands still; leaves each run where it has come to, and says how."""
+    def climb(self, max_iter: int) -> bool:
+        """Rounds until every start stands still; leaves each run there. False if interrupted."""
         begin, first, runs = time.perf_counter(), self.elbo.copy(), self.runs
         still, rounds = np.zeros(len(runs), dtype=int), np.zeros(len(runs), dtype=int)
         is_interrupted = False
@@ -130,9 +134,7 @@ class Together:
                 run.record(Step(run.iterations, "start", *gained, 0.0, run.iterations, 0, seconds, note))
             except KeyboardInterrupt:  # a callback's
                 is_interrupted = True
-        if is_interrupted:
-            return [Status.interrupted] * len(runs)
-        return [Status.converged if n >= STILL else Status.max_iterations for n in still]
+        return not is_interrupted
 
     def _round(self, is_moving: Flags, iteration: int) -> None:
         has_theta = self.theta.shape[1] > 0

@@ -80,8 +80,12 @@ class Source:
         """Rows of all data, if a stream knows; None for arrays, whose lengths tell."""
         if self.stream is None:
             return None
-        dataset = getattr(self.stream, "dataset", None)
-        return len(dataset) if isinstance(dataset, Sized) else sum(map(_length, as_outside(self.stream)))
+        if hasattr(self.stream, "batch_sampler"):  # the sampler may leave rows to others
+            batches: Any = self.stream.batch_sampler
+            known = batches.sampler if type(batches) is torch.utils.data.BatchSampler else None
+        else:
+            known = getattr(self.stream, "dataset", None)
+        return len(known) if isinstance(known, Sized) else sum(map(_length, as_outside(self.stream)))
 
     def head(self, names: Iterable[str], num: int) -> Arguments:
         """The call with the first rows."""
