@@ -193,6 +193,7 @@ def trained(name, rank, count):
         model, data = tight, TIGHT
     elif name == "counts":
         model, data, *_ = CASES["counts"]
+        settings = {"max_iter": 40}
     else:
         model, guide = factor_model()
         special = {"encoder_steps": 2}

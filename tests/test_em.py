@@ -406,8 +406,8 @@ def test_starts_at_once_leave_saddles_as_alone(fit):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pyro_vem.fit.together.can_go_together", lambda *_: False)
-        alone = fit(model, {"y": y}, num_starts=6)
-    assert fit(model, {"y": y}, num_starts=6).elbo >= alone.elbo - 1e-6
+        alone = fit(model, {"y": y}, num_starts=4)
+    assert fit(model, {"y": y}, num_starts=4).elbo >= alone.elbo - 1e-6
 
 
 def test_probabilities_at_their_edge_have_not_run_away(fit):
@@ -428,9 +428,9 @@ def test_probabilities_at_their_edge_have_not_run_away(fit):
 
 
 def test_starts_that_need_more_than_closed_forms_go_one_by_one(fit):
-    settings = [{"schedule": "profile"}, {"m_step": "newton"}, {"e_step": "lbfgs"}]
+    settings = [{"schedule": "profile"}, {"m_step": "newton"}]
     cases = [(zoo_em.two_waits, WAITS, options) for options in settings]
-    cases += [(zoo_em.chain, {"y": switching()}, {})]
+    cases += [(zoo_em.chain, {"y": switching()[:12]}, {})]
     for model, data, options in cases:
         result = fit(model, data, num_starts=2, **options)
         assert not any("at once" in row.note for row in result.history)
