@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import pyro_vem as vem
 
@@ -25,11 +26,16 @@ ranks = _module("ranks", HERE / "ranks.py")
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    run = launch.launched(2, ranks.ROWS, str(folder), script=HERE / "ranks.py")
-    errors = run.communicate(timeout=300)[1]
-    assert run.returncode == 0, errors
+def found(tmp_path_factory, worker_id):
+    """What two processes found; workers of one test run share it, as it takes them half a minute."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "ranks"
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "found.json").exists():
+            folder.mkdir(exist_ok=True)
+            run = launch.launched(2, ranks.ROWS, str(folder), script=HERE / "ranks.py")
+            errors = run.communicate(timeout=300)[1]
+            assert run.returncode == 0, errors
     return {**json.loads((folder / "found.json").read_text()), "folder": folder}
 
 
