@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -14,6 +15,7 @@ import pyro_vem as vem
 from pyro_vem.bound.compiled.reduced import scaled_square
 from pyro_vem.bound.grids import grid
 from pyro_vem.fit.capture import capture
+from pyro_vem.fit.smooth import Loss, Smooth, predicted_gain
 from pyro_vem.model.runtime import isolated
 
 Y = torch.cumsum(0.3 * torch.randn(30, generator=torch.Generator().manual_seed(3)), 0).double()
@@ -168,6 +170,27 @@ def test_draws_are_added_where_others_would_move_the_optimum(fit):
     sds = many.guide_params["guide.scale.v"]
     shift = (few.guide_params["guide.loc.v"] - many.guide_params["guide.loc.v"]).abs() / sds
     assert float(shift.max()) < 0.2
+
+
+def bowl(seed, gain):
+    """A quadratic of 500 coordinates, curvatures over four decades, so much above its minimum."""
+    draw = torch.Generator().manual_seed(seed)
+    curvature = 10 ** (-4 * torch.rand(500, generator=draw, dtype=torch.float64))
+    slope = torch.randn(500, generator=draw, dtype=torch.float64) * curvature.sqrt()
+    slope = slope * (gain / (0.5 * (slope**2 / curvature).sum())).sqrt()
+    loss = Loss(lambda x: (0.5 * curvature * x**2 + slope * x).sum())
+    return Smooth(loss, np.zeros(500), np.ones(500))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_left_to_gain_is_not_missed(seed):
+    assert predicted_gain(bowl(seed, gain=2e-2), tol=1e-2) > 1e-2
+
+
+def test_little_that_is_left_costs_few_products():
+    smooth = bowl(0, gain=1e-5)
+    assert 0 < predicted_gain(smooth, tol=1e-2) < 1e-5
+    assert smooth.products == 10
 
 
 def test_a_graph_that_looks_at_values_is_refused():

@@ -21,9 +21,9 @@ from .result import VEMResult
 from .saddle import past_saddle
 from .scales import Scales
 from .setup import FitOptions, Setup
-from .smooth import Method, Vector
+from .smooth import Method, Smooth, Vector
 from .starts import finite_elbo, initial_values
-from .state import State, elbo_at
+from .state import State, elbo_at, joint_loss
 from .status import Status, Step
 from .steps import check_second_derivatives, hooked, note_idle, start_variances, step
 from .stopping import remaining, runaway
@@ -240,9 +240,10 @@ class Run:
         if not is_solved or is_slow or self.iterations < self.next_check:
             return False
         scale = self.scales.of(self.state, "joint", self.iterations)
-        left = remaining(self.setup, self.state, scale, tol)
+        smooth = Smooth(joint_loss(self.setup), self.state.joint, scale)
+        left = remaining(smooth, tol)
         if left.is_small(tol) or (left.is_no_maximum and gain < tol):
-            if self._has_left_saddle(scale):
+            if self._has_left_saddle(smooth):
                 return False
             if left.is_small(tol):
                 return True
@@ -250,12 +251,12 @@ class Run:
         self.next_check = self.iterations + min(2**self.failed, 32)
         return False
 
-    def _has_left_saddle(self, scale: Vector) -> bool:
+    def _has_left_saddle(self, smooth: Smooth) -> bool:
         """True if the point was a saddle of the bound, and the fit goes on from a higher one."""
         if self.saddles == MOST_SADDLES:
             return False
         start = time.perf_counter()
-        found = past_saddle(self.setup, self.state, scale, self._tolerance())
+        found = past_saddle(self.setup, self.state, smooth, self._tolerance())
         if found is None:
             return False
         old, (self.state, names) = self.state, found

@@ -7,7 +7,7 @@ from scipy.sparse import linalg as sparse_linalg
 
 from .setup import Setup
 from .smooth import Smooth, Vector
-from .state import State, elbo_at, joint_loss, moved
+from .state import State, elbo_at, moved
 
 SMALL = 30  # parameters up to which the whole Hessian is formed
 MOST_ROUNDS = 12  # of the search for a direction of negative curvature
@@ -16,7 +16,7 @@ LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01)  # of trial steps; coordinates are scaled 
 ENTERS = 0.1  # share of the largest part of a direction, by which a name enters it
 
 
-def past_saddle(setup: Setup, state: State, scale: Vector, tol: float) -> tuple[State, str] | None:
+def past_saddle(setup: Setup, state: State, smooth: Smooth, tol: float) -> tuple[State, str] | None:
     """A higher point along a direction of negative curvature, with what lies along it.
 
     None if the smallest curvature that a few Hessian-vector products find is not negative, or if
@@ -25,13 +25,12 @@ def past_saddle(setup: Setup, state: State, scale: Vector, tol: float) -> tuple[
     Args:
         setup: the problem.
         state: where the gradient vanishes.
-        scale: lengths of both blocks.
+        smooth: minus the bound in both blocks, about that point.
         tol: gain in nats that matters.
 
     References:
         Knyazev (2001), Toward the optimal preconditioned eigensolver, SIAM J. Sci. Comput. 23.
     """
-    smooth = Smooth(joint_loss(setup), state.joint, scale)
     direction = _most_negative(smooth)
     if direction is None:
         return None

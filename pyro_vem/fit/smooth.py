@@ -18,6 +18,7 @@ Method: TypeAlias = Literal["newton", "lbfgs"]
 
 
 DIFFERENCE = 1e-4  # step of differences of a gradient, in scaled coordinates
+FEW_PRODUCTS, STILL = 10, 0.03  # products, and the part of the tolerance that they add to no gain worth it
 
 
 @dataclass(frozen=True)
@@ -289,45 +290,45 @@ def curvature_scale(loss: Loss, x: Vector, probes: int = 8) -> Vector:
     return smooth.spread.own(1.0 / np.sqrt(np.maximum(magnitude, 1e-8 * magnitude.max())))
 
 
-def predicted_gain(loss: Loss, x: Vector, scale: Vector, *, tol: float, max_products: int = 400) -> float:
-    """What a Newton step from `x` would gain, 1/2 g' H^-1 g, by conjugate gradients.
+def predicted_gain(smooth: Smooth, *, tol: float, max_products: int = 400) -> float:
+    """What a Newton step from the origin would gain, 1/2 g' H^-1 g, by conjugate gradients.
 
     Args:
-        loss: the function.
-        x: the point.
-        scale: lengths of the coordinates.
+        smooth: the function, about the point.
+        tol: what the gain is held against: a sum that has passed it, or has come to a standstill far
+            below it, is returned as it is.
         max_products: most Hessian-vector products.
-        tol: what the gain is held against: a sum that has passed it is returned as it is.
 
     Returns:
         The predicted gain in nats, or the part of it that is more than tol; +inf if the Hessian is
         not positive along a search direction (no maximum of the bound here) or the products run out.
 
     Example:
-        >>> predicted_gain(Loss(lambda x: 2 * (x**2).sum()), np.ones(2), np.ones(2), tol=10.0)
+        >>> predicted_gain(Smooth(Loss(lambda x: 2 * (x**2).sum()), np.ones(2), np.ones(2)), tol=10.0)
         4.0
     """
-    smooth = Smooth(loss, x, scale)
     zero = smooth.zero
     if not zero.size:
         return 0.0
     residual = -smooth.gradient(zero)
     direction = residual.copy()
-    gain, step, square = 0.0, 0.0, float(residual @ residual)
+    gains, last, square = [0.0], 0.0, float(residual @ residual)
     target = 1e-8 * square if square > tol else 1e-2 * square  # far below tol a rough figure will do
     for _ in range(min(max_products, 2 * zero.size + 10)):
-        if square <= target or gain > tol:
-            return gain
+        is_still = len(gains) > FEW_PRODUCTS and gains[-1] - gains[-1 - FEW_PRODUCTS] < STILL * tol
+        if square <= target or gains[-1] > tol or is_still:
+            return gains[-1]
         product = smooth.hessian_product(zero, direction)
         curvature = float(direction @ product)
         if not curvature > 0.0:
             return float("inf")
         step = square / curvature
-        gain += 0.5 * step * square
+        last = 0.5 * step * square
+        gains.append(gains[-1] + last)
         residual = residual - step * product
         previous, square = square, float(residual @ residual)
         direction = residual + square / previous * direction
-    return gain if square <= target or 0.5 * step * square < 0.01 * tol else float("inf")
+    return gains[-1] if square <= target or last < 0.01 * tol else float("inf")
 
 
 def newton_step(loss: Loss, x: Vector, scale: Vector, gradient: Vector, max_products: int = 12) -> Vector:

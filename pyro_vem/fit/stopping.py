@@ -7,8 +7,8 @@ from torch.distributions import constraints
 
 from ..guides.factorised import FactorisedNormal
 from .setup import Setup
-from .smooth import Smooth, Vector, predicted_gain
-from .state import State, joint_loss
+from .smooth import Smooth, predicted_gain
+from .state import State
 
 GRADIENT_LIMIT = 1e-3  # of the scaled gradient per square root of dimension: posterior sds
 RUNAWAY = 25.0  # |log sd| beyond which a factor has collapsed or exploded
@@ -39,14 +39,12 @@ class Remaining:
         return self.gain == float("inf") and self.gradient < GRADIENT_LIMIT
 
 
-def remaining(setup: Setup, state: State, scale: Vector, tol: float) -> Remaining:
-    """Predict what a joint Newton step would gain; `scale` holds the lengths of both blocks."""
-    loss = joint_loss(setup)
-    smooth = Smooth(loss, state.joint, scale)
+def remaining(smooth: Smooth, tol: float) -> Remaining:
+    """Predict what a joint Newton step would gain from where `smooth` has its origin."""
     gradient = float(np.linalg.norm(smooth.gradient(smooth.zero))) / max(1, smooth.zero.size) ** 0.5
     if gradient >= GRADIENT_LIMIT:
         return Remaining(float("inf"), gradient)
-    return Remaining(predicted_gain(loss, state.joint, scale, tol=tol), gradient)
+    return Remaining(predicted_gain(smooth, tol=tol), gradient)
 
 
 def runaway(setup: Setup, state: State, start: State) -> str | None:

@@ -286,9 +286,7 @@ def counts(is_full: bool) -> tuple[Result, Result, str]:
             pyro.sample("y", dist.Poisson(z.exp()).to_event(1), obs=y)
 
     model, peers, best = (full, Pln, -63525.996) if is_full else (diagonal, PlnDiag, -78090.119)
-    fit, seconds = timed(
-        lambda: vem.fit_vem(model, {"y": y}, guide="auto", tol=0.1 if is_full else 1e-3, **KEEP)
-    )
+    fit, seconds = timed(lambda: vem.fit_vem(model, {"y": y}, guide="auto", tol=0.1, **KEEP))
     with contextlib.redirect_stdout(io.StringIO()):
         peer, peer_seconds = timed(lambda: peers(table, exog=None).fit())
     # Its bound has Stirling's formula for log y!, at 1 for 0.

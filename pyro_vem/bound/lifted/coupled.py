@@ -12,15 +12,14 @@ from torch import Tensor
 
 from ...model.runtime import Site
 from ..kl import leaf_of
+from .exponentials import HALVINGS, Curve
 from .families import Values
 from .variables import Variable
 
 LOG_2PI = float(torch.log(torch.tensor(2 * torch.pi, dtype=torch.float64)))
 MOST_NUMBERS = 20_000_000  # in the Hessians of rows that move at once
-HALVINGS = 30  # of a Newton step
 ENOUGH = 1e-3  # of a row's scaled slope, that conjugate gradients may leave
 MOST_PRODUCTS = 40  # of conjugate gradients
-SETTLED = 1e-7  # change of a log variance: the last Newton step squares it
 
 
 @dataclass(frozen=True)
@@ -82,19 +81,19 @@ class Coupled:
         they leave out is what its off-diagonal part adds away from them.
         """
         eta = eta.reshape(len(eta), -1, self.length)
-        mean, variance = (q[key].reshape(-1, self.length) for key in ("loc", "scale"))
-        variance = variance.square()
+        mean, scale = (q[key].reshape(-1, self.length) for key in ("loc", "scale"))
+        log = 2 * scale.log()
         off = self.scale * (self.precision - torch.diag_embed(self.precision.diagonal(dim1=-2, dim2=-1)))
         step = max(1, MOST_NUMBERS // self.length**2)
         made = [
             _rows_updated(
-                eta[:, i : i + step], mean[i : i + step], variance[i : i + step],
+                eta[:, i : i + step], mean[i : i + step], log[i : i + step],
                 off if len(off) == 1 else off[i : i + step],
             )
             for i in range(0, len(mean), step)
         ]  # fmt: skip
-        mean, variance = (torch.cat(parts).reshape(-1) for parts in zip(*made, strict=True))
-        return {"loc": mean, "scale": variance.sqrt()}
+        mean, log = (torch.cat(parts).reshape(-1) for parts in zip(*made, strict=True))
+        return {"loc": mean, "scale": (log / 2).exp()}
 
 
 def coupled_of(site: Site, variable: Variable) -> Coupled | str:
@@ -126,69 +125,65 @@ def _products(matrices: Tensor, vectors: Tensor) -> Tensor:
     return (matrices @ vectors.unsqueeze(-1)).squeeze(-1)
 
 
-def _rows_updated(eta: Tensor, mean: Tensor, variance: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
-    """A damped Newton step in the means of some rows, variances following."""
-    up = eta[2] if len(eta) > 2 else torch.zeros_like(mean)
-    down = eta[3] if len(eta) > 3 else torch.zeros_like(mean)
-    start, curvature = mean, -2 * eta[1]
+def _rows_updated(eta: Tensor, mean: Tensor, log: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
+    """A damped Newton step in means and log variances of some rows.
 
-    def value(mean: Tensor, variance: Tensor) -> Tensor:
-        moved, half = mean - start, variance / 2
-        exps = up * (mean + half).exp() + down * (half - mean).exp()
-        own = eta[0] * mean - 0.5 * curvature * (mean.square() + variance) + exps + 0.5 * variance.log()
-        return (own - 0.5 * _products(off, moved) * moved).sum(-1)
+    The variances are near their best before it, which is cheap: a step from a bad one would be too
+    long, and one bad element would hold up its row.
+    """
+    curve, start = Curve(eta), mean
 
-    variance = _best_variance(curvature, up, down, mean, variance)
-    plus, minus = up * (mean + variance / 2).exp(), down * (variance / 2 - mean).exp()
-    slope = eta[0] - curvature * mean + plus - minus
-    cross = ((plus - minus) / 2).square() / ((plus + minus) / 4 - 0.5 / variance.square())
-    newton = _solved(off, curvature - plus - minus + cross, slope)
-    before, length = value(mean, variance), torch.ones_like(mean[:, :1])
+    def value(mean: Tensor, log: Tensor) -> Tensor:
+        moved = mean - start
+        return (curve.value(mean, log) - 0.5 * _products(off, moved) * moved).sum(-1)
+
+    before, length = value(mean, log), torch.ones_like(mean[:, :1])
+    near = curve.best_log(mean, log)
+    at = curve.slopes(mean, near)
+    ratio, lift = at.mean_log / at.log_log, at.by_log / at.log_log
+    newton = _solved(off, at.mean_log * ratio - at.mean_mean, at.by_mean - at.mean_log * lift)
+    newton_log = -lift - ratio * newton
     for _ in range(HALVINGS):
-        new_mean = mean + length * newton
-        new_variance = _best_variance(curvature, up, down, new_mean, variance)
-        is_worse = ~(value(new_mean, new_variance) >= before - 1e-14 * before.abs()).unsqueeze(-1)
+        new_mean, new_log = mean + length * newton, near + length * newton_log
+        is_worse = ~(value(new_mean, new_log) >= before - 1e-14 * before.abs()).unsqueeze(-1)
         if not bool(is_worse.any()):
             break
         length = torch.where(is_worse, length / 2, length)
-    return torch.where(is_worse, mean, new_mean), torch.where(is_worse, variance, new_variance)
+    return torch.where(is_worse, mean, new_mean), torch.where(is_worse, log, new_log)
 
 
 def _solved(off: Tensor, diagonal: Tensor, slope: Tensor) -> Tensor:
     """Rows x with (off + diagonal of the row) x = slope of the row.
 
     Where all rows share their off-diagonal part, conjugate gradients on all rows at once cost a
-    fifth of a factorisation of each; the next step mends what they leave.
+    tenth of a factorisation of each; the next step mends what they leave.
     """
-    if len(off) == 1 and len(slope) > 1:
-        x, residual = torch.zeros_like(slope), slope
-        direction = scaled = slope / diagonal
-        square = (residual * scaled).sum(-1, keepdim=True)
-        target = ENOUGH**2 * square
-        for _ in range(MOST_PRODUCTS):
-            product = direction @ off[0] + diagonal * direction
-            length = square / (direction * product).sum(-1, keepdim=True).clamp(min=1e-300)
-            x = x + length * direction
-            residual = residual - length * product
-            scaled = residual / diagonal
-            before, square = square, (residual * scaled).sum(-1, keepdim=True)
-            if bool((square <= target).all()):
-                return x
-            direction = scaled + square / before.clamp(min=1e-300) * direction
+    x = _rows_searched(off[0], diagonal, slope) if len(off) == 1 and len(slope) > 1 else None
+    if x is not None:
+        return x
     factor, failed = torch.linalg.cholesky_ex(off + torch.diag_embed(diagonal))
     newton = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
     return torch.where((failed > 0).unsqueeze(-1), slope / diagonal, newton)
 
 
-def _best_variance(curvature: Tensor, up: Tensor, down: Tensor, mean: Tensor, start: Tensor) -> Tensor:
-    """The root of curvature + c exp(v / 2) = 1 / v, by Newton's method in log v (a convex function)."""
-    lifted, log = -(up * mean.exp() + down * (-mean).exp()), start.log()
-    for _ in range(HALVINGS):
-        variance = log.exp()
-        grown = lifted * (variance / 2).exp()
-        total = curvature + grown
-        step = (total.log() + log) / (1 + grown * variance / (2 * total))
-        log = log - step
-        if not bool((step.abs() > SETTLED * (1 + log.abs())).any()):
-            break
-    return log.exp()
+def _rows_searched(off: Tensor, diagonal: Tensor, slope: Tensor) -> Tensor | None:
+    """The same by conjugate gradients; None where they do not get there.
+
+    In single precision: three digits are asked for, and its numbers are half as many bytes.
+    """
+    off, diagonal, residual = off.float(), diagonal.float(), slope.float()
+    x, tiny = torch.zeros_like(residual), torch.finfo(torch.float32).tiny
+    direction = scaled = residual / diagonal
+    square = (residual * scaled).sum(-1, keepdim=True)
+    target = ENOUGH**2 * square
+    for _ in range(MOST_PRODUCTS):
+        product = torch.addcmul(direction @ off, diagonal, direction)
+        length = square / (direction * product).sum(-1, keepdim=True).clamp(min=tiny)
+        x = torch.addcmul(x, length, direction)
+        residual = torch.addcmul(residual, length, product, value=-1)
+        scaled = residual / diagonal
+        before, square = square, (residual * scaled).sum(-1, keepdim=True)
+        if bool((square <= target).all()):
+            return x.double()
+        direction = torch.addcmul(scaled, square / before.clamp(min=tiny), direction)
+    return None

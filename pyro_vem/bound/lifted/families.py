@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .exponentials import HALVINGS, Curve
+
 Values = Mapping[str, Tensor]
 Statistics = Callable[[Tensor], Tensor]
 
@@ -114,37 +116,23 @@ def _newton_normal(eta: Tensor, q: Values) -> dict[str, Tensor]:
 
     One step a sweep: the natural parameters move with the next sweep anyway.
     """
-    up, down = eta[2], eta[3] if len(eta) > 3 else torch.zeros_like(eta[2])
-
-    def value(mean: Tensor, variance: Tensor) -> Tensor:
-        exps = up * (mean + variance / 2).exp() + down * (-mean + variance / 2).exp()
-        return eta[0] * mean + eta[1] * (mean.square() + variance) + exps + variance.log() / 2
-
-    mean, variance = q["loc"], q["scale"].square()
-    plus, minus = up * (mean + variance / 2).exp(), down * (-mean + variance / 2).exp()
-    by_mean = eta[0] + 2 * eta[1] * mean + plus - minus
-    slope = eta[1] + (plus + minus) / 2  # by the variance, without 1 / (2 variance)
-    by_log = slope * variance + 0.5
-    mean_mean, mean_log = 2 * eta[1] + plus + minus, (plus - minus) / 2 * variance
-    log_log = slope * variance + (plus + minus) / 4 * variance.square()
-    determinant = mean_mean * log_log - mean_log.square()
-    is_concave = (determinant > 0) & (mean_mean < 0)
-    step_mean = torch.where(
-        is_concave, -(log_log * by_mean - mean_log * by_log) / determinant, -by_mean / mean_mean
-    )
-    step_log = torch.where(
-        is_concave, -(mean_mean * by_log - mean_log * by_mean) / determinant, torch.zeros_like(by_log)
-    )
-    before, length = value(mean, variance), torch.ones_like(mean)
-    for _ in range(30):
-        new_mean, new_variance = mean + length * step_mean, variance * (length * step_log).exp()
-        is_worse = ~(value(new_mean, new_variance) >= before - 1e-14 * before.abs())
+    curve, mean, log = Curve(eta), q["loc"], 2 * q["scale"].log()
+    at = curve.slopes(mean, log)
+    determinant = at.mean_mean * at.log_log - at.mean_log.square()
+    is_concave = (determinant > 0) & (at.mean_mean < 0)
+    by_both = -(at.log_log * at.by_mean - at.mean_log * at.by_log) / determinant
+    step_mean = torch.where(is_concave, by_both, -at.by_mean / at.mean_mean)
+    step_log = -(at.mean_mean * at.by_log - at.mean_log * at.by_mean) / determinant
+    step_log = torch.where(is_concave, step_log, torch.zeros_like(step_log))
+    before, length = curve.value(mean, log), torch.ones_like(mean)
+    for _ in range(HALVINGS):
+        new_mean, new_log = mean + length * step_mean, log + length * step_log
+        is_worse = ~(curve.value(new_mean, new_log) >= before - 1e-14 * before.abs())
         if not bool(is_worse.any()):
             break
         length = torch.where(is_worse, length / 2, length)
-    mean = torch.where(is_worse, mean, new_mean)
-    variance = torch.where(is_worse, variance, new_variance)
-    return {"loc": mean, "scale": variance.sqrt()}
+    log = torch.where(is_worse, log, new_log)
+    return {"loc": torch.where(is_worse, mean, new_mean), "scale": (log / 2).exp()}
 
 
 NORMAL_EXP = Family(
