@@ -1,5 +1,6 @@
 """What makes fits fast: blocks of rows, linear maps, second moments, Newton at any size, graphs."""
 
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -229,6 +230,24 @@ print(fit.plan["y"].method, "torch._dynamo" in sys.modules)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["quadrature", "False"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
+def test_arrays_come_from_memory_that_others_have_left():
+    """A second set of arrays as large as a first one is no news to the system."""
+    code = """
+import resource, torch
+from pyro_vem.model.runtime import reuse_memory
+reuse_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    arrays = [torch.ones(250_000, dtype=torch.float64) for _ in range(8)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), faults())
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second = (int(number) for number in out.stdout.split())
+    assert second < first / 10
 
 
 def test_a_support_that_ends_at_a_latent_stalls_and_says_so(fit):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..bound.elbo import AnalyticKL_ELBO
 from ..model.data import named_values
 from ..model.device import as_outside, device_of
-from ..model.runtime import isolated, repeatable
+from ..model.runtime import isolated, repeatable, reuse_memory
 from ..model.sites import init_strategy
 from .capture import Compile
 from .checkpoint import Checkpoint
@@ -143,6 +143,7 @@ def fit_vem(
     _check_batched(is_batched, schedule, e_step, m_step, num_starts, validation)
     _check_options(options, is_batched, m_step, num_starts, checkpoint)
     device = _device(data, options)
+    reuse_memory()
     if is_batched:
         with isolated(torch.float64, seed, 1, device), np.errstate(over="ignore", invalid="ignore"):
             return fit_batches(

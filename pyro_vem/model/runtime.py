@@ -34,6 +34,7 @@ Choose: TypeAlias = Callable[[Site], Tensor | None]
 # Weights are swapped for plain tensors during a run, which pyro.module remarks on.
 SWAPPED = ".*not registered in the param store"
 BROADCAST_SHAPES: Any = torch.broadcast_shapes
+REUSED = 31 << 20  # bytes: glibc lets the block below set the size up to 32 MB
 
 
 @contextmanager
@@ -80,6 +81,15 @@ def isolated(
             torch.set_num_threads(usual_threads)
         torch.distributions.Distribution._validate_args = torch_validation
         set_generators(rng)
+
+
+def reuse_memory() -> None:
+    """Let freed arrays of some megabytes be used again, instead of going back to the system.
+
+    glibc maps a large array anew, page by page, until a larger one has been freed (mallopt(3), on the
+    dynamic threshold); the faults took a tenth of a fit of ten thousand rows. Nothing is written here.
+    """
+    torch.empty(REUSED, dtype=torch.uint8, device="cpu")
 
 
 @contextmanager
