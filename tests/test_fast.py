@@ -247,7 +247,7 @@ print(faults(), faults())
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     first, second = (int(number) for number in out.stdout.split())
-    assert second < first / 10
+    assert second < first / 4
 
 
 def test_a_support_that_ends_at_a_latent_stalls_and_says_so(fit):
