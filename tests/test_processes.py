@@ -112,6 +112,11 @@ def test_batches_of_two_processes_have_the_answer_of_one(found, one_process, nam
             assert here["values"][key] == pytest.approx(value, rel=0.1, abs=0.02), key
 
 
+def test_no_thread_outlives_the_process_group(found):
+    """Where one does, a process in dozens aborts as it ends."""
+    assert not [name for name in found["threads"] if "gloo" in name]
+
+
 def test_gradients_of_two_processes_add_up(found, one_process):
     assert found["gradient"] == pytest.approx(ranks.gradient(0, 1), rel=1e-10)
 

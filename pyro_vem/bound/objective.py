@@ -22,7 +22,7 @@ from .terms import Part, site_terms, term_parts
 
 Values = Mapping[str, Tensor]
 MOST_AT_ONCE = 1024  # draws that are worked on together
-AT_ONCE = 20_000_000  # numbers that independent draws work on together: 160 MB in float64
+AT_ONCE = 2_000_000  # numbers that independent draws work on together: 16 MB, which stay near the processor
 
 
 class Objective:

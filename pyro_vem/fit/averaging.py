@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .adam import adam
 from .smooth import Vector
 
 FIRST_RATE = 0.1  # in posterior sds
@@ -33,7 +34,7 @@ class AveragedAdam:
 
     References:
         Welandawe, Andersen, Vehtari and Huggins (2024), A framework for improving the reliability
-        of black-box variational inference, JMLR 25. Kingma and Ba (2015), Adam, ICLR. Polyak and
+        of black-box variational inference, JMLR 25. Polyak and
         Juditsky (1992), Acceleration of stochastic approximation by averaging, SIAM J. Control
         Optim. 30.
 
@@ -56,10 +57,11 @@ class AveragedAdam:
 
     def __post_init__(self) -> None:
         self._origin, size = self.x.clone(), self.x.numel()
-        self._scaled = torch.zeros_like(self.x).requires_grad_()
+        self._scaled = torch.zeros_like(self.x)
         self._at = torch.linspace(0, size - 1, min(size, WATCHED)).long()
         # One buffer: small tensors kept between large ones that come and go would fragment the heap.
         self._watched = np.empty((MOST, len(self._at)))
+        self._mean = self._square = torch.zeros_like(self.x)
         self._start()
 
     @property
@@ -69,9 +71,10 @@ class AveragedAdam:
 
     def step(self, gradient: Tensor) -> None:
         """One step down a gradient in x."""
-        self._scaled.grad = gradient * self.lengths
-        self._adam.step()
-        scaled = self._scaled.detach()
+        bias = (1 - BETAS[0] ** (self._count + 1), 1 - BETAS[1] ** (self._count + 1))
+        slope = gradient * self.lengths
+        direction, self._mean, self._square = adam(self._mean, self._square, slope, bias, BETAS)
+        self._scaled = scaled = self._scaled - self.rate * direction
         self.x = self._origin + self.lengths * scaled
         self._watched[self._count] = scaled[self._at].numpy()
         self._sums[-1] += scaled
@@ -94,13 +97,13 @@ class AveragedAdam:
         self.stages += 1
         self.is_done = moved < STILL or self.rate * SHRINK < LOWEST_RATE
         self.rate *= SHRINK
-        self._scaled = average.clone().requires_grad_()
+        self._scaled = average
         self.x = answer
         self._start()
 
     def _start(self) -> None:
         self._count, self._sums = 0, [torch.zeros_like(self.x)]
-        self._adam = torch.optim.Adam([self._scaled], lr=self.rate, betas=BETAS)
+        self._mean = self._square = torch.zeros_like(self.x)
 
 
 def split_rhat(draws: Vector) -> Vector:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..bound.compiled.linear import as_operations
+from ..model.runtime import without_process_group
 
 if TYPE_CHECKING:
     from .setup import Setup
@@ -142,9 +143,10 @@ def gap_between(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 def compiled(eager: Callable[..., Any], arguments: list[Tensor], has_compiler: bool = True) -> Graph:
     """The graph of a function of tensors, through inductor or replayed as it is."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_process_group():
         warnings.simplefilter("ignore")  # torch's of itself
         # Here: they load dynamo and sympy, seconds that few fits need.
+        import torch._dynamo  # noqa: F401
         import torch._inductor as inductor
         from torch.fx.experimental.proxy_tensor import make_fx
 

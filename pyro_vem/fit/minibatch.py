@@ -122,7 +122,8 @@ def _climbed(climb: "_Climb", callbacks: tuple[Any, ...]) -> tuple[Tensor, Statu
         climb.save(is_last=True)
         return climb.x, Status.interrupted
     finally:
-        climb.bar.close()
+        if climb.bar is not None:
+            climb.bar.close()
 
 
 def _shared_rows(rows: Rows, processes: Processes, validation: Any) -> Rows:
@@ -177,7 +178,7 @@ class _Climb(ABC):
         self.x = fit.start  # after the last epoch
         self.saved = Checkpoint()
         self.generator = torch.Generator().manual_seed(fit.source.seed + fit.processes.seed)
-        self.bar: Any = progress_bar(False)
+        self.bar: Any = None
 
     @abstractmethod
     def run(self, callbacks: tuple[Any, ...]) -> tuple[Tensor, Status]:
@@ -215,8 +216,9 @@ class _Climb(ABC):
         self.history.append(row)
         self.x = x
         self.save()
-        self.bar.set_postfix_str(f"epoch {self.epochs}, ELBO {mean:.6g}", refresh=False)
-        self.bar.update()
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"epoch {self.epochs}, ELBO {mean:.6g}", refresh=False)
+            self.bar.update()
         for callback in callbacks:
             with torch.no_grad():
                 known = self.fit.block.constrained(x)
@@ -296,11 +298,10 @@ class _Network(_Climb):
     def run(self, callbacks: tuple[Any, ...]) -> tuple[Tensor, Status]:
         """Epochs until the rate has fallen away."""
         fit, steps = self.fit, self.steps
-        holder = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=float(steps.rate))
-        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(holder, "max", 0.5, PATIENCE, threshold=1e-5)
+        full, waited = float(steps.rate), 0
         best, best_value = steps.x, -np.inf
         while self.epochs < self.max_iter:
-            start, rate = time.perf_counter(), float(holder.param_groups[0]["lr"])
+            start, rate = time.perf_counter(), full
             if self.held_out is None:
                 rate *= min(1.0, (self.max_iter - self.epochs) / max(1.0, FADING * self.max_iter))
             steps.rate = torch.tensor(rate, dtype=torch.float64)
@@ -312,14 +313,16 @@ class _Network(_Climb):
                 note += f", KL times {float(steps.weight):.2g}"
             if steps.rejected:
                 note += f", {steps.rejected} steps to where the bound is not finite not taken: rate halved"
-                holder.param_groups[0]["lr"] *= 0.5
-                steps.rejected = 0
+                full, steps.rejected = full / 2, 0
             if self.held_out is not None:
                 score = held_out_bound(fit, steps.x, self.held_out, steps.dtype)
                 note += f", held out {score:.6g}"
-                plateau.step(score)
                 if score > best_value:
-                    best, best_value = steps.x, score
+                    best, best_value, waited = steps.x, score, 0
+                else:
+                    waited += 1
+                if waited > PATIENCE:
+                    full, waited = full / 2, 0
             self.record(values, time.perf_counter() - start, note, steps.x, callbacks)
             if rate < LEAST_RATE and self.held_out is not None:
                 return best, Status.converged

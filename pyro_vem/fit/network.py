@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ..model.data import Arguments
 from ..model.runtime import default_dtype
+from .adam import EPSILON, adam
 from .capture import AGREEMENT, Compile, Graph, compiled, gap_between
 
 if TYPE_CHECKING:
     from .batched import BatchFit
 
-RATE, BETAS, EPSILON = 2e-3, (0.9, 0.999), 1e-8
+RATE, BETAS = 2e-3, (0.9, 0.999)
 WORTH_TRACE, WORTH_COMPILER = 5.0, 40.0  # predicted seconds of eager steps after which a graph pays
 SINGLE = 1e-2  # agreement of graphs in float32; Adam's first step is a sign
 TIMED = 20  # eager steps before that is decided
@@ -130,12 +131,10 @@ class NetworkStep:
         x, mean, square, count = moments
         is_encoder = self.encoder > 0
         count = count + torch.stack([torch.ones_like(rate), moving.min()])  # zero where only encoders move
-        mean = mean + moving * (1 - BETAS[0]) * (gradient - mean)
-        square = square + moving * (1 - BETAS[1]) * (gradient * gradient - square)
-        first, second = ((1 - beta**count).clamp(min=EPSILON) for beta in BETAS)
-        mean_bias, square_bias = (torch.where(is_encoder, bias[0], bias[1]) for bias in (first, second))
-        size = (square / square_bias).sqrt() + EPSILON
-        return x - moving * rate * mean / mean_bias / size, mean, square, count
+        biases = [(1 - beta**count).clamp(min=EPSILON) for beta in BETAS]
+        first, second = (torch.where(is_encoder, bias[0], bias[1]) for bias in biases)
+        direction, mean, square = adam(mean, square, gradient, (first, second), BETAS, moving)
+        return x - moving * rate * direction, mean, square, count
 
     def _decide(self, call: Arguments, noise: Mapping[str, Tensor], given: list[Tensor]) -> None:
         """Trace or compile the step when the eager ones tell that it pays; say so in the plan."""

@@ -385,6 +385,8 @@ class Run:
 
 def progress_bar(progress: bool | None) -> Any:
     """On standard error; None shows it in a terminal only."""
+    if progress is False:  # a bar that is not shown starts a thread all the same
+        return None
     from tqdm import tqdm
 
     return tqdm(desc="fit_vem", unit=" steps", disable=None if progress is None else not progress)

@@ -93,6 +93,25 @@ def reuse_memory() -> None:
 
 
 @contextmanager
+def without_process_group() -> Iterator[None]:
+    """Hide the process group of torch.distributed from what is imported inside the block.
+
+    torch.distributed.nn, which torch's compiler imports, makes the group that there is the default of
+    its functions. destroy_process_group() then leaves the group's threads running, and one process in
+    dozens aborts as it ends.
+    """
+    distributed: Any = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        yield
+        return
+    group, distributed.group.WORLD = distributed.group.WORLD, None
+    try:
+        yield
+    finally:
+        distributed.group.WORLD = group
+
+
+@contextmanager
 def light_shapes() -> Iterator[None]:
     """`torch.broadcast_shapes` by NumPy inside the block, where torch's own has not been used yet.
 
