@@ -1,5 +1,6 @@
 """Training of encoders and decoders on batches: one Adam, its whole step captured where that pays."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -78,15 +79,16 @@ class NetworkStep:
             found = graph(*given) if graph is not None else self._eager(call, noise)(*given)
         self._eager_seconds += time.perf_counter() - start
         self._num_eager += 1
-        value, *moments = found
         if self.fit.processes.count > 1:
-            value, gradient = self.fit.summed(value, moments[0])
-            moments = self._adam(self.moments, gradient, self.rate, moving)
-        if not bool(torch.isfinite(moments[0]).all()):
+            value, gradient = self.fit.summed(*found)
+            largest, *after = self._adam(self.moments, gradient, self.rate, moving)
+        else:
+            value, largest, *after = found
+        if not math.isfinite(float(largest)):
             self.rejected += 1  # the step before led here: go back, and on with half of it
             self.moments, self.rate = self._before, self.rate / 2
             return float("nan")
-        self._before, self.moments = self.moments, tuple(moments)
+        self._before, self.moments = self.moments, (after[0], after[1], after[2], after[3])
         return float(value)
 
     def anneal(self, epoch: int, epochs: int) -> None:
@@ -126,15 +128,18 @@ class NetworkStep:
 
         return run
 
-    def _adam(self, moments: Moments, gradient: Tensor, rate: Tensor, moving: Tensor) -> Moments:
-        """Adam's step down a gradient."""
+    def _adam(
+        self, moments: Moments, gradient: Tensor, rate: Tensor, moving: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Adam's step down a gradient: the largest entry of x (not finite if one is not), and the moments."""
         x, mean, square, count = moments
         is_encoder = self.encoder > 0
         count = count + torch.stack([torch.ones_like(rate), moving.min()])  # zero where only encoders move
         biases = [(1 - beta**count).clamp(min=EPSILON) for beta in BETAS]
         first, second = (torch.where(is_encoder, bias[0], bias[1]) for bias in biases)
         direction, mean, square = adam(mean, square, gradient, (first, second), BETAS, moving)
-        return x - moving * rate * direction, mean, square, count
+        x = x - moving * rate * direction
+        return x.abs().amax(), x, mean, square, count
 
     def _decide(self, call: Arguments, noise: Mapping[str, Tensor], given: list[Tensor]) -> None:
         """Trace or compile the step when the eager ones tell that it pays; say so in the plan."""
