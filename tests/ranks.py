@@ -10,6 +10,7 @@ from unittest import mock
 import pyro
 import pyro.distributions as dist
 import torch
+import zoo
 
 import pyro_vem as vem
 from pyro_vem.fit import minibatch, network
@@ -171,13 +172,7 @@ class Coder(torch.nn.Module):
 def factor_model():
     """A decoder and a guide of three columns; weights differ between processes until the fit has one."""
     decoder, encoder = Coder(1, 3).double(), Coder(3, 2, True).double()
-
-    def model(y):
-        pyro.module("decoder", decoder)
-        with pyro.plate("rows", len(y)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
-            pyro.sample("y", dist.Normal(decoder(z), 0.5).to_event(1), obs=y)
-
+    model = zoo.through(decoder, 1)
     return model, vem.AmortizedNormal(model, {"z": encoder}, inputs="y")
 
 

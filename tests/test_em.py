@@ -394,7 +394,7 @@ def test_starts_at_once_end_where_each_alone_does(fit, monkeypatch, case):
 
 def test_starts_at_once_leave_saddles_as_alone(fit):
     """Five groups, all components in one place at first, where plain rounds would creep."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(8)
     centres = 12 * torch.rand(5, generator=generator, dtype=D)
     y = (centres + 0.4 * torch.randn(30, 5, generator=generator, dtype=D)).reshape(-1)
 
@@ -428,9 +428,9 @@ def test_probabilities_at_their_edge_have_not_run_away(fit):
 
 
 def test_starts_that_need_more_than_closed_forms_go_one_by_one(fit):
-    settings = [{"schedule": "profile"}, {"m_step": "newton"}]
+    settings = [{"schedule": "profile"}, {"m_step": "newton"}, {"e_step": "lbfgs"}]
     cases = [(zoo_em.two_waits, WAITS, options) for options in settings]
-    cases += [(zoo_em.chain, {"y": switching()[:12]}, {})]
+    cases += [(zoo_em.chain, {"y": switching()}, {})]
     for model, data, options in cases:
         result = fit(model, data, num_starts=2, **options)
         assert not any("at once" in row.note for row in result.history)

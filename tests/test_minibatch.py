@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import zoo
 from torch import nn
 from torch.distributions import constraints
 
@@ -317,13 +318,7 @@ class Decoder(nn.Module):
 def autoencoder():
     torch.manual_seed(1)
     decoder, encoder = Decoder(), Net()
-
-    def model(y):
-        pyro.module("decoder", decoder)
-        with pyro.plate("rows", len(y)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("y", dist.Normal(decoder(z), 0.5).to_event(1), obs=y)
-
+    model = zoo.through(decoder, 2)
     return model, vem.AmortizedNormal(model, {"z": encoder}, inputs="y")
 
 

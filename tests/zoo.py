@@ -170,6 +170,18 @@ def pumps_log_likelihood(mu, tau):
     return total
 
 
+def through(decoder, size):
+    """Rows of standard Normal latents through a network, with noise."""
+
+    def model(y):
+        pyro.module("decoder", decoder)
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(decoder(z), 0.5).to_event(1), obs=y)
+
+    return model
+
+
 def mean_and_sd_of_tau(y, sigma, prior):
     """Posterior mean and sd of a hierarchy's spread by quadrature: effects and mean integrate out.
 

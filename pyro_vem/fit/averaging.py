@@ -1,6 +1,6 @@
 """Averaged Adam with steps that shrink by themselves: when iterates only wander, they are averaged."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,9 +34,8 @@ class AveragedAdam:
 
     References:
         Welandawe, Andersen, Vehtari and Huggins (2024), A framework for improving the reliability
-        of black-box variational inference, JMLR 25. Polyak and
-        Juditsky (1992), Acceleration of stochastic approximation by averaging, SIAM J. Control
-        Optim. 30.
+        of black-box variational inference, JMLR 25. Polyak and Juditsky (1992), Acceleration of
+        stochastic approximation by averaging, SIAM J. Control Optim. 30.
 
     Example:
         >>> torch.manual_seed(0)
@@ -54,6 +53,8 @@ class AveragedAdam:
     is_done: bool = False
     finished: Tensor | None = None
     stages: int = 0
+    _mean: Tensor = field(init=False, repr=False)
+    _square: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._origin, size = self.x.clone(), self.x.numel()
@@ -61,7 +62,6 @@ class AveragedAdam:
         self._at = torch.linspace(0, size - 1, min(size, WATCHED)).long()
         # One buffer: small tensors kept between large ones that come and go would fragment the heap.
         self._watched = np.empty((MOST, len(self._at)))
-        self._mean = self._square = torch.zeros_like(self.x)
         self._start()
 
     @property

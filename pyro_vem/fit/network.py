@@ -20,7 +20,7 @@ RATE, BETAS = 2e-3, (0.9, 0.999)
 WORTH_TRACE, WORTH_COMPILER = 5.0, 40.0  # predicted seconds of eager steps after which a graph pays
 SINGLE = 1e-2  # agreement of graphs in float32; Adam's first step is a sign
 TIMED = 20  # eager steps before that is decided
-Moments = tuple[Tensor, Tensor, Tensor, Tensor]
+Moments = tuple[Tensor, ...]
 """x, Adam's two running means, and its counts of steps: of the encoder, and of the rest."""
 
 
@@ -39,7 +39,8 @@ class NetworkStep:
         self.fit, self.pairs, self.mode, self.num_steps = fit, pairs, mode, num_steps
         x = fit.start
         self.moments: Moments = (x, torch.zeros_like(x), torch.zeros_like(x), torch.zeros(2).double())
-        self.rate, self._before = torch.tensor(RATE, dtype=torch.float64), self.moments
+        self.rate = torch.tensor(RATE, dtype=torch.float64)
+        self._before: Moments = self.moments
         self.generator = torch.Generator().manual_seed(seed + fit.processes.seed)
         self.rejected = 0
         self.weight = torch.ones((), dtype=torch.float64)  # of KL terms
@@ -88,7 +89,7 @@ class NetworkStep:
             self.rejected += 1  # the step before led here: go back, and on with half of it
             self.moments, self.rate = self._before, self.rate / 2
             return float("nan")
-        self._before, self.moments = self.moments, (after[0], after[1], after[2], after[3])
+        self._before, self.moments = self.moments, tuple(after)
         return float(value)
 
     def anneal(self, epoch: int, epochs: int) -> None:
@@ -98,7 +99,8 @@ class NetworkStep:
     def _eager(self, call: Arguments, noise: Mapping[str, Tensor]) -> Any:
         """The step as a function of tensors: moments, rate, weight of KL terms, what moves, data, noise.
 
-        In several processes it ends with the gradient, which is then summed over them.
+        It gives the bound, the largest entry of x and the moments; in several processes the bound and its
+        gradient, which are then summed over them.
         """
         names, draws, total, dtype = list(_tensors(call)), list(noise), self.fit.total, self.dtype
 
@@ -128,9 +130,7 @@ class NetworkStep:
 
         return run
 
-    def _adam(
-        self, moments: Moments, gradient: Tensor, rate: Tensor, moving: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _adam(self, moments: Moments, gradient: Tensor, rate: Tensor, moving: Tensor) -> tuple[Tensor, ...]:
         """Adam's step down a gradient: the largest entry of x (not finite if one is not), and the moments."""
         x, mean, square, count = moments
         is_encoder = self.encoder > 0

@@ -389,4 +389,4 @@ def progress_bar(progress: bool | None) -> Any:
         return None
     from tqdm import tqdm
 
-    return tqdm(desc="fit_vem", unit=" steps", disable=None if progress is None else not progress)
+    return tqdm(desc="fit_vem", unit=" steps", disable=None if progress is None else False)

@@ -312,7 +312,7 @@ def predicted_gain(smooth: Smooth, *, tol: float, max_products: int = 400) -> fl
         return 0.0
     residual = -smooth.gradient(zero)
     direction = residual.copy()
-    gains, last, square = [0.0], 0.0, float(residual @ residual)
+    gains, square = [0.0], float(residual @ residual)
     target = 1e-8 * square if square > tol else 1e-2 * square  # far below tol a rough figure will do
     for _ in range(min(max_products, 2 * zero.size + 10)):
         is_still = len(gains) > FEW_PRODUCTS and gains[-1] - gains[-1 - FEW_PRODUCTS] < STILL * tol
@@ -323,12 +323,11 @@ def predicted_gain(smooth: Smooth, *, tol: float, max_products: int = 400) -> fl
         if not curvature > 0.0:
             return float("inf")
         step = square / curvature
-        last = 0.5 * step * square
-        gains.append(gains[-1] + last)
+        gains.append(gains[-1] + 0.5 * step * square)
         residual = residual - step * product
         previous, square = square, float(residual @ residual)
         direction = residual + square / previous * direction
-    return gains[-1] if square <= target or last < 0.01 * tol else float("inf")
+    return gains[-1] if square <= target or gains[-1] - gains[-2] < 0.01 * tol else float("inf")
 
 
 def newton_step(loss: Loss, x: Vector, scale: Vector, gradient: Vector, max_products: int = 12) -> Vector:
