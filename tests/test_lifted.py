@@ -111,7 +111,7 @@ def test_codes_spell_the_element():
     gather = torch.tensor([4, 0, 2, 2, 1, 3, 4])
     levels = torch.tensor([[0.3], [-1.1], [1.7], [0.9]], dtype=D)
 
-    def run(u):
+    def run(u, only=None):
         by_python = torch.tensor([float(u[3]) ** 2], dtype=D)  # no derivative goes through float()
         return {"gather": u[gather].cos(), "float": by_python, "sum": u.cumsum(0), "none": torch.ones(2)}
 

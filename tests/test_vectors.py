@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import zoo_em
 from scipy import optimize
 from torch.distributions import constraints
 
@@ -37,6 +38,29 @@ def counts(y, kind="scale_tril"):
     with pyro.plate("rows", rows):
         z = pyro.sample("z", dist.MultivariateNormal(mu, **{kind: factor}))
         pyro.sample("y", dist.Poisson(z.exp()).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        (zoo_em.random_intercept, zoo_em.slow_em_data(0)),
+        (zoo_em.normal_gamma, {"y": draws(9)}),
+        (counts, {"y": counts_data()}),
+    ],
+    ids=["gathered", "scalars", "vectors"],
+)
+def test_slopes_are_derivatives(model, data):
+    # Natural parameters without discrete sites are written out; autograd says what they should be.
+    found = vem.fit_vem(model, data, guide="auto", tol=1e-2, progress=False)
+    terms, theta = found.setup.lifted, found.params
+    statistics = terms.statistics(found.guide_params, theta)
+    for name in terms.lifted.found.codings:
+        leaf = (1.1 * statistics[name]).requires_grad_()
+        there = {**statistics, name: leaf}
+        (expected,) = torch.autograd.grad(terms.lifted.total([name], there, theta), leaf)
+        (slope,) = terms.lifted.natural([name], {**statistics, name: leaf.detach()}, theta)
+        assert slope.abs().max() > 0
+        torch.testing.assert_close(slope, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
 
 
 def best_bound_of_counts(y):

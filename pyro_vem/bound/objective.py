@@ -22,7 +22,7 @@ from .terms import Part, site_terms, term_parts
 
 Values = Mapping[str, Tensor]
 MOST_AT_ONCE = 1024  # draws that are worked on together
-AT_ONCE = 2_000_000  # numbers that independent draws work on together: 16 MB, which stay near the processor
+AT_ONCE = 1_000_000  # numbers that independent draws work on together: 8 MB, which stay near the processor
 
 
 class Objective:

@@ -42,6 +42,7 @@ class ClosedForm:
         self.is_restarting = bool(weights and others) and simplexes
         self.parameters = lifted.batches(lifted.closed(setup.theta.names))
         self.moments = lifted.moments
+        self._last: tuple[State, Sweep] | None = None  # where the last step has led
         matched = [m.names for m in self.moments]
         closed = {name for batch in (*self.latents, *self.parameters, *matched) for name in batch}
         self.is_all_of = {
@@ -85,6 +86,7 @@ class ClosedForm:
             for prior in moments:
                 sweep.match(prior)
             moved = sweep.state()
+            self._last = moved, sweep
         elbo = moved.elbo
         if not elbo >= state.elbo - NOISE * (1 + abs(state.elbo)):  # only rounding makes an exact update fall
             moved, elbo, note = state, state.elbo, "closed form rolled back: the bound would have fallen"
@@ -97,6 +99,9 @@ class ClosedForm:
         return {"E": self.latents, "M": self.parameters, "restart": restart}.get(block, [])
 
     def _sweep(self, state: State) -> Sweep:
+        last, self._last = self._last, None
+        if last is not None and last[0] is state:
+            return last[1]
         return Sweep.at(self.setup, self.terms, torch.as_tensor(state.phi), torch.as_tensor(state.theta))
 
     def _restarted(self, state: State) -> State:

@@ -109,7 +109,7 @@ class Setup:
         """True if neither the model nor an encoder is run in an evaluation of the bound."""
         guide = self.guide
         is_free = guide is None or (isinstance(guide, Factorised) and not guide.encoded)
-        is_free = is_free and (self.lifted is None or not self.lifted.lifted.found.live)
+        is_free = is_free and (self.lifted is None or not self.lifted.lifted.runs_model)
         return is_free and self.objective.is_exact and not self.objective.rest.rows
 
     @property

@@ -95,10 +95,15 @@ class Sweep:
         """Where the sweep has come to: phi and theta."""
         return self._setup.phi.flat(self.phi), self._setup.theta.flat(self.theta)
 
+    @torch.no_grad()
     def state(self) -> State:
-        """The same as a state, with its bound."""
+        """The same as a state, with its bound; of known statistics, where they are all that it needs."""
+        setup = self._setup
         phi, theta = (part.numpy() for part in self.flat())
-        return State(phi, theta, elbo_at(self._setup, phi, theta))
+        if setup.objective.rest.rows:
+            return State(phi, theta, elbo_at(setup, phi, theta))
+        own = self._terms.value(self.phi, self.theta, self.statistics)
+        return State(phi, theta, float(setup.processes.total(own)))
 
     def _move(self, name: str, values: Mapping[str, Tensor]) -> None:
         """Give a factor new parameters, unless they lie outside their range."""

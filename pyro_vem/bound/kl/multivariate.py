@@ -15,14 +15,16 @@ from .table import divergence, register_kl
 
 @register_kl(td.Normal, td.MultivariateNormal)
 def _normal_mvn(q: Any, p: Any) -> Tensor:
-    # trace(P diag(s^2)) is the sum of squares of L^-1 diag(s), with P = (L L^T)^-1
-    factor = p.scale_tril
+    # P = L^-T L^-1, whose diagonal is the sums of squares of the columns of L^-1. One inverse serves all
+    # rows that share a factor.
+    factor = p._unbroadcasted_scale_tril
     scale, loc = torch.broadcast_tensors(q.scale, q.loc)
-    whitened = torch.linalg.solve_triangular(factor, torch.diag_embed(scale), upper=False)
-    shift = torch.linalg.solve_triangular(factor, (loc - p.loc).unsqueeze(-1), upper=False)
-    log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     size = p.event_shape[0]
-    quadratic = whitened.square().sum((-2, -1)) + shift.square().sum((-2, -1))
+    eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    shift = ((loc - p.loc).unsqueeze(-2) @ inverse.mT).squeeze(-2)
+    log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    quadratic = (inverse.square().sum(-2) * scale.square() + shift.square()).sum(-1)
     return 0.5 * (quadratic - size + log_det) - scale.log().sum(-1)
 
 

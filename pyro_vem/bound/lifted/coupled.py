@@ -66,6 +66,15 @@ class Coupled:
         quadratic = _products(self.precision, gap).mul(gap) + diagonal * (second - first.square())
         return self.scale * (self.constant - 0.5 * quadratic.sum(-1))
 
+    def slope(self, name: str, statistics: Mapping[str, Tensor]) -> Tensor:
+        """Derivatives of the sum of all rows in the statistics."""
+        slope, diagonal = torch.zeros_like(statistics[name]), self.precision.diagonal(dim1=-2, dim2=-1)
+        first = statistics[name][0].reshape(-1, self.length)
+        by_first, by_second = slope[:2].view(2, -1, self.length)
+        by_first += self.scale * (diagonal * first - _products(self.precision, first - self.loc))
+        by_second -= 0.5 * self.scale * diagonal
+        return slope
+
     def size(self, statistics: Mapping[str, Tensor]) -> Tensor:
         """The sum of the absolute values of its terms."""
         first, second = statistics[self.name][:2].reshape(2, -1, self.length)

@@ -1,6 +1,6 @@
 """The log joint of one model run, element by element: the finest parts that sites come in."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +33,15 @@ class Piece:
     inner: int
 
 
-def pieces(run: Execution, depth: int) -> dict[str, Piece]:
+def pieces(run: Execution, depth: int, only: Collection[str] | None = None) -> dict[str, Piece]:
     """The log density of every site of a run, by name.
 
     Args:
         run: the run.
         depth: dimensions that plates take.
+        only: names of the sites that are wanted; None for all.
     """
-    return {name: _piece(site, depth) for name, site in run.sites.items()}
+    return {name: _piece(site, depth) for name, site in run.sites.items() if only is None or name in only}
 
 
 def identities(run: Execution) -> dict[str, int]:

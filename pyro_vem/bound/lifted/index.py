@@ -6,18 +6,23 @@ depends on. A factor that shows anything else depends on several elements. No de
 so what a model does in numpy or float() is seen as well.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Elements = dict[str, Tensor]
-Run = Callable[[Tensor], Elements]
-"""Values of one variable, flat, to the elements of every factor; the other variables stand still."""
-
 TOLERANCE = 1e-11  # relative, for values that should be equal bit for bit
 CHECK = 1e-8  # relative, for what an affine function predicts
+
+
+class Run(Protocol):
+    """Values of one variable, flat, to the elements of every factor; the other variables stand still."""
+
+    def __call__(self, u: Tensor, only: Collection[str] | None = None) -> Elements:
+        """The factors at some values; `only` those that are wanted."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,10 @@ def coded_index(run: Run, layout: Tensor, levels: Tensor, seed: int) -> Index:
     """
     groups, base = len(layout), len(levels)
 
-    def at(codes: Tensor) -> Elements:
+    def at(codes: Tensor, only: Collection[str] | None = None) -> Elements:
         values = torch.empty(layout.numel(), dtype=torch.float64)
         values[layout] = levels[codes]
-        return run(values)
+        return run(values, only)
 
     zeros = torch.zeros(groups, dtype=torch.long)
     plain = [at(zeros + level) for level in range(base)]
@@ -58,7 +63,7 @@ def coded_index(run: Run, layout: Tensor, levels: Tensor, seed: int) -> Index:
     numbers = torch.arange(groups)
     step = 1
     while step < groups:
-        found = at(numbers // step % base)
+        found = at(numbers // step % base, names)
         for name in names:
             digit, is_level = _nearest(found[name], stacks[name])
             where[name] += step * digit
@@ -66,7 +71,7 @@ def coded_index(run: Run, layout: Tensor, levels: Tensor, seed: int) -> Index:
                 several.add(name)
         step *= base
     codes = torch.randint(base, (groups,), generator=torch.Generator().manual_seed(seed))
-    found = at(codes)
+    found = at(codes, names)
     for name in names:
         where[name].clamp_(max=groups - 1)
         expected = stacks[name].gather(0, codes[where[name]].unsqueeze(0)).squeeze(0)

@@ -1,6 +1,6 @@
 """Finding closed forms in an ordinary model: is its log joint affine in each site's statistics?"""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,7 +10,7 @@ from ..weights import widened
 from .coupled import Coupled
 from .elements import Piece
 from .families import Family
-from .index import CHECK, Index, coded_index, simplex_index
+from .index import CHECK, Index, Run, coded_index, simplex_index
 from .table import (
     ROUNDING,
     Grouping,
@@ -27,8 +27,8 @@ from .variables import LEVELS, Coding, Variable, families_of
 
 MOST_RUNS = 600  # of the model, for one factor
 Pieces = dict[str, Piece]
-Evaluate = Callable[[Mapping[str, Tensor]], Pieces]
-"""Values of all latents and parameters -> the log density of every site."""
+Evaluate = Callable[[Mapping[str, Tensor], Collection[str] | None], Pieces]
+"""Values of all latents and parameters -> the log density of every site, or of those that are wanted."""
 Vectors = Callable[[Variable, Mapping[str, Tensor]], Coupled | str]
 """A variable and values of all -> its prior of vectors as a quadratic, or why it is none."""
 
@@ -54,9 +54,14 @@ class Probe:
     def __post_init__(self) -> None:
         self.base = {name: v.random(self.generator) for name, v in self.variables.items()}
 
-    def pieces(self, u: Mapping[str, Tensor], given: Mapping[str, Tensor] | None = None) -> Pieces:
+    def pieces(
+        self,
+        u: Mapping[str, Tensor],
+        given: Mapping[str, Tensor] | None = None,
+        only: Collection[str] | None = None,
+    ) -> Pieces:
         """The log densities at flat internal values of variables, and at given values of others."""
-        return self.evaluate({**self.values(u), **(given or {})})
+        return self.evaluate({**self.values(u), **(given or {})}, only)
 
     def vectors_of(self, name: str, given: Mapping[str, Tensor] | None = None) -> Coupled | str:
         """A variable's prior of vectors, at given values of others."""
@@ -67,11 +72,11 @@ class Probe:
         values = {name: v.placed(u.get(name, self.base[name])) for name, v in self.variables.items()}
         return {**values, **{name: pair[other] for name, pair in self.others.items()}}
 
-    def along(self, name: str) -> Callable[[Tensor], dict[str, Tensor]]:
+    def along(self, name: str) -> Run:
         """The factors as a function of one variable."""
 
-        def run(u: Tensor) -> dict[str, Tensor]:
-            return {factor: piece.value for factor, piece in self.pieces({name: u}).items()}
+        def run(u: Tensor, only: Collection[str] | None = None) -> dict[str, Tensor]:
+            return {factor: piece.value for factor, piece in self.pieces({name: u}, only=only).items()}
 
         return run
 
@@ -217,7 +222,7 @@ def _tried(probe: Probe, variable: Variable, family: Family, layout: Tensor, ind
     points = torch.cat([family.probes, checks])
     failed = dict.fromkeys(index.several, "an element of it depends on several elements")
     coding, design = Coding(variable, family, layout, index.where, failed), family.design(checks)
-    runs = [run(coding.flat(point.expand(groups, -1))) for point in points]
+    runs = [run(coding.flat(point.expand(groups, -1)), index.where) for point in points]
     num = family.num + 1
     for name in index.where:
         values = torch.stack([r[name] for r in runs])
@@ -271,7 +276,7 @@ def grid_values(
             wanted.setdefault(tuple(zip(scope, powers, strict=True)), []).append(name)
     values: dict[str, list[Tensor]] = {name: [] for name in scopes}
     for key, names in wanted.items():
-        run = probe.pieces({n: found.codings[n].at_probe(power) for n, power in key}, given)
+        run = probe.pieces({n: found.codings[n].at_probe(power) for n, power in key}, given, names)
         for name in names:
             values[name].append(weighed(run[name]))
     sizes = {name: [found.codings[n].family.num + 1 for n in scope] for name, scope in scopes.items()}

@@ -58,8 +58,8 @@ class Lifted:
             theta = {n: v for n, v in values.items() if n not in latent_names}
             return run({**held, **theta}, {n: values[n] for n in latent_names})
 
-        def evaluate(values: Values) -> Pieces:
-            return pieces(execute(values), depth)
+        def evaluate(values: Values, only: Collection[str] | None) -> Pieces:
+            return pieces(execute(values), depth, only)
 
         def vectors(variable: Variable, values: Values) -> Coupled | str:
             return coupled_of(execute(values).sites[variable.name], variable)
@@ -137,6 +137,12 @@ class Lifted:
         """Latent vectors whose elements have one factor each, though they are dependent a priori."""
         codings = self.found.codings.items()
         return frozenset(n for n, c in codings if c.layout.shape[1] == 1 and c.variable.is_vector)
+
+    @property
+    def runs_model(self) -> bool:
+        """True if coefficients that move with parameters take runs of the model."""
+        known = {m.site for m in self.moments if m.loc is not None}
+        return any(live is not None or name not in known for name, live in self.found.live.items())
 
     @property
     def is_complete(self) -> bool:
@@ -326,6 +332,10 @@ class Lifted:
         self, names: Sequence[str], statistics: Values, theta: Values, kept: dict[str, Tensor] | None = None
     ) -> list[Tensor]:
         """Derivatives of the expected log joint in some variables' statistics; `kept` as in `expected`."""
+        entered = [t for t in self.tables(theta).values() if not t.scope.isdisjoint(names)]
+        if not any(table.discrete for table in entered):
+            slopes = {name: [t.slope(name, statistics) for t in entered if name in t.scope] for name in names}
+            return [sum(slopes[name], torch.zeros_like(statistics[name])) for name in names]
         leaves = {name: statistics[name].detach().requires_grad_() for name in names}
         with torch.enable_grad():
             total = self.total(names, {**statistics, **leaves}, theta, kept)

@@ -85,6 +85,24 @@ class Table:
             total = total + term
         return total
 
+    def slope(self, name: str, statistics: Mapping[str, Tensor]) -> Tensor:
+        """Derivatives of the sum of all elements in a variable's statistics; not with discrete sites."""
+        slope, index = torch.zeros_like(statistics[name]), self.index[name]
+        for monomial in self.monomials:
+            powers = dict(monomial.powers)
+            if name not in powers:
+                continue
+            term = monomial.coefficient
+            for other, number in powers.items():
+                if other != name:
+                    term = term * gathered(statistics[other][number], self.index[other])
+            if index is None:
+                slope[powers[name]] += term
+            else:
+                assert isinstance(index, Tensor)
+                slope[powers[name]].index_add_(0, index.reshape(-1), term.reshape(-1))
+        return slope
+
     def size(self, statistics: Mapping[str, Tensor]) -> Tensor:
         """The sum of the absolute values of its terms: what rounding is relative to."""
         total = torch.zeros((), dtype=torch.float64)

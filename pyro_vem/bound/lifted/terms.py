@@ -66,14 +66,14 @@ class LiftedTerms:
         factors = self.guide.factor_values if self.guide is not None else None
         return self.lifted.statistics(factors, phi, theta)
 
-    def value(self, phi: Values, theta: Values) -> Tensor:
-        """The sum of all tables and entropies, in nats."""
-        found = list(self.terms(phi, theta).values())
+    def value(self, phi: Values, theta: Values, statistics: Values | None = None) -> Tensor:
+        """The sum of all tables and entropies, in nats; `statistics` are those there, if they are known."""
+        found = list(self.terms(phi, theta, statistics).values())
         return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float64)
 
-    def terms(self, phi: Values, theta: Values) -> dict[str, Tensor]:
+    def terms(self, phi: Values, theta: Values, statistics: Values | None = None) -> dict[str, Tensor]:
         """Each factor's part of the bound, with the entropy of its site's own factor, in nats."""
-        found = self.lifted.expected(self.statistics(phi, theta), theta)
+        found = self.lifted.expected(statistics or self.statistics(phi, theta), theta)
         for name in self.lifted.latents:
             if name in found:
                 assert self.guide is not None
