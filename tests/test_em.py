@@ -321,6 +321,32 @@ def test_the_bound_never_falls_over_200_seeds(fit, name):
     assert worst >= -1e-8, f"in {steps} steps"
 
 
+def crossed(row, column, y):
+    """Row and column effects, whose factors wait for each other in coordinate ascent."""
+    between = pyro.sample("between", dist.Gamma(2.0, 2.0))
+    within = pyro.sample("within", dist.Gamma(2.0, 2.0))
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    with pyro.plate("rows", 20):
+        a = pyro.sample("a", dist.Normal(0.0, between.rsqrt()))
+    with pyro.plate("columns", 15):
+        b = pyro.sample("b", dist.Normal(0.0, between.rsqrt()))
+    with pyro.plate("cells", len(y)):
+        pyro.sample("y", dist.Normal(mu + a[row] + b[column], within.rsqrt()), obs=y)
+
+
+def test_coordinate_ascent_is_extrapolated(fit):
+    generator = torch.Generator().manual_seed(0)
+    row, column = torch.arange(20).repeat_interleave(15), torch.arange(15).repeat(20)
+    a, b, noise = (torch.randn(n, generator=generator, dtype=D) for n in (20, 15, 300))
+    data = {"row": row, "column": column, "y": 3 + a[row] + b[column] + 0.7 * noise}
+    plain = fit(crossed, data, guide="auto", schedule="alternate")
+    quick = fit(crossed, data, guide="auto")
+    assert plain.n_iter > 100
+    assert quick.n_iter < 40
+    assert quick.elbo == pytest.approx(plain.elbo, abs=1e-6)
+    assert sum(step.note == "extrapolated" for step in quick.history) > 3
+
+
 @pytest.mark.parametrize("schedule", ["alternate", "accelerated", "profile", "joint"])
 def test_every_schedule_ends_at_one_optimum(fit, schedule):
     result = fit(zoo_em.two_waits, WAITS, schedule=schedule)

@@ -53,8 +53,12 @@ class ClosedForm:
     @property
     def is_exact(self) -> bool:
         """True if one E-step is the optimum in phi, wherever it starts."""
-        is_searched = any(self.is_searched(name) for name in sum(self.latents, ()))
-        return self.is_all_of["E"] and len(self.latents) <= 1 and not is_searched
+        return self.is_all_of["E"] and len(self.latents) <= 1 and not self.is_searching
+
+    @property
+    def is_searching(self) -> bool:
+        """True if a part of the E-step is a Newton step."""
+        return any(self.is_searched(name) for name in sum(self.latents, ()))
 
     def is_searched(self, name: str) -> bool:
         """True if a latent's best factor has no formula: its update is a Newton step."""
@@ -161,16 +165,27 @@ class Anderson:
     points: list[Vector] = field(default_factory=list)
     images: list[Vector] = field(default_factory=list)
 
-    def proposal(self, point: Vector, image: Vector) -> Vector:
-        """Where the map's fixed point seems to be, after one more application of it."""
+    def proposal(self, point: Vector, image: Vector, scale: Vector | float = 1.0) -> Vector:
+        """Where the map's fixed point seems to be, after one more application of it.
+
+        Args:
+            point: where a round began.
+            image: where it led.
+            scale: lengths of the coordinates, in which residuals are weighed.
+        """
         self.points = [*self.points, point][-self.depth - 1 :]
         self.images = [*self.images, image][-self.depth - 1 :]
         residuals = np.stack([g - x for x, g in zip(self.points, self.images, strict=True)])
-        if len(residuals) < 2:
+        if not self.is_ready:
             return image
-        steps = np.diff(residuals, axis=0).T
-        weights, *_ = np.linalg.lstsq(steps, residuals[-1], rcond=1e-10)
+        residuals = residuals / scale
+        weights, *_ = np.linalg.lstsq(np.diff(residuals, axis=0).T, residuals[-1], rcond=1e-10)
         return np.asarray(image - np.diff(np.stack(self.images), axis=0).T @ weights)
+
+    @property
+    def is_ready(self) -> bool:
+        """True if a proposal is more than the image of the last round."""
+        return len(self.points) > 1
 
     def restart(self) -> None:
         """Forget the rounds so far."""

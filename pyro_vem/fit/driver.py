@@ -264,8 +264,6 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
             run.profile(iteration)
         else:
             run.step("joint" if how == "joint" else "E", iteration)
-        if how == "accelerated" and not run.setup.theta.size:
-            run.accelerate(iteration)
         if run.is_diverged():
             return Status.diverged
         if run.is_converged() and not run.is_reopened():
@@ -274,9 +272,7 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
         if run.is_stalled():
             return Status.stalled
         if run.schedule_of(iteration + 1, schedule) in ("alternate", "accelerated"):
-            run.step("M", iteration)
-            if how == "accelerated" and run.setup.theta.size:
-                run.accelerate(iteration)
+            run.maximise(iteration, how == "accelerated")
         run.save()
     if schedule != "joint":
         run.step("E", max_iter)

@@ -194,37 +194,59 @@ class Run:
             method=self._method("E"), max_iter=self.options.step_iterations,
         )[0]  # fmt: skip
 
-    def accelerate(self, iteration: int) -> None:
-        """Go on from where the rounds seem to lead, if the bound is higher there.
+    def _best_theta(self, state: State) -> State:
+        """The M-step at other factors, where it is of closed forms alone."""
+        if not self.setup.theta.size:
+            return replace(state, elbo=elbo_at(self.setup, state.phi, state.theta))
+        assert self.closed is not None
+        return self.closed.step(state, "M", self.iterations)[0]
 
-        Where there are parameters, theta is extrapolated and phi follows by its E-step; else phi.
+    def maximise(self, iteration: int, is_accelerated: bool) -> None:
+        """The second half of a round: the M-step, and an extrapolation of the rounds so far.
+
+        Theta is extrapolated, and phi follows by its E-step. Where that is a Newton step, or there are no
+        parameters, phi is, in the lengths of its factors, and theta follows by its M-step.
         """
-        if self.closed is None or not self.closed.is_complete:
-            return
-        has_theta = self.setup.theta.size > 0
-        image = self.state.theta if has_theta else self.state.phi
+        if not is_accelerated or self.closed is None or not self.closed.is_complete:
+            self.step("M", iteration)
+        elif self.setup.theta.size > 0 and (
+            not self.closed.is_searching or isinstance(self.methods[1], Mapping)
+        ):
+            self.step("M", iteration)
+            self._accelerate(iteration, by_theta=True)
+        elif not self._accelerate(iteration, by_theta=False):
+            self.step("M", iteration)
+
+    def _accelerate(self, iteration: int, by_theta: bool) -> bool:
+        """Go on from where the rounds seem to lead, if the bound is higher there; whether it is."""
+        old = self.state
+        image = old.theta if by_theta else old.phi
         point, self.before = self.before, image
         if point is None or iteration < ACCELERATE_FROM:
-            return
+            return False
         start = time.perf_counter()
-        spread = self.setup.processes.spread("M" if has_theta else "E")
-        proposal = spread.own(self.anderson.proposal(spread.whole(point), spread.whole(image)))
-        old = self.state
-        phi, theta = (old.phi, proposal) if has_theta else (proposal, old.theta)
-        if has_theta:
-            trial = self._best_phi(State(phi, theta, -np.inf))
+        spread = self.setup.processes.spread("M" if by_theta else "E")
+        scale = np.ones_like(image) if by_theta else self.scales.of_factors(old)
+        proposal = spread.own(
+            self.anderson.proposal(spread.whole(point), spread.whole(image), spread.whole(scale))
+        )
+        if not (by_theta or self.anderson.is_ready):
+            return False
+        if by_theta:
+            trial = self._best_phi(State(old.phi, proposal, -np.inf))
         else:
-            trial = State(phi, theta, elbo_at(self.setup, phi, theta))
-        note = "extrapolated"
-        if trial.elbo > old.elbo:
+            trial = self._best_theta(State(proposal, old.theta, -np.inf))
+        note, is_higher = "extrapolated", trial.elbo > old.elbo
+        if is_higher:
             self.state = trial
-            self.before = trial.theta if has_theta else trial.phi
-            self.is_expected = has_theta
+            self.before = trial.theta if by_theta else trial.phi
+            self.is_expected = by_theta
         else:
             self.anderson.restart()
             note = "extrapolation rolled back: the bound would have fallen"
         seconds = time.perf_counter() - start
         self.record(Step(iteration, "joint", old.elbo, self.state.elbo, 0.0, 1, 0, seconds, note))
+        return is_higher
 
     def is_converged(self) -> bool:
         """The stopping rule, tried only where the gains say that it may hold.

@@ -1,6 +1,7 @@
 """Lengths of the coordinates, so that a step of one is about a nat or a posterior sd."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..guides.conjugate import MeanFieldConjugate
 from ..guides.factorised import FactorisedNormal
@@ -27,24 +28,35 @@ class Scales:
         theta = self._curvature(state, "M", iteration) if block in ("M", "joint") else np.zeros(0)
         return np.concatenate([phi, theta])
 
+    def of_factors(self, state: State) -> Vector:
+        """Lengths of Normal factors; one for what else the guide has, whose coordinates are logs."""
+        return self._with_normal(state, np.ones_like(state.phi))
+
     def _phi(self, state: State, iteration: int) -> Vector:
-        guide, phi = self._setup.guide, self._setup.phi
-        if isinstance(guide, FactorisedNormal):
-            free = free_sites(guide)
-            is_loc = phi.where(guide.loc_name(site) for site in free)
-            is_scale = phi.where(guide.scale_name(site) for site in free)
-        elif isinstance(guide, MeanFieldConjugate):
-            normal = [site.name for site in guide.latents() if guide.kind(site) in ("", "Normal")]
-            is_loc = phi.where(guide.parameter_name("loc", site) for site in normal)
-            is_scale = phi.where(guide.parameter_name("scale", site) for site in normal)
-        else:
-            return self._curvature(state, "E", iteration)
-        scale = np.ones_like(state.phi)
-        if not (is_loc | is_scale).all():
-            scale = self._curvature(state, "E", iteration).copy()
+        is_loc, is_scale = self._normal()
+        is_all = bool((is_loc | is_scale).all())
+        return self._with_normal(
+            state, np.ones_like(state.phi) if is_all else self._curvature(state, "E", iteration).copy()
+        )
+
+    def _with_normal(self, state: State, scale: Vector) -> Vector:
+        is_loc, is_scale = self._normal()
         scale[is_loc] = np.exp(state.phi[is_scale])
         scale[is_scale] = 0.5**0.5
         return scale
+
+    def _normal(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Coordinates of the means, and of the log sds, of free Normal factors."""
+        guide, phi = self._setup.guide, self._setup.phi
+        if isinstance(guide, FactorisedNormal):
+            free = free_sites(guide)
+            return phi.where(map(guide.loc_name, free)), phi.where(map(guide.scale_name, free))
+        if isinstance(guide, MeanFieldConjugate):
+            normal = [site.name for site in guide.latents() if guide.kind(site) in ("", "Normal")]
+            names = ((guide.parameter_name(key, site) for site in normal) for key in ("loc", "scale"))
+            is_loc, is_scale = (phi.where(found) for found in names)
+            return is_loc, is_scale
+        return phi.where(()), phi.where(())
 
     def _curvature(self, state: State, block: str, iteration: int) -> Vector:
         age = iteration.bit_length()

@@ -78,10 +78,9 @@ def can_go_together(run: Run, schedule: Schedule, num_starts: int) -> bool:
     if run.schedule_of(PROFILE_FROM, schedule) == "profile":  # which leaves a saddle where EM creeps
         return False
     lifted = closed.terms.lifted
-    is_searched = any(closed.is_searched(name) for name in sum(closed.latents, ()))
     tables = lifted.found.tables.values()  # messages between discrete sites are Pyro's, not for torch.func
     has_messages = any(isinstance(table, Table) and len(table.discrete) > 1 for table in tables)
-    if closed.moments or lifted.found.live or is_searched or has_messages:
+    if closed.moments or lifted.found.live or closed.is_searching or has_messages:
         return False
     return num_starts * (closed.terms.num_elements + setup.phi.size) <= MOST_TOGETHER
 
@@ -125,7 +124,7 @@ class Together:
         except KeyboardInterrupt:
             is_interrupted = True
         for i, run in enumerate(runs):
-            run.state, run.iterations = State(self.phi[i], self.theta[i], float(self.elbo[i])), int(rounds[i])
+            run.state, run.iterations = self._state(i), int(rounds[i])
         seconds = (time.perf_counter() - begin) / len(runs)
         for run, before in zip(runs, first, strict=True):
             note = f"{run.iterations} rounds of {len(runs)} starts at once"
@@ -135,6 +134,10 @@ class Together:
             except KeyboardInterrupt:  # a callback's
                 is_interrupted = True
         return not is_interrupted
+
+    def _state(self, i: int) -> State:
+        """Where a start is."""
+        return State(self.phi[i], self.theta[i], float(self.elbo[i]))
 
     def _round(self, is_moving: Flags, iteration: int) -> None:
         has_theta = self.theta.shape[1] > 0
@@ -170,7 +173,8 @@ class Together:
             return
         proposals = image.copy()
         for i in np.flatnonzero(is_moving):
-            proposals[i] = self.rules[i].proposal(point[i], image[i])
+            scale = 1.0 if has_theta else self.runs[i].scales.of_factors(self._state(i))
+            proposals[i] = self.rules[i].proposal(point[i], image[i], scale)
         if has_theta:
             phi, theta, elbo = self._moved("E", self.phi, proposals)
         else:
@@ -180,7 +184,8 @@ class Together:
         self.before = np.where(is_higher[:, None], proposals, image)
         self.is_expected = is_higher & has_theta
         for i in np.flatnonzero(is_moving & ~is_higher):
-            self.rules[i].restart()
+            if self.rules[i].is_ready:
+                self.rules[i].restart()
 
     def _keep(self, phi: Vector, theta: Vector, elbo: Vector, chosen: Flags) -> None:
         rows = chosen[:, None]
