@@ -172,7 +172,7 @@ class Together:
         if point is None or iteration < ACCELERATE_FROM:
             return
         proposals = image.copy()
-        for i in np.flatnonzero(is_moving):
+        for i in np.flatnonzero(is_moving).tolist():
             scale = 1.0 if has_theta else self.runs[i].scales.of_factors(self._state(i))
             proposals[i] = self.rules[i].proposal(point[i], image[i], scale)
         if has_theta:
