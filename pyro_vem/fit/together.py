@@ -183,7 +183,7 @@ class Together:
         self._keep(phi, theta, elbo, is_higher)
         self.before = np.where(is_higher[:, None], proposals, image)
         self.is_expected = is_higher & has_theta
-        for i in np.flatnonzero(is_moving & ~is_higher):
+        for i in np.flatnonzero(is_moving & ~is_higher).tolist():
             if self.rules[i].is_ready:
                 self.rules[i].restart()
 
