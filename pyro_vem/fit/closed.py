@@ -178,8 +178,10 @@ class Anderson:
         residuals = np.stack([g - x for x, g in zip(self.points, self.images, strict=True)])
         if not self.is_ready:
             return image
-        residuals = residuals / scale
-        weights, *_ = np.linalg.lstsq(np.diff(residuals, axis=0).T, residuals[-1], rcond=1e-10)
+        residuals /= scale
+        steps = np.diff(residuals, axis=0)
+        # Normal equations: of a few unknowns for many coordinates, and the next round mends what they lose.
+        weights, *_ = np.linalg.lstsq(steps @ steps.T, steps @ residuals[-1], rcond=1e-14)
         return np.asarray(image - np.diff(np.stack(self.images), axis=0).T @ weights)
 
     @property
