@@ -100,8 +100,8 @@ class Smooth:
         gradient = self._gradient_tensor()
         if not gradient.requires_grad:
             return torch.zeros_like(direction)
-        (product,) = torch.autograd.grad(
-            (gradient * direction).sum(), self._leaf, retain_graph=True, materialize_grads=True
+        (product,) = torch.autograd.grad(  # not by grad_outputs=, whose checks load sympy
+            gradient @ direction, self._leaf, retain_graph=True, materialize_grads=True
         )
         return product
 

@@ -17,6 +17,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+SMALL = 10_000  # entries of a map that is one matrix: a product costs less than going to SciPy
 _is_traced: ContextVar[bool] = ContextVar("_is_traced", default=False)
 
 
@@ -76,9 +77,19 @@ class Linear:
         triplets = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
         self._sparse = sparse.csr_matrix(triplets, shape=(start, size))
         self._transposed = self._sparse.T
+        self._dense = self._matrix() if start * size <= SMALL else None
+
+    def _matrix(self) -> Tensor:
+        """The whole map as a matrix."""
+        matrix = torch.from_numpy(self._sparse.toarray()).to(torch.get_default_device())
+        for rows, columns, block in self._denses:
+            matrix[rows, columns] += block
+        return matrix
 
     def __call__(self, x: Tensor) -> Tensor:
         """The rows at x."""
+        if self._dense is not None:
+            return torch.mv(self._dense, x)
         if _is_traced.get() or x.device.type != "cpu":
             return self._operations(x)
         result: Tensor = _Map.apply(x, self, False)  # type: ignore[no-untyped-call]
