@@ -1,14 +1,11 @@
-"""E- and M-steps in closed form: coordinate ascent in expected statistics, and its acceleration."""
+"""E- and M-steps in closed form: coordinate ascent in expected statistics."""
 
 import time
-from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from ..bound.lifted.terms import LiftedTerms
 from .setup import Setup
-from .smooth import Vector
 from .state import State
 from .status import Step
 from .sweep import Sweep
@@ -141,54 +138,3 @@ class ClosedForm:
             theta = setup.theta_values(torch.as_tensor(state.theta))
             is_level = self.terms.lifted.are_level(self.terms.statistics(phi, theta), theta)
         return not setup.processes.any(not is_level)
-
-
-@dataclass
-class Anderson:
-    """Anderson's extrapolation of a fixed-point map, from its last few rounds.
-
-    References:
-        Walker and Ni (2011), Anderson acceleration for fixed-point iterations, SIAM J. Numer.
-        Anal. 49. Henderson and Varadhan (2019), Damped Anderson acceleration with restarts and
-        monotonicity control for accelerating EM and EM-like algorithms, JCGS 28.
-
-    Example:
-        >>> rule, x = Anderson(), np.array([1.0, 0.0])
-        >>> for _ in range(4):  # x -> A x + 1 with eigenvalues near one
-        ...     image = np.array([0.9 * x[0] + 1, 0.99 * x[1] + 0.1 * x[0] + 1])
-        ...     x = rule.proposal(x, image)
-        >>> x.round(6)
-        array([ 10., 200.])
-    """
-
-    depth: int = 6
-    points: list[Vector] = field(default_factory=list)
-    images: list[Vector] = field(default_factory=list)
-
-    def proposal(self, point: Vector, image: Vector, scale: Vector | float = 1.0) -> Vector:
-        """Where the map's fixed point seems to be, after one more application of it.
-
-        Args:
-            point: where a round began.
-            image: where it led.
-            scale: lengths of the coordinates, in which residuals are weighed.
-        """
-        self.points = [*self.points, point][-self.depth - 1 :]
-        self.images = [*self.images, image][-self.depth - 1 :]
-        residuals = np.stack([g - x for x, g in zip(self.points, self.images, strict=True)])
-        if not self.is_ready:
-            return image
-        residuals /= scale
-        steps = np.diff(residuals, axis=0)
-        # Normal equations: of a few unknowns for many coordinates, and the next round mends what they lose.
-        weights, *_ = np.linalg.lstsq(steps @ steps.T, steps @ residuals[-1], rcond=1e-14)
-        return np.asarray(image - np.diff(np.stack(self.images), axis=0).T @ weights)
-
-    @property
-    def is_ready(self) -> bool:
-        """True if a proposal is more than the image of the last round."""
-        return len(self.points) > 1
-
-    def restart(self) -> None:
-        """Forget the rounds so far."""
-        self.points, self.images = [], []

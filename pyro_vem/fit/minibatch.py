@@ -33,11 +33,10 @@ from .locals import natural_step
 from .network import NetworkStep
 from .processes import Processes
 from .result import VEMResult
-from .run import progress_bar
 from .scales import Scales, free_sites
 from .setup import FitOptions, Setup, set_up
 from .state import State
-from .status import Status, Step
+from .status import Status, Step, progress_bar
 
 PAIRS = 4  # antithetic pairs of draws a step; one draw where only encoders draw
 PATIENCE, LEAST_RATE = 10, 1e-5  # epochs without a rise after which a network's rate falls, and its end

@@ -4,7 +4,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import warn
+from .acceleration import Extrapolation
 from .checkpoint import Checkpoint, snapshot
-from .closed import Anderson, ClosedForm
+from .closed import ClosedForm
 from .exactness import compile_terms, more_draws, prepare, settle, settle_nodes
 from .measure import disagreement
 from .profile import Profile
@@ -21,10 +22,10 @@ from .result import VEMResult
 from .saddle import past_saddle
 from .scales import Scales
 from .setup import FitOptions, Setup
-from .smooth import Method, Smooth, Vector
+from .smooth import Method, Smooth
 from .starts import finite_elbo, initial_values
 from .state import State, elbo_at, joint_loss
-from .status import Status, Step
+from .status import Status, Step, progress_bar
 from .steps import check_second_derivatives, hooked, note_idle, start_variances, step
 from .stopping import remaining, runaway
 
@@ -36,7 +37,6 @@ Callback = Callable[[Step, Mapping[str, Tensor]], None]
 ROUNDING = 1e3 * float(np.finfo(np.float64).eps)  # of the bound, relative
 PROFILE_FROM = 3  # rounds: two of EM before
 MOST_PROFILED = 60  # parameters
-ACCELERATE_FROM = 3  # rounds: the first ones leave the start, and say nothing of the end
 SLOW_AFTER = 10  # rounds of EM before a joint step may follow
 SELF_CHECK = 256  # draws that closed forms are held against at the start
 MOST_KEPT = 100_000  # parameters of which the points after each step are kept, for plots
@@ -64,8 +64,6 @@ class Run:
     failed: int = 0
     next_check: int = 0
     closed: ClosedForm | None = None
-    anderson: Anderson = field(default_factory=Anderson)
-    before: Vector | None = None  # what is extrapolated, a round ago
     saddles: int = 0  # that the fit has left
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     is_expected: bool = False  # whether phi has followed the extrapolated theta
@@ -202,47 +200,37 @@ class Run:
         return self.closed.step(state, "M", self.iterations)[0]
 
     def maximise(self, iteration: int, is_accelerated: bool) -> None:
-        """The second half of a round: the M-step, and an extrapolation of the rounds so far.
-
-        Theta is extrapolated, and phi follows by its E-step. Where that is a Newton step, or there are no
-        parameters, phi is, in the lengths of its factors, and theta follows by its M-step.
-        """
+        """The second half of a round: the M-step, and an extrapolation of the rounds so far."""
         if not is_accelerated or self.closed is None or not self.closed.is_complete:
             self.step("M", iteration)
-        elif self.setup.theta.size > 0 and (
-            not self.closed.is_searching or isinstance(self.methods[1], Mapping)
-        ):
+        elif self.extrapolation.by_theta:
             self.step("M", iteration)
-            self._accelerate(iteration, by_theta=True)
-        elif not self._accelerate(iteration, by_theta=False):
+            self._extrapolate(iteration)
+        elif not self._extrapolate(iteration):
             self.step("M", iteration)
 
-    def _accelerate(self, iteration: int, by_theta: bool) -> bool:
+    @functools.cached_property
+    def extrapolation(self) -> Extrapolation:
+        """Of theta, whose E-step follows; of phi where that is a Newton step, or there is no theta."""
+        assert self.closed is not None
+        is_followed = not self.closed.is_searching or isinstance(
+            self.methods[1], Mapping
+        )  # hooks want rounds
+        return Extrapolation(self.setup, self.scales, self.setup.theta.size > 0 and is_followed)
+
+    def _extrapolate(self, iteration: int) -> bool:
         """Go on from where the rounds seem to lead, if the bound is higher there; whether it is."""
-        old = self.state
-        image = old.theta if by_theta else old.phi
-        point, self.before = self.before, image
-        if point is None or iteration < ACCELERATE_FROM:
+        start, old, by_theta = time.perf_counter(), self.state, self.extrapolation.by_theta
+        trial = self.extrapolation.proposed(old, iteration)
+        if trial is None:
             return False
-        start = time.perf_counter()
-        spread = self.setup.processes.spread("M" if by_theta else "E")
-        scale = np.ones_like(image) if by_theta else self.scales.of_factors(old)
-        proposal = spread.own(
-            self.anderson.proposal(spread.whole(point), spread.whole(image), spread.whole(scale))
-        )
-        if not (by_theta or self.anderson.is_ready):
-            return False
-        if by_theta:
-            trial = self._best_phi(State(old.phi, proposal, -np.inf))
-        else:
-            trial = self._best_theta(State(proposal, old.theta, -np.inf))
+        trial = self._best_phi(trial) if by_theta else self._best_theta(trial)
         note, is_higher = "extrapolated", trial.elbo > old.elbo
         if is_higher:
-            self.state = trial
-            self.before = trial.theta if by_theta else trial.phi
-            self.is_expected = by_theta
+            self.state, self.is_expected = trial, by_theta
+            self.extrapolation.taken(trial)
         else:
-            self.anderson.restart()
+            self.extrapolation.rule.restart()
             note = "extrapolation rolled back: the bound would have fallen"
         seconds = time.perf_counter() - start
         self.record(Step(iteration, "joint", old.elbo, self.state.elbo, 0.0, 1, 0, seconds, note))
@@ -283,9 +271,9 @@ class Run:
             return False
         old, (self.state, names) = self.state, found
         self.saddles, self.failed, self.next_check = self.saddles + 1, 0, self.iterations + 2
-        self.before, self.is_expected = None, False
-        self.anderson.restart()
-        self.__dict__.pop("profiled", None)
+        self.is_expected = False
+        for name in ("profiled", "extrapolation"):  # of the point that is left
+            self.__dict__.pop(name, None)
         seconds, note = time.perf_counter() - start, f"left a saddle of the bound along {names}"
         self.record(Step(self.iterations, "check", old.elbo, self.state.elbo, 0.0, 0, 0, seconds, note))
         return True
@@ -403,12 +391,3 @@ class Run:
         for callback in self.callbacks:
             with torch.no_grad():
                 callback(row, self.setup.theta_values(torch.as_tensor(self.state.theta)))
-
-
-def progress_bar(progress: bool | None) -> Any:
-    """On standard error; None shows it in a terminal only."""
-    if progress is False:  # a bar that is not shown starts a thread all the same
-        return None
-    from tqdm import tqdm
-
-    return tqdm(desc="fit_vem", unit=" steps", disable=None if progress is None else False)

@@ -1,7 +1,8 @@
-"""How a fit ended: `Status`, and one row of history a step."""
+"""What a fit says of itself: a row of history a step, a progress bar, and how it ended."""
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 
 class Status(Enum):
@@ -60,3 +61,12 @@ class Step:
     def gain(self) -> float:
         """Rise of the bound, in nats."""
         return self.after - self.before
+
+
+def progress_bar(progress: bool | None) -> Any:
+    """On standard error; None shows it in a terminal only."""
+    if progress is False:  # a bar that is not shown starts a thread all the same
+        return None
+    from tqdm import tqdm
+
+    return tqdm(desc="fit_vem", unit=" steps", disable=None if progress is None else False)

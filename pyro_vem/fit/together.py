@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.func import vmap
 
 from ..bound.lifted.table import Table
-from .closed import NOISE, Anderson
+from .acceleration import EXTRAPOLATE_FROM, Anderson
+from .closed import NOISE
 from .result import VEMResult
-from .run import ACCELERATE_FROM, PROFILE_FROM, ROUNDING, Run, Schedule
+from .run import PROFILE_FROM, ROUNDING, Run, Schedule
 from .smooth import Vector
 from .state import State
 from .status import Status, Step
@@ -166,10 +167,10 @@ class Together:
         return taken
 
     def _extrapolate(self, has_theta: bool, is_moving: Flags, iteration: int) -> None:
-        """See `Run.accelerate`."""
+        """See `Extrapolation`."""
         image = (self.theta if has_theta else self.phi).copy()
         point, self.before = self.before, image
-        if point is None or iteration < ACCELERATE_FROM:
+        if point is None or iteration < EXTRAPOLATE_FROM:
             return
         proposals = image.copy()
         for i in np.flatnonzero(is_moving).tolist():

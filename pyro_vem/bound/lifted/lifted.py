@@ -72,16 +72,14 @@ class Lifted:
             if name in self.discrete
         }
         self.sizes = {n: [(p.dim, p.size) for p in plates] for n, plates in prototype.summed_out.items()}
-        variables: dict[str, Variable] = {}
-        refused: dict[str, str] = {}
-        for site in prototype.latents:
-            is_map = site.name in self.map_sites
-            made = latent_variable(site, first.sites[site.name])
-            if is_map:
-                made = parameter_variable(Parameter(site.name, site.support, site.init))
-            _sort(site.name, made, variables, refused)
-        for parameter in parameters:
-            _sort(parameter.name, parameter_variable(parameter), variables, refused)
+        made = {
+            site.name: parameter_variable(Parameter(site.name, site.support, site.init))
+            if site.name in self.map_sites
+            else latent_variable(site, first.sites[site.name])
+            for site in prototype.latents
+        } | {p.name: parameter_variable(p) for p in parameters}
+        variables = {n: variable for n, variable in made.items() if not isinstance(variable, str)}
+        refused = {n: reason for n, reason in made.items() if isinstance(reason, str)}
         generator = torch.Generator().manual_seed(seed)
         free = {s.name: (s.transform, s.unconstrained) for s in prototype.latents}
         free |= {p.name: (transform_to(p.constraint), p.unconstrained) for p in parameters}
@@ -393,13 +391,6 @@ class Lifted:
         u = {n: v.within(v.internal(values[n])) for n, v in self.probe.variables.items()}
         given = {n: values[n] for n in self.probe.others}
         return misfits(self.found, self.tables(values), u, self.probe.pieces(u, given))
-
-
-def _sort(name: str, made: Variable | str, variables: dict[str, Variable], refused: dict[str, str]) -> None:
-    if isinstance(made, str):
-        refused[name] = made
-    else:
-        variables[name] = made
 
 
 def _generic(transform: Callable[[Tensor], Tensor], start: Tensor, generator: torch.Generator) -> Tensor:
