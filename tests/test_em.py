@@ -321,11 +321,11 @@ def test_the_bound_never_falls_over_200_seeds(fit, name):
     assert worst >= -1e-8, f"in {steps} steps"
 
 
-def crossed(row, column, y):
+def crossed(row, column, y, mean=None):
     """Row and column effects, whose factors wait for each other in coordinate ascent."""
     between = pyro.sample("between", dist.Gamma(2.0, 2.0))
     within = pyro.sample("within", dist.Gamma(2.0, 2.0))
-    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0)) if mean is None else pyro.param("mu", torch.tensor(mean))
     with pyro.plate("rows", 20):
         a = pyro.sample("a", dist.Normal(0.0, between.rsqrt()))
     with pyro.plate("columns", 15):
@@ -334,17 +334,76 @@ def crossed(row, column, y):
         pyro.sample("y", dist.Normal(mu + a[row] + b[column], within.rsqrt()), obs=y)
 
 
-def test_coordinate_ascent_is_extrapolated(fit):
+@pytest.mark.parametrize("mean", [None, 0.0], ids=["latents alone", "with a parameter"])
+def test_coordinate_ascent_is_extrapolated(fit, mean):
+    # With a parameter too the factors are what is slow: theta alone says nothing of where they go.
     generator = torch.Generator().manual_seed(0)
     row, column = torch.arange(20).repeat_interleave(15), torch.arange(15).repeat(20)
     a, b, noise = (torch.randn(n, generator=generator, dtype=D) for n in (20, 15, 300))
-    data = {"row": row, "column": column, "y": 3 + a[row] + b[column] + 0.7 * noise}
+    data = {"row": row, "column": column, "y": 3 + a[row] + b[column] + 0.7 * noise, "mean": mean}
     plain = fit(crossed, data, guide="auto", schedule="alternate")
-    quick = fit(crossed, data, guide="auto")
+    quick = fit(crossed, data, guide="auto", schedule="accelerated")
     assert plain.n_iter > 100
     assert quick.n_iter < 40
     assert quick.elbo == pytest.approx(plain.elbo, abs=1e-6)
     assert sum(step.note == "extrapolated" for step in quick.history) > 3
+
+
+def test_rounds_that_are_down_to_rounding_end(fit):
+    # Less spread than a Poisson has: the sd goes to zero, where steps gain less than rounding loses.
+    def model(y):
+        mu = pyro.param("mu", torch.tensor(0.0))
+        sd = pyro.param("sd", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(mu, sd))
+            pyro.sample("y", dist.Poisson(z.exp()), obs=y)
+
+    y = torch.tensor([4.0, 5.0, 3.0, 4.0] * 15, dtype=D)
+    found = fit(model, {"y": y}, guide="auto", schedule="accelerated")
+    assert found.status is vem.Status.stalled
+    assert found.n_iter < 500
+    best = float((y * y.mean().log() - y.mean() - torch.lgamma(y + 1)).sum())
+    assert found.elbo == pytest.approx(best, abs=0.01)
+
+
+def test_starts_leave_alone_a_parameter_that_enters_nothing(fit):
+    def model(y):
+        pyro.param("idle", torch.tensor(0.3))
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.Gamma(2.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu, tau.rsqrt()), obs=y)
+
+    found = fit(model, {"y": Y8}, guide="auto", num_starts=3)
+    assert found.converged
+    assert float(found.params["idle"]) == pytest.approx(0.3, abs=1e-6)
+
+
+def test_the_bound_at_the_edge_of_a_probability_is_that_of_its_logit(fit):
+    @vem.vem_model(map_sites=("p",))
+    def model(y):
+        p = pyro.sample("p", dist.Beta(1.0, 0.5))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Bernoulli(p), obs=y)
+
+    found = fit(model, {"y": torch.ones(5, dtype=D)}, guide="auto", schedule="alternate", max_iter=3)
+    assert found.history[-1].after == pytest.approx(found.elbo, abs=1e-10)
+
+
+def test_a_branch_that_only_the_fit_meets_is_sampled(fit):
+    # The table of y, whose coefficients move with a parameter, holds at the probes and not at the data.
+    def model(y):
+        sd = pyro.param("sd", torch.tensor(1.0), constraint=dist.constraints.softplus_positive)
+        z = pyro.sample("z", dist.Normal(0.0, 10.0))
+        w = pyro.sample("w", dist.Normal(0.0, 5.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(torch.where(z > 45, 2 * z - 45, z), sd), obs=y)
+            pyro.sample("x", dist.Normal(w, 1.0), obs=y - 90)
+
+    y = 90 + torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=D)
+    found = fit(model, {"y": y}, guide="auto")
+    assert any("sampled from here on" in step.note for step in found.history)
+    assert float(found.sample(500)["z"].mean()) == pytest.approx((float(y.mean()) + 45) / 2, abs=0.1)
 
 
 @pytest.mark.parametrize("schedule", ["alternate", "accelerated", "profile", "joint"])

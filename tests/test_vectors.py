@@ -14,6 +14,7 @@ from torch.distributions import constraints
 import pyro_vem as vem
 from pyro_vem.bound.lifted.coupled import Coupled
 from pyro_vem.bound.lifted.families import NORMAL_EXPS
+from pyro_vem.fit.acceleration import Anderson
 
 D = torch.float64
 
@@ -244,3 +245,18 @@ def test_a_flat_direction_is_no_saddle(fit):
     assert float(found.params["a"] + found.params["b"]) == pytest.approx(float(y.mean()), abs=2e-4)
     exact = dist.Normal(y.mean(), math.sqrt(2)).log_prob(y).sum()
     assert found.elbo == pytest.approx(float(exact), abs=1e-8)
+
+
+def test_singular_moments_are_not_taken(fit, monkeypatch):
+    # Three rows of five: where a proposal shrinks all sds, no covariance matches their moments.
+    monkeypatch.setattr(Anderson, "proposal", lambda self, point, image, scale: shrunk(self, point, image))
+
+    def shrunk(rule, point, image):
+        rule.points = [*rule.points, point]
+        return np.concatenate([image[: image.size // 2], image[image.size // 2 :] - 30])
+
+    y = torch.poisson(torch.full((3, 5), 3.0), generator=torch.Generator().manual_seed(0)).double()
+    data = {"y": y, "kind": "covariance_matrix"}
+    found = fit(counts, data, guide="auto", schedule="accelerated", max_iter=8)
+    assert sum("extrapolation rolled back" in step.note for step in found.history) > 1
+    assert min(step.gain for step in found.history) > -1e-9

@@ -89,10 +89,11 @@ class Extrapolation:
             return None
         spread = self.setup.processes.spread("M" if self.by_theta else "E")
         scale = np.ones_like(image) if self.by_theta else self.scales.of_factors(state)
-        found = self.rule.proposal(spread.whole(point), spread.whole(image), spread.whole(scale))
-        if self.by_theta:  # of one round: its image, whose E-step is the next round's
-            return State(state.phi, spread.own(found), -np.inf)
-        return State(spread.own(found), state.theta, -np.inf) if self.rule.is_ready else None
+        found = spread.own(self.rule.proposal(spread.whole(point), spread.whole(image), spread.whole(scale)))
+        if not self.rule.is_ready:
+            return None
+        phi, theta = (state.phi, found) if self.by_theta else (found, state.theta)
+        return State(phi, theta, -np.inf)
 
     def taken(self, state: State) -> None:
         """The next round begins here, where a proposal has led."""

@@ -53,6 +53,11 @@ class ClosedForm:
         return self.is_all_of["E"] and len(self.latents) <= 1 and not self.is_searching
 
     @property
+    def is_led_by_theta(self) -> bool:
+        """True if phi follows from theta in one E-step, so that rounds are a path of theta alone."""
+        return self.setup.theta.size > 0 and (self.is_exact or not self.setup.phi.size)
+
+    @property
     def is_searching(self) -> bool:
         """True if a part of the E-step is a Newton step."""
         return any(self.is_searched(name) for name in sum(self.latents, ()))

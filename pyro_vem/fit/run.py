@@ -44,6 +44,7 @@ NEWTON_LIMIT = 5_000_000  # parameters in a block beyond which its Krylov vector
 MOST_SADDLES = 5  # that a fit leaves
 STALLED, STALLED_GAIN = 3, 1e-4  # steps, and nats that none of them gains
 MOST_POLISHED = 30  # rounds of closed forms after convergence
+STILL = 6  # steps of closed forms that gain nothing at all
 FIXED = 1e-13  # movement in a round at which closed forms stand still
 
 
@@ -211,12 +212,10 @@ class Run:
 
     @functools.cached_property
     def extrapolation(self) -> Extrapolation:
-        """Of theta, whose E-step follows; of phi where that is a Newton step, or there is no theta."""
+        """Of theta where the E-step is exact (or the M-step has hooks), else of phi."""
         assert self.closed is not None
-        is_followed = not self.closed.is_searching or isinstance(
-            self.methods[1], Mapping
-        )  # hooks want rounds
-        return Extrapolation(self.setup, self.scales, self.setup.theta.size > 0 and is_followed)
+        has_hooks = self.setup.theta.size > 0 and isinstance(self.methods[1], Mapping)
+        return Extrapolation(self.setup, self.scales, self.closed.is_led_by_theta or has_hooks)
 
     def _extrapolate(self, iteration: int) -> bool:
         """Go on from where the rounds seem to lead, if the bound is higher there; whether it is."""
@@ -247,7 +246,7 @@ class Run:
         self.gtol = float(np.clip(0.1 * max(gain, 0.0) ** 0.5, final, max(final, self.gtol)))
         has_both = self.setup.theta.size and self.setup.phi.size
         is_slow = gain > (10 if self.closed is not None else 1e3 if has_both else np.inf) * tol
-        if not is_solved or is_slow or self.iterations < self.next_check:
+        if not is_solved or is_slow or (self.iterations < self.next_check and not self._is_still()):
             return False
         scale = self.scales.of(self.state, "joint", self.iterations)
         smooth = Smooth(joint_loss(self.setup), self.state.joint, scale)
@@ -272,8 +271,7 @@ class Run:
         old, (self.state, names) = self.state, found
         self.saddles, self.failed, self.next_check = self.saddles + 1, 0, self.iterations + 2
         self.is_expected = False
-        for name in ("profiled", "extrapolation"):  # of the point that is left
-            self.__dict__.pop(name, None)
+        self._forget_rounds()
         seconds, note = time.perf_counter() - start, f"left a saddle of the bound along {names}"
         self.record(Step(self.iterations, "check", old.elbo, self.state.elbo, 0.0, 0, 0, seconds, note))
         return True
@@ -297,10 +295,18 @@ class Run:
         return gains[1] > 0.5 * gains[2] and gains[1] > 10 * self._tolerance()
 
     def is_stalled(self) -> bool:
-        """True if the last steps used up their iterations for next to nothing."""
+        """True if the last steps used up their iterations for next to nothing, or none moves anything."""
         rows = [row for row in self.history if row.block in ("E", "M", "joint")][-STALLED:]
         budget = 2 * self.options.step_iterations
-        return len(rows) == STALLED and all(r.evaluations > budget and r.gain < STALLED_GAIN for r in rows)
+        is_slow = len(rows) == STALLED and all(r.evaluations > budget and r.gain < STALLED_GAIN for r in rows)
+        return is_slow or self._is_still()
+
+    def _is_still(self) -> bool:
+        """True if rounds of closed forms are down to rounding, which takes back every step of theirs."""
+        if self.closed is None or not self.closed.is_complete:
+            return False
+        rows = [row for row in self.history if row.block in ("E", "M", "joint")][-STILL:]
+        return len(rows) == STILL and all(row.gain == 0 for row in rows)
 
     def is_reopened(self) -> bool:
         """True if the bound itself had to change at the point reached: the fit goes on from there."""
@@ -313,9 +319,15 @@ class Run:
             self.next_check = 0
         return change is not None
 
+    def _forget_rounds(self) -> None:
+        """The rounds so far say nothing of those to come."""
+        for name in ("profiled", "extrapolation"):
+            self.__dict__.pop(name, None)
+
     def _changed(self, change: str) -> None:
         """Record that the bound itself is another one from here on."""
         self.setup.captures.forget()
+        self._forget_rounds()
         if self.setup.lifted is not None:
             self.closed = ClosedForm(self.setup, self.setup.lifted)
         before = self.state.elbo

@@ -1,6 +1,7 @@
 """Lengths of the coordinates, so that a step of one is about a nat or a posterior sd."""
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..guides.conjugate import MeanFieldConjugate
@@ -29,8 +30,18 @@ class Scales:
         return np.concatenate([phi, theta])
 
     def of_factors(self, state: State) -> Vector:
-        """Lengths of Normal factors; one for what else the guide has, whose coordinates are logs."""
-        return self._with_normal(state, np.ones_like(state.phi))
+        """Lengths of Normal factors, vectors too; one for what else there is, whose coordinates are logs."""
+        scale = self._with_normal(state, np.ones_like(state.phi))
+        guide, phi = self._setup.guide, self._setup.phi
+        if isinstance(guide, MeanFieldConjugate) and guide.blocks:
+            values = phi.constrained(torch.as_tensor(state.phi))
+            for site in guide.blocks:
+                loc, tril = (guide.parameter_name(key, site) for key in ("loc", "scale_tril"))
+                sd = values[tril].square().sum(-1).sqrt()
+                rows = sd.unsqueeze(-1).expand(values[tril].shape).clone()
+                rows.diagonal(dim1=-2, dim2=-1).fill_(0.5**0.5)  # whose coordinates are logs
+                scale[phi.where([loc])], scale[phi.where([tril])] = sd.reshape(-1), rows.reshape(-1)
+        return scale
 
     def _phi(self, state: State, iteration: int) -> Vector:
         is_loc, is_scale = self._normal()

@@ -24,9 +24,9 @@ class Status(Enum):
         "no maximum there; give the named site a proper prior or hold the parameter with fixed=."
     )
     stalled = (
-        "Stalled: steps use up their iterations and gain next to nothing, so the bound has an edge or a "
-        "kink there (a support or a branch that moves with a latent, a clamp); it is no optimum to believe. "
-        "Rewrite that term, or use fit.compare_nuts()."
+        "Stalled: steps gain next to nothing before the gradient vanishes, so the bound has an edge or a "
+        "kink there (a support or a branch that moves with a latent, a clamp, an sd on its way to zero); it "
+        "is no optimum to believe. Rewrite that term, or use fit.compare_nuts()."
     )
     interrupted = "Interrupted: the result is the last complete step."
 

@@ -10,7 +10,7 @@ from ..bound.lifted.terms import LiftedTerms
 from .setup import Setup
 from .state import State, elbo_at
 
-EDGE = 1e-12  # smallest probability that an M-step gives
+EDGE = 2.0**-40  # smallest probability that an M-step gives; 1 - EDGE is exact, as its logit has to be
 POSITIVE = ("scale", "rate", "concentration", "concentration1", "concentration0")
 
 

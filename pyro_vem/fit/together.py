@@ -141,16 +141,15 @@ class Together:
         return State(self.phi[i], self.theta[i], float(self.elbo[i]))
 
     def _round(self, is_moving: Flags, iteration: int) -> None:
-        has_theta = self.theta.shape[1] > 0
         waiting = is_moving & ~self.is_expected
         if self.is_restarting.any():
             waiting &= ~self._restarted(waiting)
         self._take("E", waiting)
         self.is_expected[:] = False
-        if has_theta:
+        if self.theta.shape[1] > 0:
             self._take("M", is_moving)
         if self.is_accelerated:
-            self._extrapolate(has_theta, is_moving, iteration)
+            self._extrapolate(is_moving, iteration)
 
     def _take(self, block: str, chosen: Flags) -> None:
         """A step of the chosen starts, where their bounds do not fall."""
@@ -166,24 +165,26 @@ class Together:
         self._keep(phi, theta, elbo, taken)
         return taken
 
-    def _extrapolate(self, has_theta: bool, is_moving: Flags, iteration: int) -> None:
+    def _extrapolate(self, is_moving: Flags, iteration: int) -> None:
         """See `Extrapolation`."""
-        image = (self.theta if has_theta else self.phi).copy()
+        assert self.runs[0].closed is not None
+        by_theta = self.runs[0].closed.is_led_by_theta
+        image = (self.theta if by_theta else self.phi).copy()
         point, self.before = self.before, image
         if point is None or iteration < EXTRAPOLATE_FROM:
             return
         proposals = image.copy()
         for i in np.flatnonzero(is_moving).tolist():
-            scale = 1.0 if has_theta else self.runs[i].scales.of_factors(self._state(i))
+            scale = 1.0 if by_theta else self.runs[i].scales.of_factors(self._state(i))
             proposals[i] = self.rules[i].proposal(point[i], image[i], scale)
-        if has_theta:
+        if by_theta:
             phi, theta, elbo = self._moved("E", self.phi, proposals)
         else:
-            phi, theta, elbo = self._moved("", proposals, self.theta)
+            phi, theta, elbo = self._moved("M", proposals, self.theta)
         is_higher = is_moving & (elbo > self.elbo)
         self._keep(phi, theta, elbo, is_higher)
         self.before = np.where(is_higher[:, None], proposals, image)
-        self.is_expected = is_higher & has_theta
+        self.is_expected = is_higher & by_theta
         for i in np.flatnonzero(is_moving & ~is_higher).tolist():
             if self.rules[i].is_ready:
                 self.rules[i].restart()
@@ -194,7 +195,7 @@ class Together:
         self.phi, self.theta, self.elbo = phi, theta, np.where(chosen, elbo, self.elbo)
 
     def _moved(self, block: str, phi: Vector, theta: Vector) -> tuple[Vector, Vector, Vector]:
-        """One step of all starts from some points ("" for none), and the bounds there."""
+        """One step of all starts from some points, and the bounds there."""
         setup, closed = self.runs[0].setup, self.runs[0].closed
         assert closed is not None
         terms = closed.terms
@@ -221,6 +222,8 @@ class Together:
         setup, closed = self.runs[0].setup, self.runs[0].closed
         assert closed is not None
         lifted, (_, theta, statistics) = closed.terms.lifted, parts
+        if all(table.scope.isdisjoint(batch) for table in lifted.found.tables.values()):
+            return parts  # what enters no term stays
 
         def total(leaves: Values, statistics: Values, theta: Values) -> Tensor:
             return lifted.total(batch, {**statistics, **leaves}, theta)

@@ -329,7 +329,10 @@ class Lifted:
     def natural(
         self, names: Sequence[str], statistics: Values, theta: Values, kept: dict[str, Tensor] | None = None
     ) -> list[Tensor]:
-        """Derivatives of the expected log joint in some variables' statistics; `kept` as in `expected`."""
+        """Derivatives of the expected log joint in some variables' statistics.
+
+        Written out, or with discrete sites by autograd, where `kept` is as in `expected`.
+        """
         entered = [t for t in self.tables(theta).values() if not t.scope.isdisjoint(names)]
         if not any(table.discrete for table in entered):
             slopes = {name: [t.slope(name, statistics) for t in entered if name in t.scope] for name in names}
@@ -384,6 +387,8 @@ class Lifted:
         if self.found.tables[name].discrete:
             raise UnsupportedModelError(f"site {name!r} depends on a discrete site, and {reason}")
         del self.found.tables[name]
+        self.found.live.pop(name, None)
+        self._live = None
         self.found.rest[name] = reason
 
     def misfits(self, values: Values) -> dict[str, float]:

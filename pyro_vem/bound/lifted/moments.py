@@ -46,7 +46,7 @@ class Moments:
         return {"name": self.site, "fn": fn, "scale": scale, "mask": None}
 
     def best(self, prior: Tensor, q: Values, total: Total) -> dict[str, Tensor]:
-        """The parameters that maximise the expected log prior under a factor.
+        """The parameters that maximise the expected log prior under a factor; NaN if they are singular.
 
         Args:
             prior: mean of the prior as it is, broadcastable with the factor's.
@@ -70,8 +70,9 @@ class Moments:
             square = square + (tril @ tril.mT).sum(0)
         covariance = total(square) / count
         made = {} if self.loc is None else {self.loc: loc}
-        found = covariance if self.kind == "covariance_matrix" else torch.linalg.cholesky_ex(covariance)[0]
-        return {**made, self.factor: found}
+        tril, failed = torch.linalg.cholesky_ex(covariance)
+        found = covariance if self.kind == "covariance_matrix" else tril
+        return {**made, self.factor: torch.where(failed > 0, torch.nan, found)}
 
 
 def mean_of(site: Site) -> Tensor:
