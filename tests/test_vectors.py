@@ -252,7 +252,7 @@ def test_singular_moments_are_not_taken(fit, monkeypatch):
     monkeypatch.setattr(Anderson, "proposal", lambda self, point, image, scale: shrunk(self, point, image))
 
     def shrunk(rule, point, image):
-        rule.points = [*rule.points, point]
+        rule.steps = [(image - point, image)]
         return np.concatenate([image[: image.size // 2], image[image.size // 2 :] - 30])
 
     y = torch.poisson(torch.full((3, 5), 3.0), generator=torch.Generator().manual_seed(0)).double()

@@ -31,8 +31,8 @@ class Anderson:
     """
 
     depth: int = 6
-    points: list[Vector] = field(default_factory=list)
-    images: list[Vector] = field(default_factory=list)
+    last: tuple[Vector, Vector] | None = None  # residual and image of the last round
+    steps: list[tuple[Vector, Vector]] = field(default_factory=list)  # how both moved, round by round
 
     def proposal(self, point: Vector, image: Vector, scale: Vector | float = 1.0) -> Vector:
         """Where the map's fixed point seems to be, after one more application of it.
@@ -42,25 +42,26 @@ class Anderson:
             image: where it led.
             scale: lengths of the coordinates, in which residuals are weighed.
         """
-        self.points = [*self.points, point][-self.depth - 1 :]
-        self.images = [*self.images, image][-self.depth - 1 :]
-        residuals = np.stack([g - x for x, g in zip(self.points, self.images, strict=True)])
+        residual = image - point
+        if self.last is not None:
+            self.steps = [*self.steps, (residual - self.last[0], image - self.last[1])][-self.depth :]
+        self.last = residual, image
         if not self.is_ready:
             return image
-        residuals /= scale
-        steps = np.diff(residuals, axis=0)
+        moves, images = (np.stack(part) for part in zip(*self.steps, strict=True))
+        moves /= scale
         # Normal equations: of a few unknowns for many coordinates, and the next round mends what they lose.
-        weights, *_ = np.linalg.lstsq(steps @ steps.T, steps @ residuals[-1], rcond=1e-14)
-        return np.asarray(image - np.diff(np.stack(self.images), axis=0).T @ weights)
+        weights, *_ = np.linalg.lstsq(moves @ moves.T, moves @ (residual / scale), rcond=1e-14)
+        return np.asarray(image - weights @ images)
 
     @property
     def is_ready(self) -> bool:
         """True if a proposal is more than the image of the last round."""
-        return len(self.points) > 1
+        return bool(self.steps)
 
     def restart(self) -> None:
         """Forget the rounds so far."""
-        self.points, self.images = [], []
+        self.last, self.steps = None, []
 
 
 @dataclass

@@ -18,7 +18,7 @@ from .variables import Variable
 
 LOG_2PI = float(torch.log(torch.tensor(2 * torch.pi, dtype=torch.float64)))
 MOST_NUMBERS = 20_000_000  # in the Hessians of rows that move at once
-ENOUGH = 1e-3  # of a row's scaled slope, that conjugate gradients may leave
+ENOUGH = 1e-2  # of a row's scaled slope, that conjugate gradients may leave
 MOST_PRODUCTS = 40  # of conjugate gradients
 
 
@@ -178,7 +178,7 @@ def _solved(off: Tensor, diagonal: Tensor, slope: Tensor) -> Tensor:
 def _rows_searched(off: Tensor, diagonal: Tensor, slope: Tensor) -> Tensor | None:
     """The same by conjugate gradients; None where they do not get there.
 
-    In single precision: three digits are asked for, and its numbers are half as many bytes.
+    In single precision: two digits are asked for, and its numbers are half as many bytes.
     """
     off, diagonal, residual = off.float(), diagonal.float(), slope.float()
     x, tiny = torch.zeros_like(residual), torch.finfo(torch.float32).tiny
