@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from ..bound.lifted.table import Table
-from .acceleration import EXTRAPOLATE_FROM, Anderson
+from .acceleration import Extrapolation
 from .closed import NOISE
 from .result import VEMResult
 from .run import PROFILE_FROM, ROUNDING, Run, Schedule
@@ -103,10 +103,11 @@ class Together:
         self.phi, self.theta = np.stack([s.phi for s in states]), np.stack([s.theta for s in states])
         self.elbo = np.array([state.elbo for state in states])
         self.is_expected = np.zeros(len(states), dtype=bool)  # whether phi has followed extrapolated theta
-        self.rules = [Anderson() for _ in states]
         closed = self.runs[0].closed
-        self.is_restarting = np.full(len(states), closed is not None and closed.is_restarting)
-        self.before: Vector | None = None
+        assert closed is not None
+        self.is_restarting = np.full(len(states), closed.is_restarting)
+        self.by_theta = closed.is_led_by_theta
+        self.extrapolations = [Extrapolation(run.setup, run.scales, self.by_theta) for run in self.runs]
 
     def climb(self, max_iter: int) -> bool:
         """Rounds until every start stands still; leaves each run there. False if interrupted."""
@@ -166,28 +167,23 @@ class Together:
         return taken
 
     def _extrapolate(self, is_moving: Flags, iteration: int) -> None:
-        """See `Extrapolation`."""
-        assert self.runs[0].closed is not None
-        by_theta = self.runs[0].closed.is_led_by_theta
-        image = (self.theta if by_theta else self.phi).copy()
-        point, self.before = self.before, image
-        if point is None or iteration < EXTRAPOLATE_FROM:
-            return
-        proposals = image.copy()
+        """See `Run._extrapolate`."""
+        phi, theta, is_tried = self.phi.copy(), self.theta.copy(), np.zeros_like(is_moving)
         for i in np.flatnonzero(is_moving).tolist():
-            scale = 1.0 if by_theta else self.runs[i].scales.of_factors(self._state(i))
-            proposals[i] = self.rules[i].proposal(point[i], image[i], scale)
-        if by_theta:
-            phi, theta, elbo = self._moved("E", self.phi, proposals)
-        else:
-            phi, theta, elbo = self._moved("M", proposals, self.theta)
-        is_higher = is_moving & (elbo > self.elbo)
+            trial = self.extrapolations[i].proposed(self._state(i), iteration)
+            if trial is not None:
+                phi[i], theta[i], is_tried[i] = trial.phi, trial.theta, True
+        if not is_tried.any():
+            return
+        phi, theta, elbo = self._moved("E" if self.by_theta else "M", phi, theta)
+        is_higher = is_tried & (elbo > self.elbo)
         self._keep(phi, theta, elbo, is_higher)
-        self.before = np.where(is_higher[:, None], proposals, image)
-        self.is_expected = is_higher & by_theta
-        for i in np.flatnonzero(is_moving & ~is_higher).tolist():
-            if self.rules[i].is_ready:
-                self.rules[i].restart()
+        self.is_expected = is_higher & self.by_theta
+        for i in np.flatnonzero(is_tried).tolist():
+            if is_higher[i]:
+                self.extrapolations[i].taken(self._state(i))
+            else:
+                self.extrapolations[i].rule.restart()
 
     def _keep(self, phi: Vector, theta: Vector, elbo: Vector, chosen: Flags) -> None:
         rows = chosen[:, None]
