@@ -15,6 +15,7 @@ import pyro_vem as vem
 from pyro_vem.bound.lifted.coupled import Coupled
 from pyro_vem.bound.lifted.families import NORMAL_EXPS
 from pyro_vem.fit.acceleration import Anderson
+from pyro_vem.fit.scales import Scales
 
 D = torch.float64
 
@@ -249,14 +250,24 @@ def test_a_flat_direction_is_no_saddle(fit):
 
 def test_singular_moments_are_not_taken(fit, monkeypatch):
     # Three rows of five: where a proposal shrinks all sds, no covariance matches their moments.
-    monkeypatch.setattr(Anderson, "proposal", lambda self, point, image, scale: shrunk(self, point, image))
-
-    def shrunk(rule, point, image):
+    def shrunk(rule, point, image, scale):
         rule.steps = [(image - point, image)]
         return np.concatenate([image[: image.size // 2], image[image.size // 2 :] - 30])
 
+    monkeypatch.setattr(Anderson, "proposal", shrunk)
     y = torch.poisson(torch.full((3, 5), 3.0), generator=torch.Generator().manual_seed(0)).double()
     data = {"y": y, "kind": "covariance_matrix"}
     found = fit(counts, data, guide="auto", schedule="accelerated", max_iter=8)
     assert sum("extrapolation rolled back" in step.note for step in found.history) > 1
     assert min(step.gain for step in found.history) > -1e-9
+
+
+def test_factors_of_vectors_have_their_lengths(fit):
+    # What is extrapolated is weighed in posterior sds: a block in large units must not outweigh the rest.
+    found = fit(zoo_em.random_slope, zoo_em.random_slope_data(), guide="auto", max_iter=2)
+    setup, state = found.setup, found._points[-1]
+    (tril,) = (value for name, value in found.guide_params.items() if "scale_tril" in name)
+    scale = Scales(setup).of_factors(state)
+    name = next(name for name in setup.phi.names if ".loc." in name)
+    sds = (tril @ tril.mT).diagonal(dim1=-2, dim2=-1).sqrt()
+    assert scale[setup.phi.where([name])] == pytest.approx(sds.reshape(-1).numpy())

@@ -1,5 +1,7 @@
 """Lengths of the coordinates, so that a step of one is about a nat or a posterior sd."""
 
+import functools
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -31,7 +33,8 @@ class Scales:
 
     def of_factors(self, state: State) -> Vector:
         """Lengths of Normal factors, vectors too; one for what else there is, whose coordinates are logs."""
-        scale = self._with_normal(state, np.ones_like(state.phi))
+        scale = np.ones_like(state.phi)
+        self._set_normal(scale, state)
         guide, phi = self._setup.guide, self._setup.phi
         if isinstance(guide, MeanFieldConjugate) and guide.blocks:
             values = phi.constrained(torch.as_tensor(state.phi))
@@ -44,18 +47,19 @@ class Scales:
         return scale
 
     def _phi(self, state: State, iteration: int) -> Vector:
-        is_loc, is_scale = self._normal()
+        is_loc, is_scale = self._normal
         is_all = bool((is_loc | is_scale).all())
-        return self._with_normal(
-            state, np.ones_like(state.phi) if is_all else self._curvature(state, "E", iteration).copy()
-        )
-
-    def _with_normal(self, state: State, scale: Vector) -> Vector:
-        is_loc, is_scale = self._normal()
-        scale[is_loc] = np.exp(state.phi[is_scale])
-        scale[is_scale] = 0.5**0.5
+        scale = np.ones_like(state.phi) if is_all else self._curvature(state, "E", iteration).copy()
+        self._set_normal(scale, state)
         return scale
 
+    def _set_normal(self, scale: Vector, state: State) -> None:
+        """Give free Normal factors their lengths."""
+        is_loc, is_scale = self._normal
+        scale[is_loc] = np.exp(state.phi[is_scale])
+        scale[is_scale] = 0.5**0.5
+
+    @functools.cached_property
     def _normal(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Coordinates of the means, and of the log sds, of free Normal factors."""
         guide, phi = self._setup.guide, self._setup.phi
@@ -64,9 +68,8 @@ class Scales:
             return phi.where(map(guide.loc_name, free)), phi.where(map(guide.scale_name, free))
         if isinstance(guide, MeanFieldConjugate):
             normal = [site.name for site in guide.latents() if guide.kind(site) in ("", "Normal")]
-            names = ((guide.parameter_name(key, site) for site in normal) for key in ("loc", "scale"))
-            is_loc, is_scale = (phi.where(found) for found in names)
-            return is_loc, is_scale
+            is_loc = phi.where(guide.parameter_name("loc", site) for site in normal)
+            return is_loc, phi.where(guide.parameter_name("scale", site) for site in normal)
         return phi.where(()), phi.where(())
 
     def _curvature(self, state: State, block: str, iteration: int) -> Vector:
