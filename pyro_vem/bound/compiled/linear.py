@@ -77,10 +77,10 @@ class Linear:
         triplets = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
         self._sparse = sparse.csr_matrix(triplets, shape=(start, size))
         self._transposed = self._sparse.T
-        self._dense = self._matrix() if start * size <= SMALL else None
+        self._matrix = self._as_matrix() if start * size <= SMALL else None
 
-    def _matrix(self) -> Tensor:
-        """The whole map as a matrix."""
+    def _as_matrix(self) -> Tensor:
+        """The whole map, dense blocks and all."""
         matrix = torch.from_numpy(self._sparse.toarray()).to(torch.get_default_device())
         for rows, columns, block in self._denses:
             matrix[rows, columns] += block
@@ -88,8 +88,8 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The rows at x."""
-        if self._dense is not None:
-            return torch.mv(self._dense, x)
+        if self._matrix is not None:
+            return torch.mv(self._matrix, x)
         if _is_traced.get() or x.device.type != "cpu":
             return self._operations(x)
         result: Tensor = _Map.apply(x, self, False)  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from .elements import identities, pieces
 from .lift import Found, Pieces, Probe, grid_values, lift, misfits
 from .moments import Moments, Total, mean_of, moments_of
 from .table import Table, monomials_of
-from .variables import Variable, latent_variable, parameter_variable
+from .variables import Variable, generic, latent_variable, parameter_variable
 
 LEVEL = 1e-9  # nats within which components are equal
 Values = Mapping[str, Tensor]
@@ -83,7 +83,7 @@ class Lifted:
         generator = torch.Generator().manual_seed(seed)
         free = {s.name: (s.transform, s.unconstrained) for s in prototype.latents}
         free |= {p.name: (transform_to(p.constraint), p.unconstrained) for p in parameters}
-        others = {n: (_generic(*free[n], generator), _generic(*free[n], generator)) for n in refused}
+        others = {n: (generic(*free[n], generator), generic(*free[n], generator)) for n in refused}
         self._execute = execute
         self.probe = Probe(evaluate, vectors, variables, others, generator)
         self.parameters = tuple(p.name for p in parameters) + self.map_sites
@@ -396,9 +396,3 @@ class Lifted:
         u = {n: v.within(v.internal(values[n])) for n, v in self.probe.variables.items()}
         given = {n: values[n] for n in self.probe.others}
         return misfits(self.found, self.tables(values), u, self.probe.pieces(u, given))
-
-
-def _generic(transform: Callable[[Tensor], Tensor], start: Tensor, generator: torch.Generator) -> Tensor:
-    """A value of a variable without statistics; at its start what it scales may vanish."""
-    noise = torch.randn(start.shape, generator=generator, dtype=torch.float64)
-    return transform(start.double() + 0.5 * noise)

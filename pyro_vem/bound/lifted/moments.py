@@ -70,8 +70,8 @@ class Moments:
             square = square + (tril @ tril.mT).sum(0)
         covariance = total(square) / count
         made = {} if self.loc is None else {self.loc: loc}
-        tril, failed = torch.linalg.cholesky_ex(covariance)
-        found = covariance if self.kind == "covariance_matrix" else tril
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        found = covariance if self.kind == "covariance_matrix" else factor
         return {**made, self.factor: torch.where(failed > 0, torch.nan, found)}
 
 

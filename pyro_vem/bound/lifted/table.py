@@ -79,10 +79,7 @@ class Table:
         """The factor at given statistics, by element (broadcastable with `shape`)."""
         total = torch.zeros((), dtype=torch.float64)
         for monomial in self.monomials:
-            term = monomial.coefficient
-            for name, number in monomial.powers:
-                term = term * gathered(statistics[name][number], self.index[name])
-            total = total + term
+            total = total + self._product(monomial, statistics)
         return total
 
     def slope(self, name: str, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -92,10 +89,7 @@ class Table:
             powers = dict(monomial.powers)
             if name not in powers:
                 continue
-            term = monomial.coefficient
-            for other, number in powers.items():
-                if other != name:
-                    term = term * gathered(statistics[other][number], self.index[other])
+            term = self._product(monomial, statistics, without=name)
             if index is None:
                 slope[powers[name]] += term
             else:
@@ -107,11 +101,18 @@ class Table:
         """The sum of the absolute values of its terms: what rounding is relative to."""
         total = torch.zeros((), dtype=torch.float64)
         for monomial in self.monomials:
-            term = monomial.coefficient.abs()
-            for name, number in monomial.powers:
-                term = term * gathered(statistics[name][number], self.index[name]).abs()
-            total = total + term
+            total = total + self._product(monomial, statistics).abs()
         return total
+
+    def _product(
+        self, monomial: Monomial, statistics: Mapping[str, Tensor], without: str | None = None
+    ) -> Tensor:
+        """A coefficient times statistics; `without` those of one variable."""
+        term = monomial.coefficient
+        for name, number in monomial.powers:
+            if name != without:
+                term = term * gathered(statistics[name][number], self.index[name])
+        return term
 
 
 def gathered(statistic: Tensor, index: Tensor | Rows | None) -> Tensor:

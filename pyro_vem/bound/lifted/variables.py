@@ -1,6 +1,6 @@
 """The variables of a log joint, latents and parameters alike, and how their elements are placed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -153,6 +153,12 @@ def parameter_variable(parameter: Parameter) -> Variable | str:
         centre = torch.zeros_like(value)
         return Variable(parameter.name, False, "positive", PARAMETERS["positive"], centre, value.clone(), 0)
     return f"no statistics for the constraint {constraint}"
+
+
+def generic(transform: Callable[[Tensor], Tensor], start: Tensor, generator: torch.Generator) -> Tensor:
+    """A value of a variable without statistics; at its start what it scales may vanish."""
+    noise = torch.randn(start.shape, generator=generator, dtype=torch.float64)
+    return transform(start.double() + 0.5 * noise)
 
 
 def _first(value: Tensor, shape: Sequence[int]) -> Tensor:
