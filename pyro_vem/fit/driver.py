@@ -144,15 +144,15 @@ def fit_vem(
     _check_options(options, is_batched, m_step, num_starts, checkpoint)
     device = _device(data, options)
     reuse_memory()
-    if is_batched:
-        with isolated(torch.float64, seed, 1, device), np.errstate(over="ignore", invalid="ignore"):
+    threads = 1 if is_batched else _threads(data)
+    # Trial points may lie anywhere: what overflows there is +inf, and is not stepped to.
+    with isolated(torch.float64, seed, threads, device), np.errstate(over="ignore", invalid="ignore"):
+        if is_batched:
             return fit_batches(
                 model, data, guide, elbo, given, options, seed, batch_size, validation, max_iter, compile,
                 lambda setup: climb(setup, options, begin, PILOT_TOL, PILOT_ROUNDS)[0], tuple(callbacks),
                 progress, warm, saved,
             )  # fmt: skip
-    # Trial points may lie anywhere: what overflows there is +inf, and is not stepped to.
-    with isolated(torch.float64, seed, _threads(data), device), np.errstate(over="ignore", invalid="ignore"):
 
         def set_up_at(start: int) -> Setup:
             where = init_to_sample if start and given is None else given

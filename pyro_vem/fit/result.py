@@ -86,11 +86,8 @@ class VEMResult:
         points: tuple[State, ...] = (),
     ) -> "VEMResult":
         """Freeze a state; its bound is measured on fresh draws."""
-        blocks = (
-            setup.phi.constrained(torch.as_tensor(state.phi)),
-            setup.theta_values(torch.as_tensor(state.theta)),
-        )
-        phi, theta = ({name: value.detach().clone() for name, value in block.items()} for block in blocks)
+        phi = _detached(setup.phi.constrained(torch.as_tensor(state.phi)))
+        theta = _detached(setup.theta_values(torch.as_tensor(state.theta)))
         # A converged exact bound has been held against draws already (`pyro_vem.fit.exactness`).
         is_settled = setup.objective.is_exact and (status is Status.converged or setup.lifted is not None)
         terms = (
@@ -405,3 +402,7 @@ class VEMResult:
         from ..posterior.card import html_card
 
         return html_card(self)
+
+
+def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in values.items()}

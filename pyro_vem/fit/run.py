@@ -27,7 +27,7 @@ from .starts import finite_elbo, initial_values
 from .state import State, elbo_at, joint_loss
 from .status import Status, Step, progress_bar
 from .steps import check_second_derivatives, hooked, note_idle, start_variances, step
-from .stopping import remaining, runaway
+from .stopping import remaining, runaway, stalled, standing_still
 
 Schedule = Literal["auto", "alternate", "accelerated", "profile", "joint"]
 StepMethod = Literal["auto", "newton", "lbfgs"]
@@ -42,9 +42,7 @@ SELF_CHECK = 256  # draws that closed forms are held against at the start
 MOST_KEPT = 100_000  # parameters of which the points after each step are kept, for plots
 NEWTON_LIMIT = 5_000_000  # parameters in a block beyond which its Krylov vectors outgrow memory
 MOST_SADDLES = 5  # that a fit leaves
-STALLED, STALLED_GAIN = 3, 1e-4  # steps, and nats that none of them gains
 MOST_POLISHED = 30  # rounds of closed forms after convergence
-STILL = 6  # steps of closed forms that gain nothing at all
 FIXED = 1e-13  # movement in a round at which closed forms stand still
 
 
@@ -296,17 +294,11 @@ class Run:
 
     def is_stalled(self) -> bool:
         """True if the last steps used up their iterations for next to nothing, or none moves anything."""
-        rows = [row for row in self.history if row.block in ("E", "M", "joint")][-STALLED:]
-        budget = 2 * self.options.step_iterations
-        is_slow = len(rows) == STALLED and all(r.evaluations > budget and r.gain < STALLED_GAIN for r in rows)
-        return is_slow or self._is_still()
+        return stalled(self.history, 2 * self.options.step_iterations) or self._is_still()
 
     def _is_still(self) -> bool:
         """True if rounds of closed forms are down to rounding, which takes back every step of theirs."""
-        if self.closed is None or not self.closed.is_complete:
-            return False
-        rows = [row for row in self.history if row.block in ("E", "M", "joint")][-STILL:]
-        return len(rows) == STILL and all(row.gain == 0 for row in rows)
+        return self.closed is not None and self.closed.is_complete and standing_still(self.history)
 
     def is_reopened(self) -> bool:
         """True if the bound itself had to change at the point reached: the fit goes on from there."""

@@ -184,16 +184,7 @@ def set_up(
     own_init = guide.init if init is None and isinstance(guide, Factorised) else init
     proto = processes.agreed(prototype(program, call, processes.start(own_init)), roles_of(model).map_sites)
     theta, held, map_sites = _model_block(model, proto)
-    if not proto.latents and not proto.parameters:
-        raise ModelError(
-            "the model has neither latent sites nor parameters: nothing to fit; add pyro.sample sites "
-            "without obs=, or pyro.param statements"
-        )
-    if not proto.observed:
-        warn(
-            "the model has no observed site: the fit returns its prior; did you forget obs= or a "
-            "data argument?"
-        )
+    _check_found(proto)
     latents = tuple(site for site in proto.latents if site.name not in map_sites)
     _check_modules_apart(guide, program)
     lifted = None
@@ -225,6 +216,20 @@ def set_up(
     return Setup(
         problem, objective, phi, theta, held, proto, guide, analytic, bounds, Captures(compile), processes
     )
+
+
+def _check_found(proto: Prototype) -> None:
+    """That there is something to fit, and something to fit it to."""
+    if not proto.latents and not proto.parameters:
+        raise ModelError(
+            "the model has neither latent sites nor parameters: nothing to fit; add pyro.sample sites "
+            "without obs=, or pyro.param statements"
+        )
+    if not proto.observed:
+        warn(
+            "the model has no observed site: the fit returns its prior; did you forget obs= or a "
+            "data argument?"
+        )
 
 
 def _program(fn: Callable[..., Any], part: Rows | Share | None) -> Program:

@@ -1,5 +1,6 @@
 """When to stop: the predicted remaining gain of the joint problem, and signs of divergence."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +10,14 @@ from ..guides.factorised import FactorisedNormal
 from .setup import Setup
 from .smooth import Smooth, predicted_gain
 from .state import State
+from .status import Step
 
 GRADIENT_LIMIT = 1e-3  # of the scaled gradient per square root of dimension: posterior sds
 RUNAWAY = 25.0  # |log sd| beyond which a factor has collapsed or exploded
 DRIFT = 1e8  # movement of a real parameter, relative to its start, that no data set needs
 CANCELLED = 15.0  # log ratio at which x^-2 leaves the statistics beside it two or three digits
+STALLED, STALLED_GAIN = 3, 1e-4  # steps, and nats that none of them gains
+STILL = 6  # steps that gain nothing at all
 FAR = 50.0  # movement of a constrained one on its unconstrained (mostly log) scale, likewise
 
 
@@ -45,6 +49,23 @@ def remaining(smooth: Smooth, tol: float) -> Remaining:
     if gradient >= GRADIENT_LIMIT:
         return Remaining(float("inf"), gradient)
     return Remaining(predicted_gain(smooth, tol=tol), gradient)
+
+
+def stalled(history: Sequence[Step], budget: int) -> bool:
+    """True if the last steps took more evaluations than `budget` for next to nothing."""
+    rows = _last(history, STALLED)
+    return len(rows) == STALLED and all(r.evaluations > budget and r.gain < STALLED_GAIN for r in rows)
+
+
+def standing_still(history: Sequence[Step]) -> bool:
+    """True if the last steps gained nothing at all."""
+    rows = _last(history, STILL)
+    return len(rows) == STILL and all(row.gain == 0 for row in rows)
+
+
+def _last(history: Sequence[Step], number: int) -> list[Step]:
+    """The last steps of a history, without checks."""
+    return [row for row in history if row.block in ("E", "M", "joint")][-number:]
 
 
 def runaway(setup: Setup, state: State, start: State) -> str | None:
