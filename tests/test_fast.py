@@ -17,6 +17,7 @@ from pyro_vem.bound.compiled.reduced import scaled_square
 from pyro_vem.bound.grids import grid
 from pyro_vem.fit.capture import capture
 from pyro_vem.fit.smooth import Loss, Smooth, predicted_gain
+from pyro_vem.fit.state import joint_loss
 from pyro_vem.model.runtime import isolated
 
 Y = torch.cumsum(0.3 * torch.randn(30, generator=torch.Generator().manual_seed(3)), 0).double()
@@ -76,6 +77,42 @@ def test_scaled_square_has_both_derivatives():
     inputs = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     assert torch.autograd.gradcheck(scaled_square, inputs)
     assert torch.autograd.gradgradcheck(scaled_square, inputs)
+
+
+def many_families(x):
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    scale = pyro.sample("scale", dist.HalfCauchy(1.0))
+    share = pyro.sample("share", dist.Beta(2.0, 3.0))
+    weight = pyro.sample("weight", dist.LogNormal(a, scale))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("normal", dist.Normal(a, scale), obs=x)
+        pyro.sample("laplace", dist.Laplace(a, 1.0), obs=x)
+        pyro.sample("t", dist.StudentT(4.0, a, scale), obs=x)
+        pyro.sample("gamma", dist.Gamma(weight, rate), obs=x.exp())
+        pyro.sample("poisson", dist.Poisson(rate * weight), obs=x.exp().round())
+        pyro.sample("coin", dist.Bernoulli(share), obs=(x > 0).double())
+        pyro.sample("logit", dist.Binomial(5.0, logits=a + x), obs=torch.full((len(x),), 2.0))
+        pyro.sample("beta", dist.Beta(weight, rate), obs=torch.sigmoid(x))
+
+
+@pytest.mark.parametrize("model", [many_families, zoo.eight_schools])
+def test_small_problems_form_their_hessian_at_once(fit, model):
+    data = zoo.SCHOOLS if model is zoo.eight_schools else {"x": torch.linspace(-1.0, 2.0, 6).double()}
+    result = fit(model, data, max_iter=1)
+    setup, generator = result.setup, np.random.default_rng(0)
+    with isolated(torch.float64):
+        loss = joint_loss(setup)
+        assert loss.is_small
+        x = setup.phi.flat(result.guide_params).numpy()
+        x = x + 0.1 * generator.standard_normal(x.size)
+        scale = generator.uniform(0.5, 2.0, x.size)
+        at_once, one_by_one = (Smooth(each, x, scale) for each in (loss, replace(loss, is_small=False)))
+        for v in generator.standard_normal((3, x.size)):
+            expected = one_by_one.hessian_product(one_by_one.zero, v)
+            gap = at_once.hessian_product(at_once.zero, v) - expected
+            assert np.abs(gap).max() < 1e-10 * np.abs(expected).max()
+    assert at_once.evaluations == 1
 
 
 def glmm(group, x, y, groups):

@@ -112,6 +112,11 @@ class Deterministic:
         return self.compiled.rows
 
     @property
+    def is_small(self) -> bool:
+        """True if the linear maps of all terms are matrices."""
+        return self.compiled.merged.is_small
+
+    @property
     def not_averages(self) -> frozenset[str]:
         """None: each is the average of its density."""
         return frozenset()

@@ -34,6 +34,11 @@ class ExactTerms(Protocol):
         ...
 
     @property
+    def is_small(self) -> bool:
+        """True if all that an evaluation does is a few operations on few numbers."""
+        ...
+
+    @property
     def not_averages(self) -> frozenset[str]:
         """Rows that draws of log densities do not average to."""
         ...

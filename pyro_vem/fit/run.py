@@ -17,12 +17,13 @@ from .checkpoint import Checkpoint, snapshot
 from .closed import ClosedForm
 from .exactness import compile_terms, more_draws, prepare, settle, settle_nodes
 from .measure import disagreement
+from .minimise import Method
 from .profile import Profile
 from .result import VEMResult
 from .saddle import past_saddle
 from .scales import Scales
 from .setup import FitOptions, Setup
-from .smooth import Method, Smooth
+from .smooth import Smooth
 from .starts import finite_elbo, initial_values
 from .state import State, elbo_at, joint_loss
 from .status import Status, Step, progress_bar

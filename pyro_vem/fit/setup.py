@@ -113,6 +113,13 @@ class Setup:
         return is_free and self.objective.is_exact and not self.objective.rest.rows
 
     @property
+    def is_small(self) -> bool:
+        """True if an evaluation of the bound is a few operations on matrices of few numbers."""
+        exact, is_here = self.objective.exact, self.processes.count == 1
+        is_here = is_here and torch.get_default_device().type == "cpu"  # nowhere else has it been seen to pay
+        return is_here and exact is not None and self.is_our_code and exact.is_small
+
+    @property
     def lifted(self) -> LiftedTerms | None:
         """The terms in closed form of a conjugate guide, if the fit has one."""
         exact = self.objective.exact

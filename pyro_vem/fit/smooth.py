@@ -1,22 +1,18 @@
-"""A smooth loss with its derivatives, and its minimisation by SciPy in scaled coordinates."""
+"""A smooth loss with its derivatives in scaled coordinates, and what its Hessian tells at a point."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import optimize
 from scipy.sparse import linalg as sparse_linalg
 from torch import Tensor
 
 from .processes import Spread
 
 Vector: TypeAlias = NDArray[np.float64]
-Method: TypeAlias = Literal["newton", "lbfgs"]
-
-
 DIFFERENCE = 1e-4  # step of differences of a gradient, in scaled coordinates
 FEW_PRODUCTS, STILL = 10, 0.03  # products, and the part of the tolerance that they add to no gain worth it
 
@@ -29,12 +25,15 @@ class Loss:
         function: the function, differentiable by autograd.
         is_twice: whether autograd's second derivatives can be believed; if not, Hessian products
             are differences of the gradient.
+        is_small: whether operations cost the same for a matrix of directions as for one, so that the
+            whole Hessian costs about two of its products.
         both, product: value and gradient, and Hessian times vector, if they are known as graphs.
         spread: how the vector lies over several processes, whose functions are summed.
     """
 
     function: Callable[[Tensor], Tensor]
     is_twice: bool = True
+    is_small: bool = False
     both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     product: Callable[[Tensor, Tensor], Tensor] | None = None
     spread: Spread = field(default_factory=Spread)
@@ -68,6 +67,7 @@ class Smooth:
         self._number = 0.0
         self._gradient: Tensor | None = None
         self._whole: Vector | None = None
+        self._hessian: Vector | None = None
 
     def point(self, a: Vector) -> Vector:
         """The point on the original scale, this process's entries of it."""
@@ -91,6 +91,8 @@ class Smooth:
         if not self.loss.is_twice:
             return self.difference_product(a, v)
         self._move(a)
+        if self.loss.is_small:
+            return np.asarray(self._dense_hessian() @ v)
         product = self._product(torch.as_tensor(self.spread.own(self.scale * v)))
         return self.scale * self.spread.summed(product.numpy())
 
@@ -104,6 +106,12 @@ class Smooth:
             gradient @ direction, self._leaf, retain_graph=True, materialize_grads=True
         )
         return product
+
+    def _dense_hessian(self) -> Vector:
+        if self._hessian is None:  # it costs two or three products, and a step takes five
+            hessian = jacobian(self._gradient_tensor(), self._leaf).numpy()
+            self._hessian = self.scale[:, None] * hessian * self.scale
+        return self._hessian
 
     def hessian_operator(self) -> Any:
         """The Hessian at the origin, for SciPy's iterative solvers."""
@@ -130,7 +138,7 @@ class Smooth:
         else:
             self._value, self._gradient = self.loss.function(self._leaf), None
         self._number = self.spread.total(float(self._value.detach()))
-        self._at, self._whole = np.array(a), None
+        self._at, self._whole, self._hessian = np.array(a), None, None
 
     def _gradient_tensor(self) -> Tensor:
         if self._gradient is None and not self._value.requires_grad:
@@ -142,124 +150,43 @@ class Smooth:
         return self._gradient
 
 
-@dataclass(frozen=True)
-class Minimum:
-    """Where a minimisation ended.
+class _Seed(torch.autograd.Function):
+    """Nothing, whose derivative is whatever `direction` holds when the backward pass comes by."""
 
-    Attributes:
-        x: the best point met, on the original scale.
-        value: the function there.
-        gradient: Euclidean norm of the gradient in scaled coordinates there.
-        iterations: of the optimiser.
-    """
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, direction: list[Tensor]) -> Tensor:
+        ctx.direction = direction
+        return y.new_zeros(())
 
-    x: Vector
-    value: float
-    gradient: float
-    iterations: int
-    evaluations: int
-    products: int
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.direction[-1], None
 
 
-def minimise(
-    loss: Loss,
-    start: Vector,
-    scale: Vector,
-    *,
-    gtol: float,
-    max_iter: int,
-    method: Method,
-) -> Minimum:
-    """Minimise from `start`; never ends at a higher value, and believes only the gradient.
+def jacobian(y: Tensor, x: Tensor) -> Tensor:
+    """The derivative of a vector that was computed from another, all rows in one backward pass.
 
-    Args:
-        loss: the function.
-        start: first point; the function must be finite there.
-        scale: one positive length for each coordinate: about the distance over which the
-            function changes by a nat.
-        gtol: bound on the gradient norm in scaled coordinates.
-        max_iter: iterations of the method.
-        method: "newton" (trust region on Hessian-vector products) or "lbfgs".
-
-    References:
-        Gould, Lucidi, Roma and Toint (1999), Solving the trust-region subproblem using the
-        Lanczos method, SIAM J. Optim. 9(2).
+    As torch.autograd.grad(y, x, torch.eye(len(y)), is_grads_batched=True), which loads sympy: a direction
+    that is no argument of grad is not checked by it.
 
     Example:
-        >>> result = minimise(
-        ...     Loss(lambda x: ((x - 3.0) ** 4).sum() + (x**2).sum()), np.zeros(1), np.ones(1),
-        ...     gtol=1e-8, max_iter=50, method="newton")
-        >>> round(float(result.x[0]), 4)
-        2.0
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> jacobian(x * x[0], x)
+        tensor([[2., 0.],
+                [2., 1.]])
     """
-    smooth = Smooth(loss, start.copy(), scale)
-    zero = smooth.zero
-    best: list[Any] = [zero, smooth.value(zero)]
+    if not y.requires_grad:
+        return torch.zeros(len(y), len(x), dtype=x.dtype)
+    direction: list[Tensor] = []
+    seed: Tensor = _Seed.apply(y, direction)  # type: ignore[no-untyped-call]
 
-    def tracked(a: Vector) -> float:
-        value = smooth.value(a)
-        if value < best[1]:
-            if not np.isfinite(smooth.gradient(a)).all():  # a spike: no step can start from there
-                return np.inf
-            best[:] = [a.copy(), value]
-        return value
+    def row(unit: Tensor) -> Tensor:
+        direction.append(unit)
+        (found,) = torch.autograd.grad(seed, x, retain_graph=True, materialize_grads=True)
+        return found
 
-    iterations = 0
-    if zero.size and float(np.linalg.norm(smooth.gradient(zero))) > gtol:
-        with np.errstate(over="ignore", invalid="ignore"):  # trial points may lie anywhere
-            iterations = _search(smooth, tracked, best, gtol, max_iter, method)
-    gradient = float(np.linalg.norm(smooth.gradient(best[0])))
-    point = smooth.point(best[0])
-    return Minimum(point, best[1], gradient, iterations, smooth.evaluations, smooth.products)
-
-
-def _search(
-    smooth: Smooth,
-    tracked: Callable[[Vector], float],
-    best: list[Any],
-    gtol: float,
-    max_iter: int,
-    method: Method,
-) -> int:
-    """Run the optimiser; `tracked` keeps the best point that it meets. Returns its iterations."""
-    if method == "newton":
-        zero = np.zeros_like(best[0])
-        radius = zero.size**0.5  # a unit for each coordinate
-        options = {"gtol": gtol, "maxiter": max_iter}
-        options |= {"initial_trust_radius": radius, "max_trust_radius": 1e3 * radius}
-        result = optimize.minimize(
-            tracked, zero, jac=smooth.gradient, hessp=smooth.hessian_product,
-            method="trust-krylov", options=options,
-        )  # fmt: skip
-        if best[0].any() or float(np.linalg.norm(smooth.gradient(best[0]))) <= gtol:
-            return int(result.nit)
-    # Asked for; or trust-krylov stood still, as it does where there is no curvature at all.
-    _lbfgs(smooth, tracked, best, gtol, max_iter)
-    return max_iter
-
-
-def _lbfgs(
-    smooth: Smooth, tracked: Callable[[Vector], float], best: list[Any], gtol: float, budget: int
-) -> None:
-    """L-BFGS, started again from its best point until the gradient itself is small.
-
-    After a non-finite trial point the line search gives up and reports success, so its own
-    message is not used.
-    """
-
-    def both(a: Vector) -> tuple[float, Vector]:
-        value = tracked(a)
-        if np.isfinite(value):
-            return value, smooth.gradient(a)
-        return best[1] + 1e10, np.zeros_like(a)
-
-    while budget > 0:
-        before = best[1]
-        options = {"maxcor": 20, "maxiter": budget, "ftol": 1e-15, "gtol": gtol / max(1, len(best[0])) ** 0.5}
-        result = optimize.minimize(both, best[0], jac=True, method="L-BFGS-B", options=options)
-        budget -= max(1, result.nit)
-        if np.linalg.norm(smooth.gradient(best[0])) <= gtol or before - best[1] <= 1e-12 * (1 + abs(before)):
-            return
+    rows: Tensor = torch.func.vmap(row)(torch.eye(len(y), dtype=y.dtype))
+    return rows
 
 
 def curvature_scale(loss: Loss, x: Vector, probes: int = 8) -> Vector:

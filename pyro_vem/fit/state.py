@@ -42,7 +42,7 @@ def joint_loss(setup: Setup) -> Loss:
     """Minus the bound as a function of the joint vector."""
     function, nothing = function_of(setup, "joint"), torch.zeros(0)
     spread = setup.processes.spread("joint")
-    return Loss(lambda x: function(x, nothing), setup.objective.is_twice, spread=spread)
+    return Loss(lambda x: function(x, nothing), setup.objective.is_twice, setup.is_small, spread=spread)
 
 
 def loss_of(setup: Setup, state: State, block: str) -> tuple[Loss, Vector]:
@@ -57,10 +57,11 @@ def loss_of(setup: Setup, state: State, block: str) -> tuple[Loss, Vector]:
     spread = setup.processes.spread(block)
     captured = None if setup.is_our_code else setup.captures.of(setup, block, torch.as_tensor(x), rest)
     if captured is None:
-        return Loss(lambda a: function(a, rest), is_twice, spread=spread), x
+        return Loss(lambda a: function(a, rest), is_twice, setup.is_small, spread=spread), x
     return Loss(
         lambda a: function(a, rest),
         is_twice,
+        False,
         lambda a: captured.both(a, rest),
         (lambda a, v: captured.product(a, rest, v)[0]) if is_twice else None,
         spread,

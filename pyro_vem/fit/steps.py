@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..errors import ModelError, NonMonotoneError
 from ..guides.factorised import FactorisedNormal
+from .minimise import Method, minimise
 from .scales import Scales, free_sites
 from .setup import Setup
-from .smooth import Method, Smooth, Vector, minimise
+from .smooth import Smooth, Vector
 from .state import State, elbo_at, joint_loss, loss_of, moved
 from .status import Step
 
@@ -127,6 +128,8 @@ def check_second_derivatives(setup: Setup, state: State, scale: Vector) -> None:
 
 def note_idle(setup: Setup, state: State) -> None:
     """Record in the plan each parameter that does not move the bound where it starts."""
+    if not setup.theta.size:
+        return
     loss, theta = loss_of(setup, state, "M")
     smooth = Smooth(loss, theta, np.ones_like(theta))
     zero = smooth.zero

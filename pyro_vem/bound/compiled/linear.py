@@ -17,7 +17,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-SMALL = 10_000  # entries of a map that is one matrix: a product costs less than going to SciPy
+SMALL = 25_000  # entries of a map that is one matrix: a product costs less than going to SciPy
 _is_traced: ContextVar[bool] = ContextVar("_is_traced", default=False)
 
 
@@ -74,14 +74,28 @@ class Linear:
                 span = slice(start, start + entry.rows)
                 self._denses.append((span, slice(first, first + matrix.shape[1]), matrix))
             start += entry.rows
-        triplets = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
-        self._sparse = sparse.csr_matrix(triplets, shape=(start, size))
-        self._transposed = self._sparse.T
+        self._entries = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
+        self._shape = start, size
         self._matrix = self._as_matrix() if start * size <= SMALL else None
+
+    @functools.cached_property
+    def _sparse(self) -> Any:
+        return sparse.csr_matrix(self._entries, shape=self._shape)
+
+    @functools.cached_property
+    def _transposed(self) -> Any:
+        return self._sparse.T
+
+    @property
+    def is_matrix(self) -> bool:
+        """True if the map has few entries."""
+        return self._matrix is not None
 
     def _as_matrix(self) -> Tensor:
         """The whole map, dense blocks and all."""
-        matrix = torch.from_numpy(self._sparse.toarray()).to(torch.get_default_device())
+        whole = np.zeros(self._shape)
+        np.add.at(whole, self._entries[1], self._entries[0])
+        matrix = torch.from_numpy(whole).to(torch.get_default_device())
         for rows, columns, block in self._denses:
             matrix[rows, columns] += block
         return matrix
@@ -99,9 +113,9 @@ class Linear:
         """The rows at x by operations of torch alone."""
         rows, columns, coefficients = self._triplets
         parts = coefficients * x.index_select(0, columns)
-        result = torch.zeros(self._sparse.shape[0], dtype=x.dtype).index_add(0, rows, parts)
+        result = torch.zeros(self._shape[0], dtype=x.dtype).index_add(0, rows, parts)
         for span, where, matrix in self._denses:
-            before, after = span.start, self._sparse.shape[0] - span.stop
+            before, after = span.start, self._shape[0] - span.stop
             result = result + torch.nn.functional.pad(matrix @ x[where], (before, after))
         return result
 

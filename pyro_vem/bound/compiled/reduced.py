@@ -87,21 +87,16 @@ def mean_softplus(m: Tensor, s: Tensor, nodes: Tensor, weights: Tensor) -> Tenso
     """
     m, s = torch.broadcast_tensors(m, s)
     with torch.no_grad():
-        x = nodes.reshape((-1,) + (1,) * m.dim())
-        w = weights.reshape(x.shape)
-        eta = m + x * s
+        eta = m.reshape(-1) + nodes.unsqueeze(1) * s.reshape(-1)
+        value = (weights @ torch.nn.functional.softplus(eta)).reshape(m.shape)
+        if not (m.requires_grad or s.requires_grad):
+            return value
         slope = torch.sigmoid(eta)
-        bend = slope * (1 - slope)
-        value = _sum(w, torch.nn.functional.softplus(eta))
-        bends = {(0, 0): _sum(w, bend), (0, 1): _sum(w * x, bend), (1, 1): _sum(w * x * x, bend)}
-        rows = Rows(value, (_sum(w, slope), _sum(w * x, slope)), bends)
+        powers = weights * torch.stack([torch.ones_like(nodes), nodes, nodes * nodes])
+        by_m, by_s = (powers[:2] @ slope).reshape(2, *m.shape)
+        mm, ms, ss = (powers @ (slope * (1 - slope))).reshape(3, *m.shape)
+        rows = Rows(value, (by_m, by_s), {(0, 0): mm, (0, 1): ms, (1, 1): ss})
     return reduced(rows, m, s)
-
-
-def _sum(weights: Tensor, values: Tensor) -> Tensor:
-    """Sum over the first dimension."""
-    flat = values.reshape(len(weights), -1)
-    return (weights.reshape(-1) @ flat).reshape(values.shape[1:])
 
 
 def scaled_square(t: Tensor, d: Tensor, v: Tensor) -> Tensor:
@@ -109,8 +104,10 @@ def scaled_square(t: Tensor, d: Tensor, v: Tensor) -> Tensor:
     t, d, v = torch.broadcast_tensors(t, d, v)
     with torch.no_grad():
         precision = torch.exp(2 * t)
-        by_d = 2 * precision * d
         value = precision * (d * d + v)
+        if not (t.requires_grad or d.requires_grad or v.requires_grad):
+            return value
+        by_d = 2 * precision * d
         bends = {
             (0, 0): 4 * value, (0, 1): 2 * by_d, (0, 2): 2 * precision, (1, 1): 2 * precision,
         }  # fmt: skip

@@ -32,6 +32,11 @@ class Stack:
             length = num_latents if kind else size
             self._maps.append(Linear(length, [entry for _, _, entry in mine], starts))
 
+    @property
+    def is_small(self) -> bool:
+        """True if both maps are matrices."""
+        return all(linear.is_matrix for linear in self._maps)
+
     def inputs(self, moments: Moments) -> list[Inputs]:
         """The inputs of each term at some moments."""
         flats = moments.centre.flat, moments.scale.flat.square()

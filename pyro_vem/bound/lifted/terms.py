@@ -39,6 +39,11 @@ class LiftedTerms:
         return self.lifted.names
 
     @property
+    def is_small(self) -> bool:
+        """False: their steps have closed forms, and few Hessians are asked for."""
+        return False
+
+    @property
     def not_averages(self) -> frozenset[str]:
         """Terms that are no averages of log densities: logs of sums over discrete sites at expectations."""
         tables = self.lifted.found.tables.values()
