@@ -164,17 +164,16 @@ def start_variances(setup: Setup, state: State) -> tuple[State, Step | None]:
         return state, None
     start = time.perf_counter()
     where = setup.phi.where(guide.scale_name(site) for site in free)
-    loss, _ = loss_of(setup, state, "E")
-    current, norm = state, 0.0
+    loss, phi = loss_of(setup, state, "E")
+    smooth = Smooth(loss, phi, np.ones_like(phi))
+    at, elbo, norm = smooth.zero, state.elbo, 0.0
     for _ in range(2):
-        leaf = torch.as_tensor(current.phi.copy()).requires_grad_()
-        (gradient,) = torch.autograd.grad(loss.function(leaf), leaf, materialize_grads=True)
-        whole = loss.spread.summed(gradient.numpy())
-        phi = current.phi.copy()
-        phi[where] -= 0.5 * np.log(np.clip(1 + loss.spread.own(whole)[where], 0.04, 1e4))
-        elbo = elbo_at(setup, phi, current.theta)
-        if not elbo > current.elbo:
+        gradient = smooth.gradient(at)
+        step = 0.5 * np.log(np.clip(1 + loss.spread.own(gradient), 0.04, 1e4))
+        trial = at - loss.spread.whole(np.where(where, step, 0.0))
+        if not -smooth.value(trial) > elbo:
             break
-        current, norm = replace(current, phi=phi, elbo=elbo), float(np.linalg.norm(whole))
-    row = Step(0, "start", state.elbo, current.elbo, norm, 4, 0, time.perf_counter() - start)
-    return current, row
+        at, elbo, norm = trial, -smooth.value(trial), float(np.linalg.norm(gradient))
+    new = replace(state, phi=smooth.point(at), elbo=elbo)
+    seconds = time.perf_counter() - start
+    return new, Step(0, "start", state.elbo, elbo, norm, smooth.evaluations, 0, seconds)

@@ -73,18 +73,16 @@ def conditional_normal(
     """E log N(r; 0, s) of each row, with r = offset + sum_g f_g(c) x_g and c independent of the x_g."""
     residual, mine = slots[RESIDUAL], groups[RESIDUAL]
     means = [x["mean", RESIDUAL, str(g)] for g in range(len(mine))]
-    first: Tensor = torch.zeros((), dtype=torch.float64)
-    second: Tensor = torch.zeros((), dtype=torch.float64)
+    square = residual.offset * residual.offset
     for g, one in enumerate(mine):
-        first = first + _expected(residual.conditions, x, one) * means[g]
+        square = square + _expected(2 * residual.offset * means[g], residual.conditions, x, one)
         for h in range(g, len(mine)):
             product = means[g] * means[h]
             if h > g:
                 product = 2 * product
             spread = x.get(("cov", RESIDUAL, str(g), RESIDUAL, str(h)))
             product = product if spread is None else product + spread
-            second = second + _expected(residual.conditions, x, one, mine[h]) * product
-    square = residual.offset * (residual.offset + 2 * first) + second
+            square = square + _expected(product, residual.conditions, x, one, mine[h])
     log_scale, variance = slots["scale"].offset, torch.zeros((), dtype=torch.float64)
     for g in range(len(groups["scale"])):
         log_scale = log_scale + x["mean", "scale", str(g)]
@@ -95,24 +93,25 @@ def conditional_normal(
 
 
 def _expected(
-    conditions: Mapping[str, Condition], x: Mapping[tuple[str, ...], Tensor], *groups: Group
+    factor: Tensor, conditions: Mapping[str, Condition], x: Mapping[tuple[str, ...], Tensor], *groups: Group
 ) -> Tensor:
-    """E of the product of the groups' factors, each condition Gaussian and independent."""
-    result: Tensor = torch.ones((), dtype=torch.float64)
+    """A factor times E of the product of the groups' factors, each condition Gaussian and independent."""
     for name, condition in conditions.items():
-        by, spread = condition.shift(x["condition", name]), x.get(("spread", name))
         rates = [group.rate[name] for group in groups if name in group.rate]
         slopes = [group.slope[name] for group in groups if name in group.slope]
+        if not (rates or slopes):
+            continue
+        by, spread = condition.shift(x["condition", name]), x.get(("spread", name))
         if rates:
             rate = sum(rates[1:], rates[0])
             exponent = rate * by
             if spread is not None:
                 exponent, by = exponent + 0.5 * rate**2 * spread, by + rate * spread
-            result = result * exponent.exp()
+            factor = factor * exponent.exp()
         if slopes:
             lines = [1 + slope * by for slope in slopes]
             line = lines[0] if len(lines) == 1 else lines[0] * lines[1]
             if len(lines) == 2 and spread is not None:
                 line = line + slopes[0] * slopes[1] * spread
-            result = result * line
-    return result
+            factor = factor * line
+    return factor
