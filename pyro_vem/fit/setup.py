@@ -115,9 +115,9 @@ class Setup:
     @property
     def is_small(self) -> bool:
         """True if an evaluation of the bound is a few operations on matrices of few numbers."""
-        exact, is_here = self.objective.exact, self.processes.count == 1
-        is_here = is_here and torch.get_default_device().type == "cpu"  # nowhere else has it been seen to pay
-        return is_here and exact is not None and self.is_our_code and exact.is_small
+        exact = self.objective.exact
+        is_one_cpu = self.processes.count == 1 and torch.get_default_device().type == "cpu"
+        return is_one_cpu and self.is_our_code and exact is not None and exact.is_small
 
     @property
     def lifted(self) -> LiftedTerms | None:
