@@ -8,11 +8,11 @@ several optima: there the target is a bound, by hand, within 0.1 nat of the best
 
 Both calls of a process must meet the target. A peer has the best of a small grid, tried in order of cost
 until one setting does; the search itself costs it nothing. It ends after three budgets, and a peer that
-is not there yet is "not reached", shown with the attempt that came closest. The winner and fit_vem are
-repeated, and medians shown. Imports are reported apart. Each package threads as it likes (XLA takes all
-cores); PyMC starts without its cache of C code. Pyro's own SVI, a Python loop, runs on
-the small models only. sklearn and statsmodels answer slightly other
-questions (mode, REML, other priors): they are context, without a target.
+is not there yet is "not reached", shown with the attempt that came closest. The winner is repeated,
+between runs of fit_vem, and medians are shown. Imports are reported apart. Each package threads as it
+likes (XLA takes all cores); PyMC starts without its cache of C code. Pyro's own SVI, a Python loop, runs
+on the small models only. sklearn and statsmodels answer slightly other questions (mode, REML, other
+priors): they are context, without a target.
 
 Peers run in the interpreter PEERS_PYTHON (default: this one). Run by ``make bench-peers``.
 """
@@ -151,14 +151,28 @@ def measure(method, grid, workload, judge, budget, repeats):
         verdict, is_met = judge.verdict(calls)
         row |= verdict
         if is_met:
-            again = [told, *(run(method, workload, setting, budget)[0] for _ in range(repeats - 1))]
-            medians = {
-                k: statistics.median(t[k] for t in again if k in t) for k in told if k.endswith("seconds")
-            }
-            return row | medians | {"outcome": "reached"}
+            return row | repeated(method, workload, setting, budget, repeats) | {"outcome": "reached"}
         if closest is None or distance(row) < distance(closest):
             closest = row | {"outcome": "not reached"}
     return closest
+
+
+def repeated(method, workload, setting, budget, repeats):
+    """Medians of some runs, and their ratios to runs of fit_vem before and after each of them.
+
+    What else the machine does comes and goes within minutes, so that earlier runs are no pairs.
+    """
+    ours, theirs = [run("fit_vem", workload, {}, budget)[0]], []
+    for _ in range(repeats):
+        theirs.append(run(method, workload, setting, budget)[0])
+        ours.append(theirs[-1] if method == "fit_vem" else run("fit_vem", workload, {}, budget)[0])
+    found = {}
+    for name in ("import_seconds", "first_seconds", "second_seconds"):
+        found[name] = statistics.median(told[name] for told in theirs if name in told)
+    for call in ("first", "second"):
+        fit = statistics.median(told[f"{call}_seconds"] for told in ours)
+        found[f"{call}_ratio"] = found[f"{call}_seconds"] / fit
+    return found
 
 
 def distance(row):
@@ -173,7 +187,7 @@ def context(workload, model, methods):
 
 
 def compare(workload, options):
-    """All rows of a workload, fit_vem first and its peers right after it: what else runs is shared."""
+    """All rows of a workload, fit_vem first."""
     judge = Judge(workload, options.worst)
     rows = []
     for method, grid in {"fit_vem": [{}], **GRIDS}.items():
@@ -181,13 +195,8 @@ def compare(workload, options):
             known = [row["setting"] for row in rows if row["method"].startswith("numpyro")]
             if known and method.startswith("numpyro"):  # the same steps: what did well there goes first
                 grid = sorted(grid, key=lambda setting: shown(setting) not in known)
-            row = measure(method, grid, workload, judge, options.budget, options.repeats)
-            ours = rows[0] if rows else row
-            for call in ("first", "second"):
-                if row["outcome"] == ours["outcome"] == "reached":
-                    row[f"{call}_ratio"] = row[f"{call}_seconds"] / ours[f"{call}_seconds"]
-            rows.append(row)
-            say("  " + "  ".join(f"{c} {text(row[c])}" for c in COLUMNS[1:] if c in row))
+            rows.append(measure(method, grid, workload, judge, options.budget, options.repeats))
+            say("  " + "  ".join(f"{c} {text(rows[-1][c])}" for c in COLUMNS[1:] if c in rows[-1]))
     return rows + list(context(workload, judge.model, options.methods))
 
 
