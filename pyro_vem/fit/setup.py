@@ -201,7 +201,7 @@ def set_up(
     guide = _bound_guide(_chosen(guide, model, lifted), model, latents, call)
     if lifted is not None and isinstance(guide, MeanFieldConjugate):
         guide.blocks, guide.singles = lifted.blocks, lifted.singles
-    guide_program = _guide_program(guide, part, raw)
+    guide_program = discover_modules(_program(guide, part), raw) if guide is not None else None
     problem = Problem(program, guide_program, call, map_sites)
     found = _guide_parameters(guide_program, call)
     processes, found = processes.laid_out(guide, latents, found, theta.size)
@@ -244,14 +244,6 @@ def _program(fn: Callable[..., Any], part: Rows | Share | None) -> Program:
     program.around = part.around if part is not None else None
     program.is_batched = isinstance(part, Rows)
     return program
-
-
-def _guide_program(guide: Any, part: Rows | Share | None, call: Arguments) -> Program | None:
-    if guide is None:
-        return None
-    program = _program(guide, part)
-    has_modules = not isinstance(guide, Factorised) or bool(guide.encoded)
-    return discover_modules(program, call, is_lazy=True) if has_modules else program
 
 
 def _lifted(

@@ -63,16 +63,15 @@ class Prototype:
         return next(site for site in self.latents if site.name == name)
 
 
-def discover_modules(program: Program, call: Arguments, *, is_lazy: bool = False) -> Program:
+def discover_modules(program: Program, call: Arguments) -> Program:
     """The same program, knowing the modules that it calls.
 
     Modules may hold float32 or float64 weights. The run in float64 comes first, so that a lazy
-    guide builds itself in it, which calls what the model does; its second run does not. An error here
-    is left for the prototype run to report.
+    guide builds itself in it; an error here is left for the prototype run to report.
     """
-    scout, runs = Scout(), 2 if is_lazy else 1
-    first, failed = _modules_of_run(program.fn, call, torch.float64, scout, runs)
-    second = _modules_of_run(program.fn, call, torch.float32, scout, runs)[0] if failed else []
+    scout = Scout()
+    first, failed = _modules_of_run(program.fn, call, torch.float64, scout)
+    second = _modules_of_run(program.fn, call, torch.float32, scout)[0] if failed else []
     found = Program(program.fn, max(first, second, key=len))
     found.around, found.is_batched = program.around, program.is_batched
     if scout.summed_out:
@@ -81,11 +80,11 @@ def discover_modules(program: Program, call: Arguments, *, is_lazy: bool = False
 
 
 def _modules_of_run(
-    fn: Callable[..., Any], call: Arguments, dtype: torch.dtype, scout: Scout, runs: int
+    fn: Callable[..., Any], call: Arguments, dtype: torch.dtype, scout: Scout
 ) -> tuple[list[nn.Module], bool]:
-    """The modules called in the last of some runs, and whether none went without an error."""
+    """The modules called, and whether the run ended in an error."""
     ready, failed = call.cast(dtype), True
-    for _ in range(runs):
+    for _ in range(2):  # the first call of a lazy guide also runs the model, the second does not
         with (
             modules_called() as found,
             pyro.get_param_store().scope(),
