@@ -11,8 +11,6 @@ from .smooth import Loss, Smooth, Vector
 
 Method: TypeAlias = Literal["newton", "lbfgs"]
 
-RADIUS = 0.5  # of the first trust region, for each coordinate: exponentials overshoot from a whole unit
-
 
 @dataclass(frozen=True)
 class Minimum:
@@ -96,7 +94,7 @@ def _search(
     """Run the optimiser; `tracked` keeps the best point that it meets. Returns its iterations."""
     if method == "newton":
         zero = np.zeros_like(best[0])
-        radius = RADIUS * zero.size**0.5
+        radius = zero.size**0.5  # a unit for each coordinate
         options = {"gtol": gtol, "maxiter": max_iter}
         options |= {"initial_trust_radius": radius, "max_trust_radius": 1e3 * radius}
         result = optimize.minimize(
