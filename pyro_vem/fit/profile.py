@@ -77,8 +77,7 @@ class Profile:
     def _learn(self, theta: Vector, slope: Vector, smooth: Smooth) -> None:
         """The metric: the complete-data information at first, then BFGS updates of it."""
         if self.last is None:
-            zero = np.zeros_like(theta)
-            information = np.stack([smooth.hessian_product(zero, e) for e in np.eye(theta.size)])
+            information = smooth.hessian()
             if not np.isfinite(information).all():  # at the edge of a range; BFGS learns it from steps
                 information = np.eye(theta.size)
             values, vectors = np.linalg.eigh((information + information.T) / 2)

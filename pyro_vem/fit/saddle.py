@@ -48,11 +48,11 @@ def past_saddle(setup: Setup, state: State, smooth: Smooth, tol: float) -> tuple
 
 def _most_negative(smooth: Smooth) -> Vector | None:
     """A direction of negative curvature, its largest part one; None if none was found."""
-    zero, size = smooth.zero, smooth.zero.size
+    size = smooth.zero.size
     if not size:
         return None
     if size <= SMALL:
-        hessian = np.stack([smooth.hessian_product(zero, e) for e in np.eye(size)])
+        hessian = smooth.hessian()
         if not np.isfinite(hessian).all():
             return None
         values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)

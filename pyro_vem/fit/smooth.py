@@ -13,6 +13,7 @@ from torch import Tensor
 from .processes import Spread
 
 Vector: TypeAlias = NDArray[np.float64]
+
 DIFFERENCE = 1e-4  # step of differences of a gradient, in scaled coordinates
 FEW_PRODUCTS, STILL = 10, 0.03  # products, and the part of the tolerance that they add to no gain worth it
 
@@ -113,6 +114,10 @@ class Smooth:
             self._hessian = self.scale[:, None] * hessian * self.scale
         return self._hessian
 
+    def hessian(self) -> Vector:
+        """The Hessian at the origin, of few coordinates."""
+        return np.stack([self.hessian_product(self.zero, e) for e in np.eye(self.zero.size)])
+
     def hessian_operator(self) -> Any:
         """The Hessian at the origin, for SciPy's iterative solvers."""
         size = self.zero.size
@@ -207,7 +212,7 @@ def curvature_scale(loss: Loss, x: Vector, probes: int = 8) -> Vector:
     if not size:
         return np.zeros(0)
     if size <= probes:
-        diagonal = np.array([smooth.hessian_product(zero, e) @ e for e in np.eye(size)])
+        diagonal = smooth.hessian().diagonal()
     else:
         signs = np.random.default_rng(0).integers(0, 2, (probes, size)) * 2.0 - 1.0
         diagonal = np.mean([v * smooth.hessian_product(zero, v) for v in signs], axis=0)
