@@ -1,6 +1,6 @@
 """Where a fit is, and the bound as a function of one block of parameters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -54,18 +54,12 @@ def loss_of(setup: Setup, state: State, block: str) -> tuple[Loss, Vector]:
     }[block]
     rest = torch.as_tensor(other)
     function, is_twice = function_of(setup, block), setup.objective.is_twice
-    spread = setup.processes.spread(block)
+    loss = Loss(lambda a: function(a, rest), is_twice, setup.is_small, spread=setup.processes.spread(block))
     captured = None if setup.is_our_code else setup.captures.of(setup, block, torch.as_tensor(x), rest)
     if captured is None:
-        return Loss(lambda a: function(a, rest), is_twice, setup.is_small, spread=spread), x
-    return Loss(
-        lambda a: function(a, rest),
-        is_twice,
-        False,
-        lambda a: captured.both(a, rest),
-        (lambda a, v: captured.product(a, rest, v)[0]) if is_twice else None,
-        spread,
-    ), x
+        return loss, x
+    product = (lambda a, v: captured.product(a, rest, v)[0]) if is_twice else None
+    return replace(loss, both=lambda a: captured.both(a, rest), product=product), x
 
 
 def moved(setup: Setup, state: State, block: str, x: Vector, elbo: float) -> State:
