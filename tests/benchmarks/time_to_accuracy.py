@@ -9,7 +9,7 @@ several optima: there the target is a bound, by hand, within 0.1 nat of the best
 Both calls of a process must meet the target. A peer has the best of a small grid, tried in order of cost
 until one setting does; the search itself costs it nothing. It ends after three budgets, and a peer that
 is not there yet is "not reached", shown with the attempt that came closest. The winner is repeated,
-between runs of fit_vem, and medians are shown. Imports are reported apart. Each package threads as it
+in turn with fit_vem, and medians are shown. Imports are reported apart. Each package threads as it
 likes (XLA takes all cores); PyMC starts without its cache of C code. Pyro's own SVI, a Python loop, runs
 on the small models only. sklearn and statsmodels answer slightly other questions (mode, REML, other
 priors): they are context, without a target.
@@ -151,27 +151,26 @@ def measure(method, grid, workload, judge, budget, repeats):
         verdict, is_met = judge.verdict(calls)
         row |= verdict
         if is_met:
-            return row | repeated(method, workload, setting, budget, repeats) | {"outcome": "reached"}
+            return row | repeated(told, method, workload, setting, budget, repeats) | {"outcome": "reached"}
         if closest is None or distance(row) < distance(closest):
             closest = row | {"outcome": "not reached"}
     return closest
 
 
-def repeated(method, workload, setting, budget, repeats):
-    """Medians of some runs, and their ratios to runs of fit_vem before and after each of them.
+def repeated(told, method, workload, setting, budget, repeats):
+    """Medians of a run and some more of it, and their ratios to runs of fit_vem after each of them.
 
-    What else the machine does comes and goes within minutes, so that earlier runs are no pairs.
+    What else the machine does comes and goes within minutes, so that earlier runs are no pairs. The
+    ratios of fit_vem itself say how far runs differ.
     """
-    ours, theirs = [run("fit_vem", workload, {}, budget)[0]], []
-    for _ in range(repeats):
+    theirs, ours = [told], [run("fit_vem", workload, {}, budget)[0]]
+    for _ in range(repeats - 1):
         theirs.append(run(method, workload, setting, budget)[0])
-        ours.append(theirs[-1] if method == "fit_vem" else run("fit_vem", workload, {}, budget)[0])
+        ours.append(run("fit_vem", workload, {}, budget)[0])
     found = {}
     for name in ("import_seconds", "first_seconds", "second_seconds"):
-        found[name] = statistics.median(told[name] for told in theirs if name in told)
-    for call in ("first", "second"):
-        fit = statistics.median(told[f"{call}_seconds"] for told in ours)
-        found[f"{call}_ratio"] = found[f"{call}_seconds"] / fit
+        found[name], fit = (statistics.median(t[name] for t in runs if name in t) for runs in (theirs, ours))
+        found[name.replace("seconds", "ratio")] = found[name] / fit
     return found
 
 
