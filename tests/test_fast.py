@@ -190,6 +190,32 @@ def test_terms_of_few_numbers_go_on_a_grid(fit, name):
     assert result.elbo == pytest.approx(exact, abs=1e-6)
 
 
+def test_a_grid_that_gets_too_coarse_gives_way_to_draws(fit):
+    """|z| is smooth where this fit starts; on the grid that is enough there it stops half an sd away."""
+    y = torch.ones(1).double()
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.5, 1.0))
+        with pyro.plate("rows", 1):
+            pyro.sample("y", dist.Normal(z.abs(), 0.3), obs=y)
+
+    result = fit(model, {"y": y}, init={"z": torch.tensor(0.5)})
+    assert result.plan["y"].method == "draws"
+    assert any("no grid of at most" in note for note in result.plan.notes)
+    nodes = torch.linspace(-9.0, 9.0, 40_001).double()
+    weights = (-(nodes**2) / 2).softmax(0)
+
+    def bound(loc, log_scale):
+        z = loc + log_scale.exp() * nodes
+        log_p = dist.Normal(0.5, 1.0).log_prob(z) + dist.Normal(z.abs(), 0.3).log_prob(y)
+        return weights @ log_p + log_scale
+
+    found = result.guide_params["guide.loc.z"], result.guide_params["guide.scale.z"].log()
+    slopes = torch.autograd.functional.jacobian(bound, found)
+    assert abs(float(slopes[0] * found[1].exp())) < 0.02
+    assert abs(float(slopes[1])) < 0.02
+
+
 def test_draws_are_added_where_others_would_move_the_optimum(fit):
     """A regression on exp(v) for five v: no term compiles, and 32 draws are too few."""
     generator = torch.Generator().manual_seed(2)

@@ -14,7 +14,7 @@ from ..model.data import Arguments
 from ..model.runtime import Execution, is_summed_out
 from .draws import NoiseSpec, independent_noise, matched_noise
 from .exact import ExactTerms
-from .grids import Batch, Rows, grid, split
+from .grids import MOST_NODES, Batch, Rows, grid, split
 from .lifted.marginal import density_of
 from .problem import Problem
 from .tables import Plan
@@ -136,14 +136,20 @@ class Objective:
             return split(places, self.rest, self.specs, generator, drawn)
 
     def regrid(self, phi: Values, theta: Values) -> bool:
-        """Enough nodes of every grid at a point; True if a batch changed."""
-        if not any(batch.nodes for batch in self._batches or ()):
+        """Enough nodes of every grid at a point, draws where none has enough; True if a batch changed."""
+        on_grid = {name: batch.nodes for batch in self._batches or () for name in batch.names if batch.nodes}
+        if not on_grid:
             return False
-        before, now = self.batches, self._split(phi, theta)
-        if [batch.names for batch in before] == [batch.names for batch in now] and all(
-            new.nodes <= old.nodes for new, old in zip(now, before, strict=True)
-        ):
+        now = self._split(phi, theta)
+        nodes = {name: batch.nodes for batch in now for name in batch.names}
+        if all(0 < nodes[name] <= before for name, before in on_grid.items()):
             return False
+        for name in on_grid:
+            if not nodes[name]:  # for good: where it had enough may be far from the optimum
+                self.drawn.add(name)
+                self.add_note(
+                    f"{name}: sampled from here on: no grid of at most {MOST_NODES} nodes is enough"
+                )
         self._batches = now
         return True
 

@@ -73,14 +73,17 @@ def _flat_moments(setup: Setup, latents: Mapping[str, Latent]) -> Flat | None:
     return flat
 
 
-def settle_nodes(setup: Setup, phi: Vector, theta: Vector) -> bool:
-    """Enough quadrature nodes at a point; True if a term changed."""
+def settle_nodes(setup: Setup, phi: Vector, theta: Vector) -> str | None:
+    """Enough quadrature nodes at a point, draws where they cannot be enough; what changed, or None."""
     objective, processes = setup.objective, setup.processes
-    values = _values(setup, phi, theta)
-    if processes.any(objective.exact is not None and objective.exact.refine(*values)):
+    values, was_exact = _values(setup, phi, theta), objective.is_exact
+    is_other = processes.any(objective.exact is not None and objective.exact.refine(*values))
+    if not is_other and not processes.any(objective.regrid(*values)):
+        return None
+    if is_other or processes.count > 1:
         prepare(setup, phi, theta)
-        return True
-    return processes.any(objective.regrid(*values))
+    is_drawn = was_exact and not objective.is_exact
+    return "draws where quadrature nodes are too few" if is_drawn else "more quadrature nodes"
 
 
 def prepare(setup: Setup, phi: Vector, theta: Vector) -> None:
@@ -144,8 +147,9 @@ def settle(setup: Setup, state: State) -> str | None:
                 exact.refuse(name, reason)
         prepare(setup, state.phi, state.theta)
         return f"sampled from here on: {', '.join(wrong)}"
-    if settle_nodes(setup, state.phi, state.theta):
-        return "more quadrature nodes"
+    change = settle_nodes(setup, state.phi, state.theta)
+    if change is not None:
+        return change
     gaps = setup.processes.union(_gaps_to_draws(setup, state))
     if not gaps:
         return None

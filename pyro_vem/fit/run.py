@@ -107,8 +107,9 @@ class Run:
         if warm is None:
             self.state, row = start_variances(setup, self.state)
             self.record(row)
-            if settle_nodes(setup, self.state.phi, self.state.theta):  # now, not after a whole fit
-                self._changed("more quadrature nodes")
+            change = settle_nodes(setup, self.state.phi, self.state.theta)  # now, not after a whole fit
+            if change is not None:
+                self._changed(change)
 
     def _check_closed_forms(self, phi: NDArray[np.float64], theta: NDArray[np.float64]) -> None:
         """Sample what does not agree with draws, and say so in the plan."""
