@@ -245,6 +245,10 @@ def _uncovered(found: tuple[Pool, ...]) -> list[str]:
             )
         elif pool.missing > MISSING_LIMIT:
             texts.append(f"draws of the {what} miss {pool.missing:.2f} nats of the evidence that others find")
+        elif pool.is_narrow:
+            texts.append(
+                f"weights of the {what} are much more equal than those of wider draws: a region is missed"
+            )
         else:
             texts.append(
                 f"weights of the {what} rest on {pool.effective:.0f} draws (limit {pool.fewest:.0f})"

@@ -28,7 +28,7 @@ MISSING_LIMIT = (
     0.1  # nats of evidence that draws may miss: wrong fits miss 0.12 or more, right ones 0.1 or less
 )
 FEWEST_EFFECTIVE = 200.0  # draws that weighted moments may rest on
-EFFICIENCY = 0.2  # of the effective draws that a Normal posterior would leave: below, k-hat can be lucky
+EFFICIENCY = 0.2  # of the effective draws that ought to be left: below, k-hat can be lucky
 NUM_DRAWS, MOST_DRAWS = 20_000, 80_000
 SPREAD = 0.1  # standard error of k-hat that is small enough
 MOST_DENSE = 4000  # latents of which the joint density is computed
@@ -51,6 +51,8 @@ class Pool:
         noise: what the guide makes the draws from, by site.
         limit: of k-hat.
         missing: nats by which another proposal finds more evidence than this one.
+        is_narrow: whether weights are much less equal on wider draws, of the linear response: there is
+            mass where this proposal makes next to no draws, and its own weights cannot tell.
     """
 
     proposal: str
@@ -61,6 +63,7 @@ class Pool:
     noise: Mapping[str, Tensor]
     limit: float = KHAT_LIMIT
     missing: float = 0.0
+    is_narrow: bool = False
 
     @property
     def spread(self) -> float:
@@ -74,6 +77,11 @@ class Pool:
         return float(1 / np.square(self.weights).sum())
 
     @property
+    def share(self) -> float:
+        """Effective draws as a part of the best possible."""
+        return self.effective / self.best
+
+    @property
     def log_evidence(self) -> float:
         """Log of the mean smoothed ratio: an estimate of log p(data), in nats."""
         body = int(np.argsort(self.log_ratio)[len(self.log_ratio) // 2])  # smoothing leaves it as it is
@@ -83,7 +91,7 @@ class Pool:
     @property
     def is_usable(self) -> bool:
         """Whether weighted moments can be believed."""
-        if self.missing > MISSING_LIMIT or not np.isfinite(self.khat):
+        if self.missing > MISSING_LIMIT or self.is_narrow or not np.isfinite(self.khat):
             return False
         # Of raw weights too: smoothing may level a tail in which one draw holds a tenth of the mass.
         raw = np.exp(2 * logsumexp(self.log_ratio) - logsumexp(2 * self.log_ratio))
@@ -246,10 +254,11 @@ def pools(fit: VEMResult, num_draws: int = NUM_DRAWS, seed: int = 1) -> tuple[Po
     with contextlib.suppress(ModelError):  # there is none for this guide; diagnose() says so
         if len(fit._linear_response.loc) <= MOST_JOINT:
             found.append(response_pool(fit, fit._linear_response, num_draws, seed + 1))
-    most = max(pool.log_evidence for pool in found)
-    found = [replace(pool, limit=limit, missing=most - pool.log_evidence) for pool in found[:1]] + [
-        replace(pool, limit=limit) for pool in found[1:]
-    ]
+    guide, wider = found[0], found[1:]
+    missing = max(pool.log_evidence for pool in found) - guide.log_evidence
+    is_narrow = any(pool.share < EFFICIENCY * guide.share for pool in wider)
+    found[0] = replace(guide, missing=missing, is_narrow=is_narrow)
+    found = [replace(pool, limit=limit) for pool in found]
     if not any(pool.is_usable for pool in found):
         with contextlib.suppress(ModelError):
             nested = nested_pool(fit, fit._linear_response, seed + 2, num_draws // 5)
