@@ -151,6 +151,28 @@ def test_starts_far_off_on_log_scales_end_at_the_same_bound(fit, seed):
     assert result.elbo == pytest.approx(fit(glmm, glmm_data(50)).elbo, abs=1e-6)
 
 
+def test_a_gamma_of_random_shape_has_a_bound_from_far_off_too(fit):
+    """Pumps from rates a thousand times too high: E[a log x] must not grow beyond E log Gamma(a)."""
+    counts = torch.tensor([5.0, 1, 5, 14, 3, 19, 1, 1, 4, 22]).double()
+    times = torch.tensor([94.3, 15.7, 62.9, 126, 5.24, 31.4, 1.05, 1.05, 2.1, 10.5]).double()
+
+    def model(counts, times):
+        alpha = pyro.sample("alpha", dist.Exponential(1.0))
+        beta = pyro.sample("beta", dist.Gamma(0.1, 1.0))
+        with pyro.plate("pumps", 10):
+            rate = pyro.sample("rate", dist.Gamma(alpha, beta))
+            pyro.sample("counts", dist.Poisson(rate * times), obs=counts)
+
+    data = {"counts": counts, "times": times}
+    rates = [863.4, 917.3, 903.4, 902.6, 892.3, 892.3, 887.0, 886.0, 898.0, 918.8]
+    init = {"alpha": torch.tensor(0.66), "beta": torch.tensor(4.2e-4), "rate": torch.tensor(rates)}
+    result, usual = fit(model, data, init=init), fit(model, data)
+    assert result.converged
+    assert result.elbo == pytest.approx(usual.elbo, abs=1e-6)
+    wide = {**usual.guide_params, "guide.scale.alpha": torch.tensor(15.0).double()}
+    assert usual.setup.objective.terms(wide, {})["rate"] < -1e40
+
+
 def mixture(y):
     gap = pyro.sample("gap", dist.Normal(2.0, 1.0))
     with pyro.plate("rows", len(y)):
