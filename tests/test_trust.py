@@ -16,7 +16,8 @@ import pyro_vem as vem
 from pyro_vem.posterior import plots
 from pyro_vem.posterior.arrowhead import Arrowhead, Layout, NotDefinite, Solver, dense
 from pyro_vem.posterior.checks import latent_scales
-from pyro_vem.posterior.importance import at_noise, guide_pool, response_pool, smoothed_weights
+from pyro_vem.posterior.containers import psis
+from pyro_vem.posterior.importance import as_pool, at_noise, guide_pool, response_pool
 from pyro_vem.posterior.nested import nested_pool
 from pyro_vem.posterior.rows import row_khat
 
@@ -289,9 +290,17 @@ def test_weights_of_a_wide_proposal_find_the_evidence(fit):
 
 def test_smoothing_agrees_with_a_pareto_tail():
     ratio = np.log(stats.pareto(1 / 0.5).rvs(20_000, random_state=0))
-    weights, khat = smoothed_weights(ratio)
+    log_weights, khat = psis(ratio)
     assert khat == pytest.approx(0.5, abs=0.12)
-    assert weights.sum() == pytest.approx(1.0)
+    assert np.exp(log_weights).sum() == pytest.approx(1.0)
+
+
+def test_evidence_of_weights_that_underflow():
+    """One draw with all of the weight: the others' are zero as numbers, and no less for their logs."""
+    ratio = np.r_[np.linspace(0.0, 1.0, 999), 2000.0]
+    pool = as_pool("guide", ratio, 1000.0, {})
+    assert pool.weights[0] == 0.0
+    assert pool.log_evidence == pytest.approx(2000.0 - np.log(1000), abs=5)
 
 
 def test_psis_mends_eight_schools(fit):

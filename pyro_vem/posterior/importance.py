@@ -1,6 +1,7 @@
 """Draws with Pareto-smoothed importance weights, and draws corrected by them or by linear response."""
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -45,7 +46,7 @@ class Pool:
     Attributes:
         proposal: "guide", "linear_response" (a t with its covariance) or "nested".
         log_ratio: log p - log q, (draws,).
-        weights: smoothed and normalised, (draws,).
+        log_weights: smoothed and normalised, (draws,).
         khat: Pareto tail index of the ratios.
         best: effective number of draws if the posterior were the Normal that the proposal follows.
         noise: what the guide makes the draws from, by site.
@@ -57,7 +58,7 @@ class Pool:
 
     proposal: str
     log_ratio: Vector
-    weights: Vector
+    log_weights: Vector
     khat: float
     best: float
     noise: Mapping[str, Tensor]
@@ -70,6 +71,11 @@ class Pool:
         """Standard error of k-hat: (1 + k) / sqrt(tail), that of a generalised Pareto fit."""
         n = len(self.log_ratio)
         return (1 + max(self.khat, 0.0)) / min(n / 5, 3 * n**0.5) ** 0.5
+
+    @functools.cached_property
+    def weights(self) -> Vector:
+        """Exponentials of the log weights."""
+        return np.exp(self.log_weights)
 
     @property
     def effective(self) -> float:
@@ -84,9 +90,9 @@ class Pool:
     @property
     def log_evidence(self) -> float:
         """Log of the mean smoothed ratio: an estimate of log p(data), in nats."""
-        body = int(np.argsort(self.log_ratio)[len(self.log_ratio) // 2])  # smoothing leaves it as it is
-        total = self.log_ratio[body] - np.log(self.weights[body])
-        return float(total - np.log(len(self.log_ratio)))
+        n = len(self.log_ratio)
+        body = int(np.argsort(self.log_ratio)[n - n // 5 - 1])  # the tail, which smoothing changes, is above
+        return float(self.log_ratio[body] - self.log_weights[body] - np.log(n))
 
     @property
     def is_usable(self) -> bool:
@@ -116,25 +122,10 @@ class Pool:
         return {name: value.index_select(0, chosen) for name, value in self.noise.items()}
 
 
-def smoothed_weights(log_ratio: Vector) -> tuple[Vector, float]:
-    """Pareto-smoothed normalised weights and k-hat; equal weights and 0 for constant ratios.
-
-    References:
-        Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling,
-        JMLR 25(72).
-
-    Example:
-        >>> smoothed_weights(np.zeros(200))[1]
-        0.0
-    """
-    log_weights, khat = psis(log_ratio)
-    return np.exp(log_weights), khat
-
-
 def as_pool(proposal: str, log_ratio: Vector, best: float, noise: Mapping[str, Tensor]) -> Pool:
     """A pool with its smoothed weights."""
-    weights, khat = smoothed_weights(log_ratio)
-    return Pool(proposal, log_ratio, weights, khat, best, noise)
+    log_weights, khat = psis(log_ratio)
+    return Pool(proposal, log_ratio, log_weights, khat, best, noise)
 
 
 def guide_pool(fit: VEMResult, num_draws: int, seed: int) -> Pool:

@@ -12,7 +12,8 @@ from ..bound.draws import NoiseSpec, independent_noise
 from ..fit.result import VEMResult
 from ..model.sites import Plate
 from .arrowhead import Vector
-from .importance import KHAT_LIMIT, NEARLY_EQUAL, at_noise, smoothed_weights
+from .containers import psis
+from .importance import KHAT_LIMIT, NEARLY_EQUAL, at_noise
 
 # A row's log ratio is close to a cubic in its noise: with fewer draws the tail that is fitted (3 sqrt(n))
 # reaches from the tail of the cubic into the plateau of its hump, and k-hat comes out as 2 or 5.
@@ -91,7 +92,7 @@ def _smoothed(log_weights: Vector) -> Vector:
         ratio = log_weights[:, row]
         raw = np.exp(ratio - ratio.max())
         is_equal = raw.sum() ** 2 > NEARLY_EQUAL * len(raw) * np.square(raw).sum()
-        result[row] = 0.0 if is_equal else smoothed_weights(ratio)[1]
+        result[row] = 0.0 if is_equal else psis(ratio)[1]
     return result
 
 
