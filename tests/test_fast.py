@@ -238,6 +238,16 @@ def test_a_grid_that_gets_too_coarse_gives_way_to_draws(fit):
     assert abs(float(slopes[1])) < 0.02
 
 
+@pytest.mark.parametrize("start", [2.0, -3.0])
+def test_a_grid_is_judged_where_the_fit_ends(fit, start):
+    """The factor is too wide for any grid on the way from these starts, and not at the optimum."""
+    result = fit(mixture, {"y": Y}, init={"gap": torch.tensor(start)})
+    assert result.plan["y"].method == "quadrature"
+    assert result.elbo == pytest.approx(
+        fit(mixture, {"y": Y}, init={"gap": torch.tensor(0.0)}).elbo, abs=1e-9
+    )
+
+
 def test_draws_are_added_where_others_would_move_the_optimum(fit):
     """A regression on exp(v) for five v: no term compiles, and 32 draws are too few."""
     generator = torch.Generator().manual_seed(2)

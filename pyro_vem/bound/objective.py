@@ -135,21 +135,23 @@ class Objective:
         with torch.no_grad():
             return split(places, self.rest, self.specs, generator, drawn)
 
-    def regrid(self, phi: Values, theta: Values) -> bool:
-        """Enough nodes of every grid at a point, draws where none has enough; True if a batch changed."""
-        on_grid = {name: batch.nodes for batch in self._batches or () for name in batch.names if batch.nodes}
-        if not on_grid:
+    def regrid(self, phi: Values, theta: Values, *, is_last: bool) -> bool:
+        """Enough nodes of every grid at a point; True if a batch changed.
+
+        At the last point of a fit rows whose grid is not enough are drawn, and drawn ones get a grid if
+        there is one: before, factors may be wider than any grid, or the start as narrow as is lucky.
+        """
+        had = {name: batch.nodes for batch in self._batches or () if batch.scope for name in batch.names}
+        if not (had if is_last else any(had.values())):
             return False
         now = self._split(phi, theta)
         nodes = {name: batch.nodes for batch in now for name in batch.names}
-        if all(0 < nodes[name] <= before for name, before in on_grid.items()):
+        lost = [name for name, before in had.items() if before and not nodes[name]]
+        if (lost and not is_last) or not (lost or any(nodes[name] > before for name, before in had.items())):
             return False
-        for name in on_grid:
-            if not nodes[name]:  # for good: where it had enough may be far from the optimum
-                self.drawn.add(name)
-                self.add_note(
-                    f"{name}: sampled from here on: no grid of at most {MOST_NODES} nodes is enough"
-                )
+        for name in lost:  # for good, or rows might come and go
+            self.drawn.add(name)
+            self.add_note(f"{name}: sampled from here on: no grid of at most {MOST_NODES} nodes is enough")
         self._batches = now
         return True
 

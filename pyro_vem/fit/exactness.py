@@ -73,12 +73,12 @@ def _flat_moments(setup: Setup, latents: Mapping[str, Latent]) -> Flat | None:
     return flat
 
 
-def settle_nodes(setup: Setup, phi: Vector, theta: Vector) -> str | None:
-    """Enough quadrature nodes at a point, draws where they cannot be enough; what changed, or None."""
+def settle_nodes(setup: Setup, phi: Vector, theta: Vector, *, is_last: bool = False) -> str | None:
+    """Enough quadrature nodes at a point, draws where there cannot be; what changed, or None."""
     objective, processes = setup.objective, setup.processes
     values, was_exact = _values(setup, phi, theta), objective.is_exact
     is_other = processes.any(objective.exact is not None and objective.exact.refine(*values))
-    if not is_other and not processes.any(objective.regrid(*values)):
+    if not is_other and not processes.any(objective.regrid(*values, is_last=is_last)):
         return None
     if is_other or processes.count > 1:
         prepare(setup, phi, theta)
@@ -147,7 +147,7 @@ def settle(setup: Setup, state: State) -> str | None:
                 exact.refuse(name, reason)
         prepare(setup, state.phi, state.theta)
         return f"sampled from here on: {', '.join(wrong)}"
-    change = settle_nodes(setup, state.phi, state.theta)
+    change = settle_nodes(setup, state.phi, state.theta, is_last=True)
     if change is not None:
         return change
     gaps = setup.processes.union(_gaps_to_draws(setup, state))
