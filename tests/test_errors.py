@@ -104,6 +104,14 @@ def changing(y):
         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
 
+def vanishing(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    if z > -2.0:  # as it is wherever the prototype runs
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
 def negative_scale(y):
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
     with pyro.plate("rows", len(y)):
@@ -148,6 +156,7 @@ CASES = {
     "hidden noise": (hidden_noise, Y, vem.UnsupportedModelError, ["'y'", "no pyro.sample site"]),
     "moving support": (moving_support, Y, vem.UnsupportedModelError, ["'w'", "pyro.deterministic"]),
     "changing structure": (changing, Y, vem.UnsupportedModelError, ["'w'", "some runs"]),
+    "vanishing site": (vanishing, Y, vem.UnsupportedModelError, ["'w'", "some runs"]),
     "negative scale": (negative_scale, Y, vem.ModelError, ["at or after 'rows'", "scale"]),
     "NaN data": (rows, Y * float("nan"), vem.ModelError, ["'y'", "NaN"]),
     "infinite data": (rows, torch.tensor([1.0, float("inf")]), vem.ModelError, ["'y'", "infinite"]),

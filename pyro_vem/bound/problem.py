@@ -30,12 +30,14 @@ class Problem:
     Attributes:
         guide: None when no latent is left for it (maximum likelihood or MAP).
         map_sites: latents whose values are parameters of the M-step.
+        names: of the model's sites that every run must have.
     """
 
     model: Program
     guide: Program | None
     call: Arguments
     map_sites: tuple[str, ...]
+    names: frozenset[str] = frozenset()
 
     def share(self, plates: Iterable[str]) -> float:
         """What a site in some plates is scaled by where the data are a part of all rows."""
@@ -56,9 +58,13 @@ class Problem:
     def run_model(self, theta: Values, values: Values) -> Execution:
         """One model run at given values of its latents."""
         run = self.model.run(self.call.args, self.call.kwargs, theta, lambda site: values.get(site["name"]))
-        for name, site in run.sites.items():
-            if not (site["is_observed"] or name in values or is_summed_out(site)):
-                raise UnsupportedModelError(f"site {name!r} appears in some runs of the model only")
+        more = {
+            name
+            for name, site in run.sites.items()
+            if not (site["is_observed"] or name in values or is_summed_out(site))
+        }
+        for name in sorted(more | (self.names - run.sites.keys())):
+            raise UnsupportedModelError(f"site {name!r} appears in some runs of the model only")
         return run
 
     def bound_model(self, theta: Values) -> Callable[[], Any]:

@@ -202,7 +202,7 @@ def set_up(
     if lifted is not None and isinstance(guide, MeanFieldConjugate):
         guide.blocks, guide.singles = lifted.blocks, lifted.singles
     guide_program = discover_modules(_program(guide, part), raw) if guide is not None else None
-    problem = Problem(program, guide_program, call, map_sites)
+    problem = Problem(program, guide_program, call, map_sites, proto.names)
     found = _guide_parameters(guide_program, call)
     processes, found = processes.laid_out(guide, latents, found, theta.size)
     phi = Block(found)
@@ -255,7 +255,7 @@ def _lifted(
     held: Mapping[str, Tensor],
     seed: int,
 ) -> Lifted:
-    plain = Problem(program, None, call, map_sites)
+    plain = Problem(program, None, call, map_sites, proto.names)
     parameters = [p for p in theta.parameters if p.name not in map_sites]
     depths = [-plate.dim for plates in proto.plates for plate in plates]
     return Lifted(plain.run_model, proto, parameters, map_sites, held, max(depths, default=0), seed)

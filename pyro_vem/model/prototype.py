@@ -46,6 +46,11 @@ class Prototype:
         latents = tuple(site.plates for site in self.latents)
         return (*latents, *self.observed.values(), *self.summed_out.values())
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Sites with a density, which every run of the model must have."""
+        return frozenset(site.name for site in self.latents) | {*self.observed, *self.summed_out}
+
     def plate(self, name: str) -> Plate:
         """The plate called `name`.
 
