@@ -241,10 +241,10 @@ class Run:
         A check costs as much as several steps, so after one that fails the next waits.
         """
         gain, tol, final = self._gain_of_round(), self._tolerance(), self._final_gtol()
-        is_solved = self.gtol <= final
+        has_both = self.setup.theta.size and self.setup.phi.size
+        is_solved = not has_both or self.gtol <= final
         # Inexact at first: a block need not be solved far beyond what a round gains.
         self.gtol = float(np.clip(0.1 * max(gain, 0.0) ** 0.5, final, max(final, self.gtol)))
-        has_both = self.setup.theta.size and self.setup.phi.size
         is_slow = gain > (10 if self.closed is not None else 1e3 if has_both else np.inf) * tol
         if not is_solved or is_slow or (self.iterations < self.next_check and not self._is_still()):
             return False
