@@ -1,5 +1,6 @@
 """Sites of a model: latents with their bijectors, plates, initial values."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from torch.distributions.transforms import AffineTransform, ComposeTransform, In
 from ..errors import ModelError, UnsupportedModelError
 from .parameters import off_boundary
 from .runtime import Site
+
+QUANTILES = 0.03  # sd of the quantiles that fits start from
+MEDIAN_DRAWS, MOST_MANY = 301, 1000  # of a prior without quantiles; elements of a site that get so many
 
 
 @dataclass(frozen=True)
@@ -111,15 +115,33 @@ def plates_of(site: Site) -> tuple[Plate, ...]:
 def init_strategy(init: Any) -> Callable[[Site], Tensor]:
     """A Pyro init strategy from None (prior median), a dict of values, or a strategy itself."""
     if init is None:
-        return init_to_median(num_samples=15)
+        return near_median
     if isinstance(init, Mapping):
         values = {name: torch.as_tensor(value) for name, value in init.items()}
         dtype = torch.get_default_dtype()
         floats = {k: v.to(dtype) if v.dtype != torch.bool else v for k, v in values.items()}
-        return init_to_value(values=floats, fallback=init_to_median(num_samples=15))
+        return init_to_value(values=floats, fallback=near_median)
     if callable(init):
         return init
     raise ModelError(f"init={init!r}: give a dict of values, or a Pyro strategy like init_to_median")
+
+
+def near_median(site: Site) -> Tensor:
+    """About a prior's median, a tenth of an sd off: at it a loading of zero would hide what it loads on.
+
+    A quantile near one half where there is a formula; else the median of draws, of few where there are many
+    elements.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> bool(near_median({"name": "z", "fn": dist.LogNormal(torch.full((9,), 5.0), 1.0)}).log().sub(5).abs().max() < 0.7)
+        True
+    """
+    fn, shape = unwrapped(site["fn"]), site["fn"].shape()
+    if not fn.event_shape:
+        with contextlib.suppress(NotImplementedError):
+            return fn.icdf((0.5 + QUANTILES * torch.randn(shape)).clamp(0.25, 0.75))
+    return init_to_median(site, num_samples=MEDIAN_DRAWS if shape.numel() <= MOST_MANY else 15)
 
 
 def initial_values(
