@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from scipy import optimize
 
-from .smooth import Loss, Smooth, Vector
+from .smooth import Flags, Loss, Smooth, Vector
 
 Method: TypeAlias = Literal["newton", "lbfgs"]
 
@@ -39,6 +39,7 @@ def minimise(
     gtol: float,
     max_iter: int,
     method: Method,
+    log_sds: Flags | None = None,
 ) -> Minimum:
     """Minimise from `start`; never ends at a higher value, and believes only the gradient.
 
@@ -50,6 +51,7 @@ def minimise(
         gtol: bound on the gradient norm in scaled coordinates.
         max_iter: iterations of the method.
         method: "newton" (trust region on Hessian-vector products) or "lbfgs".
+        log_sds: coordinates that are logs of sds, see `Smooth`.
 
     References:
         Gould, Lucidi, Roma and Toint (1999), Solving the trust-region subproblem using the
@@ -62,7 +64,7 @@ def minimise(
         >>> round(float(result.x[0]), 4)
         2.0
     """
-    smooth = Smooth(loss, start.copy(), scale)
+    smooth = Smooth(loss, start.copy(), scale, log_sds)
     zero = smooth.zero
     best: list[Any] = [zero, smooth.value(zero)]
 

@@ -31,6 +31,14 @@ class Scales:
         theta = self._curvature(state, "M", iteration) if block in ("M", "joint") else np.zeros(0)
         return np.concatenate([phi, theta])
 
+    def log_sds(self, block: str, size: int) -> NDArray[np.bool_]:
+        """Coordinates of a block that are logs of sds of Normal factors."""
+        found = np.zeros(size, dtype=bool)
+        if block != "M":
+            is_scale = self._normal[1]
+            found[: len(is_scale)] = is_scale
+        return found
+
     def of_factors(self, state: State) -> Vector:
         """Lengths of Normal factors, vectors too; one for what else there is, whose coordinates are logs."""
         scale = np.ones_like(state.phi)

@@ -1,5 +1,6 @@
 """A smooth loss with its derivatives in scaled coordinates, and what its Hessian tells at a point."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -13,6 +14,7 @@ from torch import Tensor
 from .processes import Spread
 
 Vector: TypeAlias = NDArray[np.float64]
+Flags: TypeAlias = NDArray[np.bool_]
 
 DIFFERENCE = 1e-4  # step of differences of a gradient, in scaled coordinates
 FEW_PRODUCTS, STILL = 10, 0.03  # products, and the part of the tolerance that they add to no gain worth it
@@ -48,6 +50,16 @@ class Smooth:
     the function is not finite count as +inf. Where several processes share the function, origin and
     scale are this process's, `a` and what comes back are whole.
 
+    Where x is the log of a Gaussian's sd it is origin + log(1 + scale * a) for positive a: the sd grows
+    linearly. With curvature H a Newton step in log(sd) is (1 / (H sd^2) - 1) / 2, which from an sd that is
+    four times too small is seven e-folds too far; in the sd itself it doubles it.
+
+    Args:
+        loss: the function.
+        origin: point about which coordinates are taken.
+        scale: positive lengths of the coordinates.
+        log_sds: which coordinates are logs of sds and grow so; none by default.
+
     Example:
         >>> f = Smooth(Loss(lambda x: (x**2).sum()), np.zeros(2), np.ones(2))
         >>> f.value(np.array([1.0, 2.0])), f.gradient(np.array([1.0, 2.0]))
@@ -56,9 +68,12 @@ class Smooth:
         array([2., 0.])
     """
 
-    def __init__(self, loss: Loss, origin: Vector, scale: Vector) -> None:
+    def __init__(self, loss: Loss, origin: Vector, scale: Vector, log_sds: Flags | None = None) -> None:
         self.loss, self.spread = loss, loss.spread
         self.origin, self.scale = self.spread.whole(origin), self.spread.whole(scale)
+        self.log_sds = None if log_sds is None else self.spread.whole(log_sds.astype(float)) > 0
+        self._slope = self.scale
+        self._bend: Vector | None = None
         self.zero = np.zeros_like(self.origin)
         self.evaluations = 0
         self.products = 0
@@ -72,7 +87,17 @@ class Smooth:
 
     def point(self, a: Vector) -> Vector:
         """The point on the original scale, this process's entries of it."""
-        return self.spread.own(self.origin + self.scale * a)
+        return self.spread.own(self.origin + self._placed(a)[0])
+
+    def _placed(self, a: Vector) -> tuple[Vector, Vector, Vector | None]:
+        """How far x is from the origin, its derivative x', and x'' / x' unless all of it is zero."""
+        step = self.scale * a
+        grows = self.log_sds & (step > 0) if self.log_sds is not None else None
+        if grows is None or not grows.any():
+            return step, self.scale, None
+        growth = np.where(grows, step, 0.0)
+        slope = self.scale / (1 + growth)
+        return np.where(grows, np.log1p(growth), step), slope, np.where(grows, -slope, 0.0)
 
     def value(self, a: Vector) -> float:
         """The function at `a`; +inf where it is not finite."""
@@ -83,7 +108,7 @@ class Smooth:
         """Gradient with respect to `a`."""
         self._move(a)
         if self._whole is None:
-            self._whole = self.scale * self.spread.summed(self._gradient_tensor().detach().numpy())
+            self._whole = self._slope * self.spread.summed(self._gradient_tensor().detach().numpy())
         return self._whole
 
     def hessian_product(self, a: Vector, v: Vector) -> Vector:
@@ -93,9 +118,10 @@ class Smooth:
             return self.difference_product(a, v)
         self._move(a)
         if self.loss.is_small:
-            return np.asarray(self._dense_hessian() @ v)
-        product = self._product(torch.as_tensor(self.spread.own(self.scale * v)))
-        return self.scale * self.spread.summed(product.numpy())
+            return np.asarray(self._dense_hessian(a) @ v)
+        product = self._product(torch.as_tensor(self.spread.own(self._slope * v)))
+        found: Vector = self._slope * self.spread.summed(product.numpy())
+        return found if self._bend is None else found + self._bend * self.gradient(a) * v
 
     def _product(self, direction: Tensor) -> Tensor:
         if self.loss.product is not None:
@@ -108,10 +134,12 @@ class Smooth:
         )
         return product
 
-    def _dense_hessian(self) -> Vector:
+    def _dense_hessian(self, a: Vector) -> Vector:
         if self._hessian is None:  # it costs two or three products, and a step takes five
             hessian = jacobian(self._gradient_tensor(), self._leaf).numpy()
-            self._hessian = self.scale[:, None] * hessian * self.scale
+            self._hessian = self._slope[:, None] * hessian * self._slope
+            if self._bend is not None:
+                self._hessian += np.diag(self._bend * self.gradient(a))
         return self._hessian
 
     def hessian(self) -> Vector:
@@ -128,7 +156,8 @@ class Smooth:
     def difference_product(self, a: Vector, v: Vector) -> Vector:
         """The Hessian product by central differences of the gradient."""
         step = DIFFERENCE / max(float(np.linalg.norm(v)), 1e-300)
-        twin = Smooth(self.loss, self.spread.own(self.origin), self.spread.own(self.scale))
+        twin = copy.copy(self)
+        twin.evaluations = 0
         product = (twin.gradient(a + step * v) - twin.gradient(a - step * v)) / (2 * step)
         self.evaluations += twin.evaluations
         return product
@@ -137,7 +166,8 @@ class Smooth:
         if self._at is not None and np.array_equal(a, self._at):
             return
         self.evaluations += 1
-        self._leaf = torch.as_tensor(self.point(a)).requires_grad_()
+        step, self._slope, self._bend = self._placed(a)
+        self._leaf = torch.as_tensor(self.spread.own(self.origin + step)).requires_grad_()
         if self.loss.both is not None:
             self._value, self._gradient = self.loss.both(self._leaf.detach())
         else:

@@ -58,7 +58,10 @@ def step(
         begin = time.perf_counter()
         scale = scales.of(new, block, iteration)
         loss, x = loss_of(setup, new, block)
-        result = minimise(loss, x, scale, gtol=gtol, max_iter=min(most, left), method=method)
+        result = minimise(
+            loss, x, scale, gtol=gtol, max_iter=min(most, left), method=method,
+            log_sds=scales.log_sds(block, x.size),
+        )  # fmt: skip
         new = moved(setup, new, block, result.x, -result.value)
         setup.captures.spent += time.perf_counter() - begin
         evaluations, products = evaluations + result.evaluations, products + result.products

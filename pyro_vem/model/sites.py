@@ -17,7 +17,7 @@ from ..errors import ModelError, UnsupportedModelError
 from .parameters import off_boundary
 from .runtime import Site
 
-QUANTILES = 0.03  # sd of the quantiles that fits start from
+QUANTILES = {"globals": 0.03, "rows": 0.1}  # sds of the quantiles that fits start from
 MEDIAN_DRAWS, MOST_MANY = 301, 1000  # of a prior without quantiles; elements of a site that get so many
 
 
@@ -127,21 +127,23 @@ def init_strategy(init: Any) -> Callable[[Site], Tensor]:
 
 
 def near_median(site: Site) -> Tensor:
-    """About a prior's median, a tenth of an sd off: at it a loading of zero would hide what it loads on.
+    """About a prior's median, where a loading of zero would hide what it loads on.
 
     A quantile near one half where there is a formula; else the median of draws, of few where there are many
-    elements.
+    elements. Rows of a plate lie farther apart: all alike they would say that their own scale is zero.
 
     Example:
         >>> import pyro.distributions as dist
-        >>> near = near_median({"name": "z", "fn": dist.LogNormal(torch.full((9,), 5.0), 1.0)})
+        >>> prior = dist.LogNormal(torch.full((9,), 5.0), 1.0)
+        >>> near = near_median({"name": "z", "fn": prior, "cond_indep_stack": ()})
         >>> bool((near.log() - 5).abs().max() < 0.5)
         True
     """
     fn, shape = unwrapped(site["fn"]), site["fn"].shape()
     if not fn.event_shape:
+        spread = QUANTILES["rows" if any(plate.size > 1 for plate in plates_of(site)) else "globals"]
         with contextlib.suppress(NotImplementedError):
-            return fn.icdf((0.5 + QUANTILES * torch.randn(shape)).clamp(0.25, 0.75))
+            return fn.icdf((0.5 + spread * torch.randn(shape)).clamp(0.02, 0.98))
     return init_to_median(site, num_samples=MEDIAN_DRAWS if shape.numel() <= MOST_MANY else 15)
 
 
