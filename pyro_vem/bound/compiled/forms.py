@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributions as td
 
-from .reduced import mean_softplus, scaled_square
+from .reduced import mean_after_stirling, mean_softplus, scaled_square
 from .slots import RATIO, RESIDUAL, Spec
 
 Mean: TypeAlias = Mapping[str, Tensor]
@@ -26,7 +26,6 @@ Rule: TypeAlias = tuple[Tensor, Tensor]
 Vector: TypeAlias = NDArray[np.float64]
 
 REACH = 8.0  # of the trapezoid rule, in standard deviations
-STIRLING = math.log(10.0)  # of a, from where the series for log Gamma(a) is exact to 1e-13
 FEW = 8  # nodes up to which Gauss-Hermite is always better: narrow factors need no more
 LOGIT = (td.Bernoulli, td.Binomial, td.NegativeBinomial, td.Geometric)
 # Log densities that grow at most linearly in their slots: the trapezoid rule beats Gauss-Hermite.
@@ -177,29 +176,11 @@ def _gamma(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule
     m, v, m_a = mean[RATIO], _of(cov, RATIO, RATIO), mean[name]
     v_a, c = _of(cov, name, name), _of(cov, RATIO, name)
     if name in random:
-        x, w = (part.reshape(-1, *(1,) * max(m_a.dim(), v_a.dim())) for part in rule)
-        rest = (w * after_stirling(m_a + x * root(v_a))).sum(0)
+        rest = mean_after_stirling(m_a, root(v_a), *rule)
         product = torch.exp(m_a + v_a / 2) * (m + c - m_a - v_a + 1)
     else:
         rest, product = torch.lgamma(m_a.exp()), m_a.exp() * m
     return spec.jacobian + product - rest - torch.exp(m + v / 2)
-
-
-def after_stirling(t: Tensor) -> Tensor:
-    """Log Gamma(a) - a log a + a at a = exp(t), which is between linear functions of t; twice differentiable.
-
-    References:
-        Abramowitz and Stegun (1964), Handbook of Mathematical Functions, 6.1.41.
-
-    Example:
-        >>> after_stirling(torch.tensor([-800.0, 0.0, 800.0]).double())
-        tensor([ 800.0000,    1.0000, -399.0811], dtype=torch.float64)
-    """
-    low, high = t.clamp(max=STIRLING), t.clamp(min=STIRLING)
-    a, u = low.exp(), torch.exp(-high)
-    series = u * (1 / 12 + u**2 * (-1 / 360 + u**2 * (1 / 1260 + u**2 * (-1 / 1680 + u**2 / 1188))))
-    below = torch.lgamma(1 + a) - low - a * low + a
-    return torch.where(t < STIRLING, below, 0.5 * math.log(2 * math.pi) - high / 2 + series)
 
 
 def _rate(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
