@@ -13,6 +13,7 @@ from ..model.runtime import Site
 from ..model.sites import Latent
 from .certificate import View
 from .compiled.compile import Compiled, Variables
+from .compiled.expect import ROUGHLY, SETTLED
 from .compiled.moments import Moments
 from .kl import lookup, negative_entropy
 from .kl.entropy import normal_entropy
@@ -203,10 +204,10 @@ class Deterministic:
             found[name] = -site_divergence(q, p).sum()
         return found
 
-    def refine(self, phi: Values, theta: Values) -> bool:
+    def refine(self, phi: Values, theta: Values, is_last: bool) -> bool:
         """Enough quadrature nodes for every term; True if something changed."""
         with torch.no_grad():
-            return self.compiled.refine(self.moments(phi, theta))
+            return self.compiled.refine(self.moments(phi, theta), SETTLED if is_last else ROUGHLY)
 
     def recheck(self, phi: Values, theta: Values, seed: int) -> list[str]:
         """Names of terms that were refused because they differ from the model at draws of the guide."""

@@ -63,7 +63,7 @@ class ExactTerms(Protocol):
         """The sum straight from flat vectors; None if that needs constrained values."""
         ...
 
-    def refine(self, phi: Values, theta: Values) -> bool:
+    def refine(self, phi: Values, theta: Values, is_last: bool) -> bool:
         """Enough quadrature nodes; True if something changed."""
         ...
 

@@ -280,7 +280,7 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
 
 
 def _warm_strategy(warm: VEMResult) -> Callable[[dict[str, Any]], Tensor]:
-    """Prototype values of an earlier fit's sites where they still fit, prior medians elsewhere."""
+    """Prototype values of an earlier fit's sites where they still fit, near prior medians elsewhere."""
     median = init_strategy(None)
     known = {} if warm._setup is None else {site.name: site.init for site in warm._setup.prototype.latents}
 

@@ -77,7 +77,7 @@ def settle_nodes(setup: Setup, phi: Vector, theta: Vector, *, is_last: bool = Fa
     """Enough quadrature nodes at a point, draws where there cannot be; what changed, or None."""
     objective, processes = setup.objective, setup.processes
     values, was_exact = _values(setup, phi, theta), objective.is_exact
-    is_other = processes.any(objective.exact is not None and objective.exact.refine(*values))
+    is_other = processes.any(objective.exact is not None and objective.exact.refine(*values, is_last))
     if not is_other and not processes.any(objective.regrid(*values, is_last=is_last)):
         return None
     if is_other or processes.count > 1:

@@ -19,8 +19,8 @@ class MeanFieldNormal(FactorisedNormal):
 
     Args:
         model: the Pyro model.
-        init: start of the means: None for the prior medians, a dict of values on the
-            constrained scale (the rest at prior medians), or a Pyro strategy such as
+        init: start of the means: None for values near prior medians, a dict of values on the
+            constrained scale (the rest near prior medians), or a Pyro strategy such as
             ``init_to_median``. Standard deviations start at 0.1 on the unconstrained scale.
         name: prefix of the parameters ``<name>.loc.<site>`` and ``<name>.scale.<site>``, each
             shaped batch + unconstrained event.

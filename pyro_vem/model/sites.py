@@ -113,7 +113,7 @@ def plates_of(site: Site) -> tuple[Plate, ...]:
 
 
 def init_strategy(init: Any) -> Callable[[Site], Tensor]:
-    """A Pyro init strategy from None (prior median), a dict of values, or a strategy itself."""
+    """A Pyro init strategy from None (near prior medians), a dict of values, or a strategy itself."""
     if init is None:
         return near_median
     if isinstance(init, Mapping):

@@ -221,12 +221,12 @@ class Compiled:
         """Scalar densities in all compiled terms."""
         return sum(len(term.spec.weight) for term in self.terms.values())
 
-    def refine(self, moments: Moments) -> bool:
-        """Double nodes where they are too few at these moments; True if something grew or was refused."""
+    def refine(self, moments: Moments, settled: float) -> bool:
+        """Double nodes where that changes a term by more than this part; True if one grew or was refused."""
         grew = False
         inputs = self.apart.inputs(moments)
         for (name, term), x in zip(list(self.terms.items()), inputs, strict=True):
-            finer = term.refined(x)
+            finer = term.refined(x, settled)
             if isinstance(finer, str):
                 self.refuse(name, finer, is_rough=True)
                 grew = True

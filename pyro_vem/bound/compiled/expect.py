@@ -27,7 +27,7 @@ Inputs: TypeAlias = Mapping[Key, Tensor]
 FIRST_NODES = 8
 MOST_NODES = {"conditions": 64, 1: 128, 2: 32, 3: 16}
 MOST_POINTS = 4_000_000  # nodes times rows of one term
-SETTLED = 1e-9  # change of a term, relative, on doubling its nodes
+SETTLED, ROUGHLY = 1e-9, 1e-8  # change of a term, relative, on doubling its nodes: at the end, and before
 
 
 @dataclass(frozen=True)
@@ -158,18 +158,18 @@ class CompiledTerm:
             rows = (weights.unsqueeze(-1) * rows).sum(0)
         return (self.spec.weight * rows).sum()
 
-    def refined(self, x: Inputs) -> "CompiledTerm | str":
+    def refined(self, x: Inputs, settled: float) -> "CompiledTerm | str":
         """The term with enough nodes at these moments; or why there are not enough."""
         with torch.no_grad():
             term = self
             for what in ("condition_nodes", "slot_nodes"):
-                grown = term._doubled(x, what)
+                grown = term._doubled(x, what, settled)
                 if isinstance(grown, str):
                     return grown
                 term = grown
             return term
 
-    def _doubled(self, x: Inputs, what: str) -> "CompiledTerm | str":
+    def _doubled(self, x: Inputs, what: str, settled: float) -> "CompiledTerm | str":
         if what == "condition_nodes":
             is_needed, most = self.has_grid, MOST_NODES["conditions"]
         else:
@@ -183,7 +183,7 @@ class CompiledTerm:
                 return f"{n} quadrature nodes are not enough: the expectation is rough, or infinite"
             finer = replace(term, **{what: 2 * n})
             now = float(finer.expectation(x))
-            if abs(now - value) <= SETTLED * (1 + abs(now)):
+            if abs(now - value) <= settled * (1 + abs(now)):
                 return term
             term, value = finer, now
 

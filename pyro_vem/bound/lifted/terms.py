@@ -96,7 +96,7 @@ class LiftedTerms:
         """None: statistics are made of constrained values."""
         return None
 
-    def refine(self, phi: Values, theta: Values) -> bool:
+    def refine(self, phi: Values, theta: Values, is_last: bool) -> bool:
         """False: nothing here is a quadrature."""
         return False
 
