@@ -112,6 +112,21 @@ def vanishing(y):
         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
 
+class Own(dist.Normal):
+    """A caller's distribution whose quantiles are another function's."""
+
+    def icdf(self, value, tail):
+        return super().icdf(value)
+
+
+def test_a_prior_whose_quantiles_fail_is_drawn(fit):
+    def model(y):
+        z = pyro.sample("z", Own(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    assert fit(model, {"y": torch.tensor(1.0)}).converged
+
+
 def negative_scale(y):
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
     with pyro.plate("rows", len(y)):

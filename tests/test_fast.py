@@ -224,7 +224,7 @@ def test_a_grid_that_gets_too_coarse_gives_way_to_draws(fit):
 
     result = fit(model, {"y": y}, init={"z": torch.tensor(0.5)})
     assert result.plan["y"].method == "draws"
-    assert any("no grid of at most" in note for note in result.plan.notes)
+    assert any("no grid is enough" in note for note in result.plan.notes)
     nodes = torch.linspace(-9.0, 9.0, 40_001).double()
     weights = (-(nodes**2) / 2).softmax(0)
 
@@ -237,6 +237,33 @@ def test_a_grid_that_gets_too_coarse_gives_way_to_draws(fit):
     slopes = torch.autograd.functional.jacobian(bound, found)
     assert abs(float(slopes[0] * found[1].exp())) < 0.02
     assert abs(float(slopes[1])) < 0.02
+
+
+def test_rows_of_one_scope_have_grids_of_their_own(fit):
+    """A kink takes its own row off the grid, and no other."""
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("smooth", dist.Normal((3 * z).sin(), 1.0), obs=y)
+        pyro.sample("kinked", dist.Normal(z.abs(), 0.3), obs=1 - y)
+
+    result = fit(model, {"y": torch.tensor(0.0)}, init={"z": torch.tensor(0.7)})
+    assert result.plan["smooth"].method == "quadrature"
+    assert result.plan["kinked"].method == "draws"
+    notes = [note for note in result.plan.notes if "no grid" in note]
+    assert notes in ([], ["kinked: sampled from here on: no grid is enough"])
+
+
+def test_a_row_that_falls_silent_is_no_row_without_a_grid(fit):
+    """At the optimum, z about -3, no draw is above zero: nothing is left to integrate."""
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(-3.0, 0.1))
+        pyro.sample("y", dist.Normal(z.clamp(min=0.0) ** 4, 1.0), obs=y)
+
+    result = fit(model, {"y": torch.tensor(0.0)}, init={"z": torch.tensor(0.5)})
+    assert result.converged
+    assert not any("no grid" in note for note in result.plan.notes)
 
 
 @pytest.mark.parametrize("start", [2.0, -3.0])

@@ -297,6 +297,9 @@ def test_smoothing_agrees_with_a_pareto_tail():
 
 def test_evidence_of_weights_that_underflow():
     """One draw with all of the weight: the others' are zero as numbers, and no less for their logs."""
+    even = np.random.default_rng(0).normal(size=101)  # whose tail of 21 smoothing changes
+    pool, low = as_pool("guide", even, 101.0, {}), even.argmin()
+    assert pool.log_evidence == pytest.approx(even[low] - pool.log_weights[low] - np.log(101), abs=1e-12)
     ratio = np.r_[np.linspace(0.0, 1.0, 999), 2000.0]
     pool = as_pool("guide", ratio, 1000.0, {})
     assert pool.weights[0] == 0.0

@@ -28,11 +28,13 @@ class Batch:
         plan: the rows.
         scope: guide sites whose noise they see; empty where none is.
         nodes: of the grid in each dimension; 0 for fixed draws.
+        steady: rows among them that no noise enters.
     """
 
     plan: Plan
     scope: tuple[str, ...] = ()
     nodes: int = 0
+    steady: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -125,16 +127,16 @@ def split(
     batches = []
     for scope, names in by_scope.items():
         smooth = [name for name in names if name not in rough]
-        some, nodes = _only(plan, smooth), None
+        on_grid: list[str] = []
         if smooth and sum(sizes[name] for name in scope) <= MOST_DIMENSIONS:
-            nodes = _enough_nodes(rows, some, specs, scope)
-        if nodes is not None:
-            batches.append(Batch(some, scope, nodes))
-        drawn += names if nodes is None else [name for name in names if name in rough]
+            nodes, on_grid = _enough_nodes(rows, _only(plan, smooth), specs, scope)
+            if on_grid:
+                batches.append(Batch(_only(plan, on_grid), scope, nodes))
+        drawn += [name for name in names if name not in on_grid]
     if drawn:
-        batches.append(Batch(_only(plan, [*steady, *drawn]), tuple(sizes)))
+        batches.append(Batch(_only(plan, [*steady, *drawn]), tuple(sizes), 0, tuple(steady)))
     elif steady:
-        batches.append(Batch(_only(plan, steady)))
+        batches.append(Batch(_only(plan, steady), steady=tuple(steady)))
     return tuple(batches)
 
 
@@ -142,18 +144,23 @@ def _only(plan: Plan, names: Sequence[str]) -> Plan:
     return replace(plan, rows=tuple(row for row in plan.rows if row.site in names))
 
 
-def _enough_nodes(rows: Rows, plan: Plan, specs: Sequence[NoiseSpec], scope: tuple[str, ...]) -> int | None:
-    """The first count whose double changes no row; None if the grid gets too large."""
+def _enough_nodes(
+    rows: Rows, plan: Plan, specs: Sequence[NoiseSpec], scope: tuple[str, ...]
+) -> tuple[int, list[str]]:
+    """The first count whose double changes none of some rows, and these: those that settle at all."""
     dimensions = sum(spec.size for spec in specs if spec.name in scope)
 
-    def value(n: int) -> Tensor:
+    def value(n: int) -> dict[str, Tensor]:
         noise, weights = grid(specs, scope, n)
-        return torch.stack([weights @ v for v in rows(plan, noise).values()])
+        return {name: weights @ v for name, v in rows(plan, noise).items()}
 
     n, before = FIRST_NODES, value(FIRST_NODES)
-    while 2 * n <= MOST_NODES and (2 * n) ** dimensions <= MOST_POINTS:
+    enough, settled = n, list[str]()
+    while len(settled) < len(before) and 2 * n <= MOST_NODES and (2 * n) ** dimensions <= MOST_POINTS:
         after = value(2 * n)
-        if bool(((after - before).abs() <= SETTLED * (1 + after.abs())).all()):
-            return n
+        for name in before.keys() - set(settled):
+            if bool((after[name] - before[name]).abs() <= SETTLED * (1 + after[name].abs())):
+                enough = n
+                settled.append(name)
         n, before = 2 * n, after
-    return None
+    return enough, [name for name in before if name in settled]

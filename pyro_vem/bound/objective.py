@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..model.data import Arguments
 from ..model.runtime import Execution, is_summed_out
 from .draws import NoiseSpec, independent_noise, matched_noise
 from .exact import ExactTerms
-from .grids import MOST_NODES, Batch, Rows, grid, split
+from .grids import Batch, Rows, grid, split
 from .lifted.marginal import density_of
 from .problem import Problem
 from .tables import Plan
@@ -109,18 +109,18 @@ class Objective:
             rows.append(row)
         return replace(self.plan, rows=tuple(rows))
 
-    def prepare(self, phi: Values, theta: Values) -> None:
-        """Choose grids, draws, and between vmap and a loop over them; the plan says which."""
+    def prepare(self, phi: Values, theta: Values, drawn: Collection[str] = ()) -> None:
+        """Choose grids, draws (of these rows for sure), and between vmap and a loop over them."""
         self._batches = None
         if not self.specs or not self.rest.rows:
             return
         if self.exact is not None or self.is_gridded:
-            self._batches = self._split(phi, theta)
+            self._batches = self._split(phi, theta, drawn)
         if not self.is_exact:
             with torch.no_grad():
                 self.terms(phi, theta)
 
-    def _split(self, phi: Values, theta: Values) -> tuple[Batch, ...]:
+    def _split(self, phi: Values, theta: Values, more: Collection[str] = ()) -> tuple[Batch, ...]:
         def at(theta: Values) -> Rows:
             def rows(plan: Plan, noise: dict[str, Tensor]) -> dict[str, Tensor]:
                 return self._each(lambda one: self._once(plan, phi, theta, one), noise)
@@ -129,31 +129,20 @@ class Objective:
 
         places = [at(theta), *([at(self.elsewhere)] if self.elsewhere else [])]
         generator = torch.Generator().manual_seed(self.seed + 1)
-        drawn = set(self.drawn) if self.is_gridded else {row.site for row in self.rest.rows}
+        drawn = self.drawn.union(more) if self.is_gridded else {row.site for row in self.rest.rows}
         if self.exact is not None:
             drawn |= set(self.exact.rough)
         with torch.no_grad():
             return split(places, self.rest, self.specs, generator, drawn)
 
-    def regrid(self, phi: Values, theta: Values, *, is_last: bool) -> bool:
-        """Enough nodes of every grid at a point; True if a batch changed.
+    @property
+    def nodes(self) -> dict[str, int]:
+        """Nodes of each row that runs the model, 0 for draws; without rows that no noise enters."""
+        return _nodes(self._batches or ())
 
-        At the last point of a fit rows whose grid is not enough are drawn, and drawn ones get a grid if
-        there is one: before, factors may be wider than any grid, or the start as narrow as is lucky.
-        """
-        had = {name: batch.nodes for batch in self._batches or () if batch.scope for name in batch.names}
-        if not (had if is_last else any(had.values())):
-            return False
-        now = self._split(phi, theta)
-        nodes = {name: batch.nodes for batch in now for name in batch.names}
-        lost = [name for name, before in had.items() if before and not nodes[name]]
-        if (lost and not is_last) or not (lost or any(nodes[name] > before for name, before in had.items())):
-            return False
-        for name in lost:  # for good, or rows might come and go
-            self.drawn.add(name)
-            self.add_note(f"{name}: sampled from here on: no grid of at most {MOST_NODES} nodes is enough")
-        self._batches = now
-        return True
+    def nodes_at(self, phi: Values, theta: Values) -> dict[str, int]:
+        """`nodes` as they would be chosen at a point."""
+        return _nodes(self._split(phi, theta))
 
     def _once(self, plan: Plan, phi: Values, theta: Values, noise: Values) -> dict[str, Tensor]:
         sites, model = self.problem.run(phi, theta, noise)
@@ -360,3 +349,7 @@ def _groups(
     if "terms" in keep:
         groups["terms"] = site_terms(plan, guide_sites, model.sites, density)
     return groups
+
+
+def _nodes(batches: Iterable[Batch]) -> dict[str, int]:
+    return {name: batch.nodes for batch in batches for name in batch.names if name not in batch.steady}

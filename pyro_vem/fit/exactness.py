@@ -74,16 +74,41 @@ def _flat_moments(setup: Setup, latents: Mapping[str, Latent]) -> Flat | None:
 
 
 def settle_nodes(setup: Setup, phi: Vector, theta: Vector, *, is_last: bool = False) -> str | None:
-    """Enough quadrature nodes at a point, draws where there cannot be; what changed, or None."""
+    """Enough quadrature nodes at a point; what changed, or None.
+
+    Where a fit ends, rows that no grid is enough for are drawn, and drawn ones get a grid if there is one:
+    before, factors may be wider than any grid, or the start as narrow as is lucky.
+    """
     objective, processes = setup.objective, setup.processes
     values, was_exact = _values(setup, phi, theta), objective.is_exact
     is_other = processes.any(objective.exact is not None and objective.exact.refine(*values, is_last))
-    if not is_other and not processes.any(objective.regrid(*values, is_last=is_last)):
+    lost, gained, is_finer = _regridded(setup, values) if objective.is_gridded else ([], [], False)
+    if not is_last:
+        is_finer, lost, gained = is_finer and not lost, [], []
+    if not (is_other or lost or gained or is_finer):
         return None
-    if is_other or processes.count > 1:
-        prepare(setup, phi, theta)
-    is_drawn = was_exact and not objective.is_exact
-    return "draws where quadrature nodes are too few" if is_drawn else "more quadrature nodes"
+    for name in lost:  # for good, or rows might come and go
+        objective.drawn.add(name)
+        objective.add_note(f"{name}: sampled from here on: no grid is enough")
+    prepare(setup, phi, theta)
+    if lost or (was_exact and not objective.is_exact):
+        return "draws where quadrature nodes are too few"
+    return f"a grid is enough for {', '.join(gained)}" if gained else "more quadrature nodes"
+
+
+def _regridded(setup: Setup, values: tuple[dict[str, Tensor], ...]) -> tuple[list[str], list[str], bool]:
+    """Rows of all processes that lose their grid here, and that get one; whether one is too coarse."""
+    objective, processes = setup.objective, setup.processes
+    had = objective.nodes
+    if not processes.any(bool(had)):
+        return [], [], False
+    now = objective.nodes_at(*values)
+    drawn = set(processes.union({name: "" for name, nodes in now.items() if not nodes}))
+    lost = [name for name, nodes in had.items() if nodes and name in drawn]
+    gained = [name for name, nodes in had.items() if not nodes and name in now and name not in drawn]
+    is_finer = processes.any(any(now.get(name, 0) > nodes > 0 for name, nodes in had.items()))
+    lost, gained = (sorted(processes.union(dict.fromkeys(names, ""))) for names in (lost, gained))
+    return lost, gained, is_finer
 
 
 def prepare(setup: Setup, phi: Vector, theta: Vector) -> None:
@@ -102,9 +127,8 @@ def prepare(setup: Setup, phi: Vector, theta: Vector) -> None:
                 exact.refuse(name, f"not compiled by another process: {reason}")
     objective.prepare(*values)
     if processes.count > 1:
-        sampled = {name: "" for b in objective.batches if b.scope and not b.nodes for name in b.names}
-        objective.drawn |= set(processes.union(sampled))
-        objective.prepare(*values)
+        sampled = {name: "" for name, nodes in objective.nodes.items() if not nodes}
+        objective.prepare(*values, processes.union(sampled))
 
 
 def _check_closed_forms(setup: Setup) -> None:

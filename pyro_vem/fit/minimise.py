@@ -20,12 +20,14 @@ class Minimum:
         x: the best point met, on the original scale.
         value: the function there.
         gradient: Euclidean norm of the gradient in scaled coordinates there.
+        is_solved: whether it is small enough with grown sds as lengths; in the first ones it may not be.
         iterations: of the optimiser.
     """
 
     x: Vector
     value: float
     gradient: float
+    is_solved: bool
     iterations: int
     evaluations: int
     products: int
@@ -80,9 +82,10 @@ def minimise(
     if zero.size and float(np.linalg.norm(smooth.gradient(zero))) > gtol:
         with np.errstate(over="ignore", invalid="ignore"):  # trial points may lie anywhere
             iterations = _search(smooth, tracked, best, gtol, max_iter, method)
-    gradient = float(np.linalg.norm(smooth.gradient(best[0])))
+    is_solved = float(np.linalg.norm(smooth.gradient(best[0]))) <= gtol
+    gradient = float(np.linalg.norm(smooth.plain_gradient(best[0])))
     point = smooth.point(best[0])
-    return Minimum(point, best[1], gradient, iterations, smooth.evaluations, smooth.products)
+    return Minimum(point, best[1], gradient, is_solved, iterations, smooth.evaluations, smooth.products)
 
 
 def _search(

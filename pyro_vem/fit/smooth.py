@@ -111,6 +111,11 @@ class Smooth:
             self._whole = self._slope * self.spread.summed(self._gradient_tensor().detach().numpy())
         return self._whole
 
+    def plain_gradient(self, a: Vector) -> Vector:
+        """Gradient at `a` in lengths of `scale`, also where a log of an sd has grown."""
+        gradient = self.gradient(a)
+        return gradient if self._bend is None else gradient * (self.scale / self._slope)
+
     def hessian_product(self, a: Vector, v: Vector) -> Vector:
         """Hessian with respect to `a`, times `v`."""
         self.products += 1

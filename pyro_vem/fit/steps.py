@@ -51,8 +51,8 @@ def step(
         NonMonotoneError: if the bound fell.
     """
     start = time.perf_counter()
-    has_lengths = method == "newton" and block != "M" and bool(free_sites(setup.guide))
-    most = min(max_iter, RESCALE_AFTER) if has_lengths else max_iter
+    has_lengths = block != "M" and bool(free_sites(setup.guide))
+    most = min(max_iter, RESCALE_AFTER) if has_lengths and method == "newton" else max_iter
     new, evaluations, products = state, 0, 0
     for left in range(max_iter, 0, -most):
         begin = time.perf_counter()
@@ -60,12 +60,13 @@ def step(
         loss, x = loss_of(setup, new, block)
         result = minimise(
             loss, x, scale, gtol=gtol, max_iter=min(most, left), method=method,
-            log_sds=scales.log_sds(block, x.size),
+            log_sds=scales.log_sds(block, x.size) if has_lengths else None,
         )  # fmt: skip
         new = moved(setup, new, block, result.x, -result.value)
         setup.captures.spent += time.perf_counter() - begin
         evaluations, products = evaluations + result.evaluations, products + result.products
-        if result.gradient <= gtol or result.iterations < most:
+        is_stuck = result.iterations < most and not (result.is_solved and result.iterations)
+        if result.gradient <= gtol or is_stuck:
             break
     _check_rise(state.elbo, new.elbo, block, iteration)
     row = Step(

@@ -142,8 +142,10 @@ def near_median(site: Site) -> Tensor:
     fn, shape = unwrapped(site["fn"]), site["fn"].shape()
     if not fn.event_shape:
         spread = QUANTILES["rows" if any(plate.size > 1 for plate in plates_of(site)) else "globals"]
-        with contextlib.suppress(NotImplementedError):
-            return fn.icdf((0.5 + spread * torch.randn(shape)).clamp(0.02, 0.98))
+        with contextlib.suppress(Exception):  # a distribution of the caller's may have anything there
+            value = fn.icdf((0.5 + spread * torch.randn(shape)).clamp(0.02, 0.98))
+            if value.shape == shape and bool(site["fn"].support.check(value).all()):
+                return value
     return init_to_median(site, num_samples=MEDIAN_DRAWS if shape.numel() <= MOST_MANY else 15)
 
 

@@ -91,7 +91,8 @@ class Pool:
     def log_evidence(self) -> float:
         """Log of the mean smoothed ratio: an estimate of log p(data), in nats."""
         n = len(self.log_ratio)
-        body = int(np.argsort(self.log_ratio)[n - n // 5 - 1])  # the tail, which smoothing changes, is above
+        tail = -(-n // 5)  # at most: what smoothing changes
+        body = int(np.argsort(self.log_ratio)[n - tail - 1])
         return float(self.log_ratio[body] - self.log_weights[body] - np.log(n))
 
     @property
