@@ -134,7 +134,7 @@ def glmm_data(groups):
 
 
 def test_evaluations_do_not_grow_with_the_number_of_groups(fit):
-    small, large = (fit(glmm, glmm_data(groups)) for groups in (1_000, 20_000))
+    small, large = (fit(glmm, glmm_data(groups)) for groups in (2_000, 20_000))
     assert small.converged
     assert large.converged
     work = [sum(row.evaluations for row in result.history) for result in (small, large)]
@@ -251,7 +251,7 @@ def test_rows_of_one_scope_have_grids_of_their_own(fit):
     assert result.plan["smooth"].method == "quadrature"
     assert result.plan["kinked"].method == "draws"
     notes = [note for note in result.plan.notes if "no grid" in note]
-    assert notes in ([], ["kinked: sampled from here on: no grid is enough"])
+    assert notes == ["kinked: sampled from here on: no grid is enough"]
 
 
 def test_a_row_that_falls_silent_is_no_row_without_a_grid(fit):

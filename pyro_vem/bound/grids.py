@@ -155,12 +155,10 @@ def _enough_nodes(
         return {name: weights @ v for name, v in rows(plan, noise).items()}
 
     n, before = FIRST_NODES, value(FIRST_NODES)
-    enough, settled = n, list[str]()
-    while len(settled) < len(before) and 2 * n <= MOST_NODES and (2 * n) ** dimensions <= MOST_POINTS:
+    enough, moving = n, set(before)
+    while moving and 2 * n <= MOST_NODES and (2 * n) ** dimensions <= MOST_POINTS:
         after = value(2 * n)
-        for name in before.keys() - set(settled):
-            if bool((after[name] - before[name]).abs() <= SETTLED * (1 + after[name].abs())):
-                enough = n
-                settled.append(name)
-        n, before = 2 * n, after
-    return enough, [name for name in before if name in settled]
+        left = {k for k in moving if not (after[k] - before[k]).abs() <= SETTLED * (1 + after[k].abs())}
+        enough = n if left != moving else enough
+        n, before, moving = 2 * n, after, left
+    return enough, [name for name in before if name not in moving]

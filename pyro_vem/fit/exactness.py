@@ -82,7 +82,12 @@ def settle_nodes(setup: Setup, phi: Vector, theta: Vector, *, is_last: bool = Fa
     objective, processes = setup.objective, setup.processes
     values, was_exact = _values(setup, phi, theta), objective.is_exact
     is_other = processes.any(objective.exact is not None and objective.exact.refine(*values, is_last))
-    lost, gained, is_finer = _regridded(setup, values) if objective.is_gridded else ([], [], False)
+    had = _agreed(setup, objective.nodes)
+    is_looked_at = objective.is_gridded and (bool(had) if is_last else any(had.values()))
+    now = _agreed(setup, objective.nodes_at(*values)) if is_looked_at else had
+    lost = [name for name, nodes in had.items() if nodes and now.get(name) == 0]
+    gained = [name for name, nodes in had.items() if not nodes and now.get(name)]
+    is_finer = any(now.get(name, 0) > nodes > 0 for name, nodes in had.items())
     if not is_last:
         is_finer, lost, gained = is_finer and not lost, [], []
     if not (is_other or lost or gained or is_finer):
@@ -96,19 +101,11 @@ def settle_nodes(setup: Setup, phi: Vector, theta: Vector, *, is_last: bool = Fa
     return f"a grid is enough for {', '.join(gained)}" if gained else "more quadrature nodes"
 
 
-def _regridded(setup: Setup, values: tuple[dict[str, Tensor], ...]) -> tuple[list[str], list[str], bool]:
-    """Rows of all processes that lose their grid here, and that get one; whether one is too coarse."""
-    objective, processes = setup.objective, setup.processes
-    had = objective.nodes
-    if not processes.any(bool(had)):
-        return [], [], False
-    now = objective.nodes_at(*values)
-    drawn = set(processes.union({name: "" for name, nodes in now.items() if not nodes}))
-    lost = [name for name, nodes in had.items() if nodes and name in drawn]
-    gained = [name for name, nodes in had.items() if not nodes and name in now and name not in drawn]
-    is_finer = processes.any(any(now.get(name, 0) > nodes > 0 for name, nodes in had.items()))
-    lost, gained = (sorted(processes.union(dict.fromkeys(names, ""))) for names in (lost, gained))
-    return lost, gained, is_finer
+def _agreed(setup: Setup, nodes: dict[str, int]) -> dict[str, int]:
+    """Nodes of each row in all processes: the most, and 0 (draws) where one process has no grid for it."""
+    every = setup.processes.gathered(nodes)
+    found = {name: [one[name] for one in every if name in one] for one in every for name in one}
+    return {name: max(counts) if min(counts) else 0 for name, counts in found.items()}
 
 
 def prepare(setup: Setup, phi: Vector, theta: Vector) -> None:
@@ -127,8 +124,8 @@ def prepare(setup: Setup, phi: Vector, theta: Vector) -> None:
                 exact.refuse(name, f"not compiled by another process: {reason}")
     objective.prepare(*values)
     if processes.count > 1:
-        sampled = {name: "" for name, nodes in objective.nodes.items() if not nodes}
-        objective.prepare(*values, processes.union(sampled))
+        sampled = [name for name, nodes in _agreed(setup, objective.nodes).items() if not nodes]
+        objective.prepare(*values, sampled)
 
 
 def _check_closed_forms(setup: Setup) -> None:

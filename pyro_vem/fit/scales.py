@@ -31,13 +31,10 @@ class Scales:
         theta = self._curvature(state, "M", iteration) if block in ("M", "joint") else np.zeros(0)
         return np.concatenate([phi, theta])
 
-    def log_sds(self, block: str, size: int) -> NDArray[np.bool_]:
-        """Coordinates of a block that are logs of sds of Normal factors."""
-        found = np.zeros(size, dtype=bool)
-        if block != "M":
-            is_scale = self._normal[1]
-            found[: len(is_scale)] = is_scale
-        return found
+    def log_sds(self, size: int) -> NDArray[np.bool_]:
+        """Coordinates that are logs of sds of Normal factors, in a block that begins with phi."""
+        is_scale = self._normal[1]
+        return np.pad(is_scale, (0, size - len(is_scale)))
 
     def of_factors(self, state: State) -> Vector:
         """Lengths of Normal factors, vectors too; one for what else there is, whose coordinates are logs."""

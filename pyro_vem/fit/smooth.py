@@ -87,17 +87,18 @@ class Smooth:
 
     def point(self, a: Vector) -> Vector:
         """The point on the original scale, this process's entries of it."""
-        return self.spread.own(self.origin + self._placed(a)[0])
+        return self._placed(a)[0]
 
     def _placed(self, a: Vector) -> tuple[Vector, Vector, Vector | None]:
-        """How far x is from the origin, its derivative x', and x'' / x' unless all of it is zero."""
+        """The point, its derivative x', and x'' / x' unless all of it is zero."""
         step = self.scale * a
         grows = self.log_sds & (step > 0) if self.log_sds is not None else None
         if grows is None or not grows.any():
-            return step, self.scale, None
+            return self.spread.own(self.origin + step), self.scale, None
         growth = np.where(grows, step, 0.0)
         slope = self.scale / (1 + growth)
-        return np.where(grows, np.log1p(growth), step), slope, np.where(grows, -slope, 0.0)
+        step = np.where(grows, np.log1p(growth), step)
+        return self.spread.own(self.origin + step), slope, np.where(grows, -slope, 0.0)
 
     def value(self, a: Vector) -> float:
         """The function at `a`; +inf where it is not finite."""
@@ -171,8 +172,8 @@ class Smooth:
         if self._at is not None and np.array_equal(a, self._at):
             return
         self.evaluations += 1
-        step, self._slope, self._bend = self._placed(a)
-        self._leaf = torch.as_tensor(self.spread.own(self.origin + step)).requires_grad_()
+        point, self._slope, self._bend = self._placed(a)
+        self._leaf = torch.as_tensor(point).requires_grad_()
         if self.loss.both is not None:
             self._value, self._gradient = self.loss.both(self._leaf.detach())
         else:

@@ -60,7 +60,7 @@ def step(
         loss, x = loss_of(setup, new, block)
         result = minimise(
             loss, x, scale, gtol=gtol, max_iter=min(most, left), method=method,
-            log_sds=scales.log_sds(block, x.size) if has_lengths else None,
+            log_sds=scales.log_sds(x.size) if has_lengths else None,
         )  # fmt: skip
         new = moved(setup, new, block, result.x, -result.value)
         setup.captures.spent += time.perf_counter() - begin

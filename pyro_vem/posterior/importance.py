@@ -249,8 +249,8 @@ def pools(fit: VEMResult, num_draws: int = NUM_DRAWS, seed: int = 1) -> tuple[Po
     guide, wider = found[0], found[1:]
     missing = max(pool.log_evidence for pool in found) - guide.log_evidence
     is_narrow = any(pool.share < EFFICIENCY * guide.share for pool in wider)
-    found[0] = replace(guide, missing=missing, is_narrow=is_narrow)
-    found = [replace(pool, limit=limit) for pool in found]
+    guide = replace(guide, missing=missing, is_narrow=is_narrow)
+    found = [replace(pool, limit=limit) for pool in (guide, *wider)]
     if not any(pool.is_usable for pool in found):
         with contextlib.suppress(ModelError):
             nested = nested_pool(fit, fit._linear_response, seed + 2, num_draws // 5)
