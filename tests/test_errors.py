@@ -112,6 +112,14 @@ def vanishing(y):
         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
 
+def appearing(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+    if z < -2.0:  # nowhere where the prototype runs
+        pyro.sample("seen", dist.Normal(z, 1.0), obs=torch.zeros(()))
+
+
 class Own(dist.Normal):
     """A caller's distribution whose quantiles are another function's."""
 
@@ -172,6 +180,7 @@ CASES = {
     "moving support": (moving_support, Y, vem.UnsupportedModelError, ["'w'", "pyro.deterministic"]),
     "changing structure": (changing, Y, vem.UnsupportedModelError, ["'w'", "some runs"]),
     "vanishing site": (vanishing, Y, vem.UnsupportedModelError, ["'w'", "some runs"]),
+    "appearing data": (appearing, Y, vem.UnsupportedModelError, ["'seen'", "some runs"]),
     "negative scale": (negative_scale, Y, vem.ModelError, ["at or after 'rows'", "scale"]),
     "NaN data": (rows, Y * float("nan"), vem.ModelError, ["'y'", "NaN"]),
     "infinite data": (rows, torch.tensor([1.0, float("inf")]), vem.ModelError, ["'y'", "infinite"]),

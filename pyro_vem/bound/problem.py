@@ -12,7 +12,7 @@ from ..errors import ModelError, UnsupportedModelError
 from ..model.checks import run_checked
 from ..model.data import Arguments
 from ..model.modules import modules_called
-from ..model.runtime import Execution, Program, is_summed_out, repeatable
+from ..model.runtime import Execution, Program, repeatable
 from ..model.sites import plates_of
 from .dependence import Pair
 from .draws import NoiseSpec
@@ -30,14 +30,14 @@ class Problem:
     Attributes:
         guide: None when no latent is left for it (maximum likelihood or MAP).
         map_sites: latents whose values are parameters of the M-step.
-        names: of the model's sites that every run must have.
+        names: of the sites that every run of the model must have, and no others.
     """
 
     model: Program
     guide: Program | None
     call: Arguments
     map_sites: tuple[str, ...]
-    names: frozenset[str] = frozenset()
+    names: frozenset[str]
 
     def share(self, plates: Iterable[str]) -> float:
         """What a site in some plates is scaled by where the data are a part of all rows."""
@@ -58,12 +58,7 @@ class Problem:
     def run_model(self, theta: Values, values: Values) -> Execution:
         """One model run at given values of its latents."""
         run = self.model.run(self.call.args, self.call.kwargs, theta, lambda site: values.get(site["name"]))
-        more = {
-            name
-            for name, site in run.sites.items()
-            if not (site["is_observed"] or name in values or is_summed_out(site))
-        }
-        for name in sorted(more | (self.names - run.sites.keys())):
+        for name in sorted(self.names ^ run.sites.keys()):
             raise UnsupportedModelError(f"site {name!r} appears in some runs of the model only")
         return run
 

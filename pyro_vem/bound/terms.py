@@ -49,8 +49,6 @@ def term_parts(
     density, parts = density or log_density, []
     for row in plan.rows:
         name = row.site
-        if row.kind != "auxiliary" and name not in model_sites:
-            raise UnsupportedModelError(f"site {name!r} appears in some runs of the model only")
         if row.is_divergence:
             p = model_sites[name]
             q = guide_sites[name] if name not in plan.views else plan.views[name].site(guide_sites, p)
