@@ -445,6 +445,21 @@ def test_predictions_at_the_data_and_at_new_ones(fit):
         result.predict({"y": y})
 
 
+@pytest.mark.parametrize("new", [False, True])
+def test_noise_of_predictions_is_not_that_of_the_latents(fit, new):
+    """y - z and z are independent given the data; all 64 rows together tell it to 0.01."""
+
+    def model(y=None):
+        with pyro.plate("rows", 64):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    made = fit(model, {"y": torch.zeros(64)}).predict({"y": None} if new else None, num_draws=200, seed=3)
+    noise = made["y"] - made["z"]
+    assert float((noise * made["z"]).mean()) == pytest.approx(0.0, abs=5 * (0.5 / made["z"].numel()) ** 0.5)
+    assert float(noise.var()) == pytest.approx(1.0, rel=0.06)
+
+
 def test_pointwise_log_likelihood_at_new_data(fit):
     x = torch.linspace(-1, 1, 50, dtype=torch.float64)
     result = fit(line, {"x": x, "y": 2 * x + 0.3})

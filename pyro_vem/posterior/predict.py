@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
@@ -66,7 +67,7 @@ def predict(
         found = {f"latents\0{name}": site["value"] for name, site in latents.items()}
         return found | {f"observed\0{name}": site["value"] for name, site in observed.items()}
 
-    return _grouped(_each(one, values, num_draws, seed), ("latents", "observed"))
+    return _grouped(_each(one, values, num_draws, _stream(seed, 1)), ("latents", "observed"))
 
 
 def log_likelihood(
@@ -102,7 +103,8 @@ def log_likelihood(
                 )
         return {name: rows[name] if name in rows else log_density(site) for name, site in observed.items()}
 
-    return _each(one, _latents(fit, call, num_draws, seed, correction), num_draws, seed)
+    values = _latents(fit, call, num_draws, seed, correction)
+    return _each(one, values, num_draws, _stream(seed, 1))
 
 
 class _Unobserved(UnconditionMessenger):  # type: ignore[misc]
@@ -204,7 +206,12 @@ def _encoded(
             raise ModelError(f"the guide does not run on the new data: {error}") from error
         return {name: run.sites[name]["value"] for name in names}
 
-    return _each(one, {}, num_draws, seed + 1)
+    return _each(one, {}, num_draws, _stream(seed, 2))
+
+
+def _stream(seed: int, number: int) -> int:
+    """The seed of another stream than that of ``fit.sample``: else data have the noise of their latents."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 def _each(
