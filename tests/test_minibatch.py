@@ -296,6 +296,12 @@ def test_new_rows_get_factors_and_nothing_else_moves(fit):
     assert new.sample(5)["z"].shape == (5, 3)
     with pytest.raises(vem.ModelError, match="no encoder"):
         found.amortization_gap()
+    # Its shared factors cannot react, so that there is no linear response; the rest goes on without.
+    for ask in (new.covariance, lambda: new.sample(5, correction="linear_response")):
+        with pytest.raises(vem.ModelError, match=r"infer\(\) holds that of b:"):
+            ask()
+    assert new.diagnose().rows.khat.max() < 0.7
+    assert "verdict" in str(new)
 
 
 def test_new_rows_have_their_own_khat(fit):

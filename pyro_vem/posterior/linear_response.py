@@ -50,8 +50,8 @@ class LinearResponse:
         """The linear response at a fit.
 
         Raises:
-            ModelError: if the guide has no mean and sd of its own for a latent, the fit has not
-                converged, or the Hessian of the bound is not definite.
+            ModelError: if the guide has no mean and sd of its own for a latent, or `infer` holds
+                them, the fit has not converged, or the Hessian of the bound is not definite.
         """
         guide = fit.setup.guide
         if not isinstance(guide, FactorisedNormal) or guide.encoded:
@@ -62,6 +62,12 @@ class LinearResponse:
                 else "fit with MeanFieldNormal(model)"
             )
             raise ModelError(f"linear response needs a mean and an sd for each latent: {reason}")
+        held = [site.name for site in guide.latents() if guide.loc_name(site.name) not in fit.setup.phi.names]
+        if held:
+            raise ModelError(
+                f"no linear response where factors are held, as infer() holds that of {', '.join(held)}: "
+                "fit_vem() with these rows has it"
+            )
         factors = _factors(fit)
         where, scales = (np.concatenate([factor[i] for factor in factors]) for i in (1, 2))
         inverse, lengths, flat = inverse_hessian(fit, "E")
