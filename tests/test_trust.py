@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import zoo
-from pyro.infer.autoguide import AutoDelta
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.infer.reparam import LocScaleReparam
 from scipy import stats
 
@@ -557,6 +557,20 @@ def test_a_mode_that_the_guide_makes_no_draws_in_is_seen(fit, start):
     result = fit(model, {"y": torch.ones(1)}, init={"z": torch.tensor(start)})
     found = [result.diagnose(seed=seed) for seed in range(1, 7)]
     assert {diagnosis.verdict for diagnosis in found} == {vem.Verdict.UNRELIABLE}
+
+
+def test_a_guide_that_is_judged_alone_says_so(fit):
+    """|z| observed four times: only wider draws than the guide's could see the other mode."""
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 5.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(z.abs(), 1.0), obs=y)
+
+    data = {"y": torch.full((4,), 3.0)}
+    notes = fit(model, data, guide=AutoNormal(model)).diagnose().notes
+    assert notes[0].startswith("no wider draws were looked at: linear response needs a mean and an sd")
+    assert not any("no wider draws" in note for note in fit(model, data).diagnose().notes)
 
 
 def test_the_same_funnel_in_another_spelling(fit):
