@@ -661,6 +661,21 @@ def test_new_data_that_do_not_fit_are_refused(fit):
         result.log_likelihood({"x": torch.ones(3)})
 
 
+def test_a_guide_that_runs_on_new_data_takes_no_correction(fit):
+    def model(x, y=None):
+        b = pyro.sample("b", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(b * x, 0.3), obs=y)
+
+    x = torch.linspace(-1, 1, 9)
+    data = {"x": x, "y": 2 * x}
+    result = fit(model, data, guide=AutoNormal(model))
+    assert result.predict(num_draws=5, correction="psis")["y"].shape == (5, 9)
+    for ask in (result.predict, result.log_likelihood):
+        with pytest.raises(vem.ModelError, match=r"correction='psis' .* MeanFieldNormal\(model\)"):
+            ask(data, num_draws=5, correction="psis")
+
+
 def test_rows_missing_in_new_data_are_predicted(fit):
     def model(x, y, mask):
         b = pyro.sample("b", dist.Normal(0.0, 1.0))

@@ -51,7 +51,8 @@ def predict(
         the fit sums out are always new.
 
     Raises:
-        ModelError: if the model does not run on the new data.
+        ModelError: if the model does not run on the new data, or a correction is asked for there of
+            a guide that is a function of the data.
     """
     if num_draws < 1:
         raise ValueError(f"num_draws={num_draws}: at least one draw is needed")
@@ -159,6 +160,11 @@ def _latents(
     # A guide that is not ours may be a function of the data: it is run on the new ones.
     latents = [site.name for site in setup.prototype.latents if site.name not in setup.problem.map_sites]
     encoded = guide.encoded if isinstance(guide, Factorised) else tuple(latents)
+    if encoded and correction is not None and call is not setup.problem.call:
+        raise ModelError(
+            f"correction={correction!r} is of the draws at the fitted data, and the guide makes new ones of "
+            f"{', '.join(map(repr, encoded))} here: leave it out, or fit with MeanFieldNormal(model)"
+        )
     drawn = fit.sample(num_draws, seed, correction)  # type: ignore[arg-type]
     values = {name: value for name, value in drawn.items() if name in latents}
     if call is setup.problem.call:
