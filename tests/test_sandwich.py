@@ -137,3 +137,46 @@ def test_criteria_say_that_they_are_bounds(fit):
             lambda y: pyro.sample("y", dist.Normal(pyro.sample("m", dist.Normal(0.0, 1.0)), 1.0), obs=y),
             {"y": torch.tensor(0.3)},
         ).criteria()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["positive_definite", "positive_semidefinite", "lower_cholesky", "softplus_lower_cholesky"],
+)
+def test_matrices_have_as_many_numbers_as_move(fit, kind):
+    """A covariance has d (d + 1) / 2; errors of maximum likelihood in closed form (Wishart's)."""
+    y = torch.randn(200, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(-1)
+
+    def model(y):
+        matrix = pyro.param("matrix", torch.eye(3), constraint=getattr(dist.constraints, kind))
+        named = {"scale_tril" if "cholesky" in kind else "covariance_matrix": matrix}
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.MultivariateNormal(torch.zeros(3), **named), obs=y)
+
+    found = fit(model, {"y": y})
+    assert found.criteria().num_parameters == 6
+    matrix, errors = found.params["matrix"], found.standard_errors()["matrix"]
+    if "cholesky" in kind:
+        assert float(errors[0, 0]) == pytest.approx(float(matrix[0, 0]) / 400**0.5, rel=1e-5)
+        assert not errors.triu(1).any()
+    else:
+        variances = matrix.diagonal()
+        exact = ((variances * variances[:, None] + matrix**2) / 200).sqrt()
+        torch.testing.assert_close(errors, exact, rtol=1e-5, atol=0)
+
+
+def test_a_unit_diagonal_does_not_move(fit):
+    """Slope of one column on the other, with the error of least squares."""
+    y = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(-1)
+
+    def model(y):
+        unit = pyro.param("unit", torch.eye(2), constraint=dist.constraints.unit_lower_cholesky)
+        sd = pyro.param("sd", torch.ones(2), constraint=constraints.positive)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), scale_tril=unit * sd), obs=y)
+
+    found = fit(model, {"y": y})
+    assert found.criteria().num_parameters == 3
+    sd, errors = found.params["sd"], found.standard_errors()["unit"]
+    assert float(errors[1, 0]) == pytest.approx(float(sd[1] / sd[0]) / 200**0.5, rel=1e-5)
+    assert errors.count_nonzero() == 1

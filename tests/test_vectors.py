@@ -102,6 +102,8 @@ def test_counts_with_a_full_covariance_reach_the_optimum(fit, kind):
     assert "does not change" not in str(found.plan)
     mean = found.guide_params["guide.loc.z"]
     torch.testing.assert_close(found.params["mu"], mean.mean(0), atol=1e-6, rtol=0)
+    assert found.criteria().num_parameters == 14
+    assert all(error.isfinite().all() for error in found.standard_errors().values())
 
 
 def test_a_mean_of_covariates_leaves_the_moments_of_the_rest(fit):

@@ -3,17 +3,10 @@
 import math
 from dataclasses import dataclass
 
-import torch
-from torch.distributions import (
-    LowerCholeskyTransform,
-    PositiveDefiniteTransform,
-    SoftmaxTransform,
-    transform_to,
-)
-
 from ..errors import ModelError
 from ..fit.result import VEMResult
 from ..model.parameters import Parameter
+from .linear_response import is_simplex, is_unused
 
 
 @dataclass(frozen=True)
@@ -86,12 +79,10 @@ def criteria(fit: VEMResult, plate: str | None = None) -> Criteria:
 
 def _free(parameter: Parameter) -> int:
     """Numbers of a parameter that may move by themselves."""
-    shape, transform = parameter.init.shape, transform_to(parameter.constraint)
-    if isinstance(transform, SoftmaxTransform):
+    shape = parameter.unconstrained.shape
+    if is_simplex(parameter):
         return shape[:-1].numel() * (shape[-1] - 1)
-    if isinstance(transform, LowerCholeskyTransform | PositiveDefiniteTransform):
-        return int(torch.ones(shape).tril().sum())
-    return int(transform.inv(parameter.init).numel())
+    return int((~is_unused(parameter)).sum())
 
 
 def _rows(fit: VEMResult, plate: str | None) -> int:

@@ -6,8 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pyro.distributions.transforms import SoftplusLowerCholeskyTransform, UnitLowerCholeskyTransform
 from torch import Tensor
-from torch.distributions import LowerCholeskyTransform, SoftmaxTransform, transform_to
+from torch.distributions import (
+    LowerCholeskyTransform,
+    PositiveDefiniteTransform,
+    SoftmaxTransform,
+    Transform,
+    transform_to,
+)
 
 from ..errors import ModelError
 from ..fit.result import VEMResult
@@ -15,9 +22,18 @@ from ..fit.scales import Scales
 from ..fit.smooth import Smooth
 from ..fit.state import State, joint_loss, loss_of
 from ..guides.factorised import FactorisedNormal
+from ..model.parameters import Parameter
 from ..model.runtime import isolated
-from ..model.sites import Latent
+from ..model.sites import Latent, plain_parts
 from .arrowhead import MOST_PRODUCTS, Arrowhead, Layout, NotDefinite, Product, Solver, Vector, dense
+
+# Bijectors of triangular matrices, and the diagonal from which on they do not look.
+TRIANGULAR: dict[type, int] = {
+    LowerCholeskyTransform: 1,
+    PositiveDefiniteTransform: 1,
+    SoftplusLowerCholeskyTransform: 1,
+    UnitLowerCholeskyTransform: 0,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,13 +152,29 @@ def _flat_directions(fit: VEMResult, lengths: Vector) -> NDArray[np.float64]:
     theta, start = fit.setup.theta, len(lengths) - fit.setup.theta.size
     found = []
     for parameter in theta.parameters:
-        if isinstance(transform_to(parameter.constraint), SoftmaxTransform):
+        if is_simplex(parameter):
             rows = np.flatnonzero(theta.where([parameter.name])).reshape(-1, parameter.init.shape[-1])
             for row in rows + start:
                 direction = np.zeros_like(lengths)
                 direction[row] = 1 / lengths[row]
                 found.append(direction / np.linalg.norm(direction))
     return np.array(found).reshape(-1, len(lengths))
+
+
+def is_simplex(parameter: Parameter) -> bool:
+    """True if its rows are softmaxes, each of one number more than can move."""
+    return isinstance(_first(parameter), SoftmaxTransform)
+
+
+def is_unused(parameter: Parameter) -> NDArray[np.bool_]:
+    """True at unconstrained numbers that do nothing: what a Cholesky factor has above its diagonal."""
+    diagonal, shape = TRIANGULAR.get(type(_first(parameter))), parameter.unconstrained.shape
+    return np.zeros(shape, dtype=bool) if diagonal is None else np.triu(np.ones(shape, dtype=bool), diagonal)
+
+
+def _first(parameter: Parameter) -> Transform | None:
+    """What takes the unconstrained numbers: of a covariance it is the bijector of its Cholesky factor."""
+    return next(iter(plain_parts([transform_to(parameter.constraint)])), None)
 
 
 def _inverse(product: Product, size: int, layouts: Sequence[Layout]) -> Arrowhead | Solver:
@@ -190,17 +222,16 @@ def _layouts(fit: VEMResult, size: int) -> list[Layout]:
 def _idle(fit: VEMResult, size: int) -> Vector:
     """One at coordinates that nothing depends on: they keep their own sds.
 
-    Those are factors of elements that the model never uses, and what a Cholesky factor has above its
-    diagonal.
+    Those are factors of elements that the model never uses, and what bijectors do not look at.
     """
     result = np.zeros(size)
     for block, start in ((fit.setup.phi, 0), (fit.setup.theta, fit.setup.phi.size)):
         for parameter in block.parameters:
-            if isinstance(transform_to(parameter.constraint), LowerCholeskyTransform):
-                above = torch.ones(parameter.init.shape, dtype=torch.float64).triu(1).reshape(-1)
+            unused = is_unused(parameter)
+            if unused.any():
                 where = start + np.flatnonzero(block.where([parameter.name]))
-                if where.max(initial=0) < size:
-                    result[where] = above.numpy()
+                if where.max() < size:
+                    result[where] = unused.reshape(-1)
     for site, *positions in _factors(fit):
         if site.idle is not None:
             shape = site.unconstrained.shape
