@@ -574,7 +574,7 @@ def test_a_guide_that_is_judged_alone_says_so(fit):
 
 
 def test_the_same_funnel_in_another_spelling(fit):
-    """No site has a latent scale here: evidence that the guide's draws miss gives it away."""
+    """The latent scale is inside a covariance."""
     y = torch.from_numpy(1 + 1.5 * np.random.default_rng(8056).normal(size=8))
 
     def model(y):
@@ -636,6 +636,24 @@ def test_reparameterisation_is_offered_where_it_works(fit):
     assert latent_scales(fit(model, {"y": torch.linspace(0.5, 3.0, 8)})) == {"a": False}
     assert latent_scales(fit(centred, zoo.SCHOOLS)) == {"theta": True}
     assert latent_scales(fit(zoo.eight_schools, zoo.SCHOOLS)) == {}
+
+
+@pytest.mark.parametrize("kind", ["scale_tril", "covariance_matrix", "low rank", "known"])
+def test_scales_inside_covariances_are_seen(fit, kind):
+    def model(y):
+        tau = pyro.sample("tau", dist.HalfNormal(5.0))
+        eye = torch.eye(3)
+        if kind == "low rank":
+            prior = dist.LowRankMultivariateNormal(torch.zeros(3), tau * eye[:, :1], torch.ones(3))
+        elif kind == "known":
+            prior = dist.MultivariateNormal(tau.expand(3), scale_tril=2 * eye)
+        else:
+            prior = dist.MultivariateNormal(torch.zeros(3), **{kind: tau * eye})
+        theta = pyro.sample("theta", prior)
+        pyro.sample("y", dist.Normal(theta, 1.0).to_event(1), obs=y)
+
+    found = latent_scales(fit(model, {"y": torch.tensor([0.5, -2.0, 3.0])}, max_iter=1))
+    assert found == ({} if kind == "known" else {"theta": False})
 
 
 def test_priors_in_float32_are_no_matter(fit):

@@ -20,6 +20,7 @@ PRODUCTS = 50  # Hessian products of the extra E-step
 COLLAPSED = 1e-3  # nats of KL per scalar below which data say nothing of a latent
 START_GAP = 0.1  # nats by which another start may be better
 LOC_SCALE = ("Normal", "StudentT", "Laplace", "Cauchy", "Gumbel")
+SCALES = ("scale", "_unbroadcasted_scale_tril", "_unbroadcasted_cov_factor", "_unbroadcasted_cov_diag")
 WRAPPERS = ("Independent", "ExpandedDistribution", "MaskedDistribution")
 AGREEMENT = 0.5  # sds by which means of equally good starts may differ
 
@@ -92,10 +93,16 @@ def latent_scales(fit: VEMResult) -> dict[str, bool]:
             runs.append(problem.run(fit.guide_params, fit.params, noise)[1].sites)
     latents = {site.name for site in fit.setup.prototype.latents} - set(problem.map_sites)
     for name in runs[0]:
-        first, second = (getattr(_base(run[name]["fn"]), "scale", None) for run in runs)
-        if name in latents and isinstance(first, Tensor) and not torch.equal(first, torch.as_tensor(second)):
+        first, second = (_base(run[name]["fn"]) for run in runs)
+        if name in latents and any(_moves(first, second, scale) for scale in SCALES):
             found[name] = type(_base(runs[0][name]["fn"], WRAPPERS)).__name__ in LOC_SCALE
     return found
+
+
+def _moves(first: Any, second: Any, attribute: str) -> bool:
+    """Whether an attribute of two distributions is a tensor and differs."""
+    one, other = getattr(first, attribute, None), getattr(second, attribute, None)
+    return isinstance(one, Tensor) and not torch.equal(one, torch.as_tensor(other))
 
 
 def _base(fn: Any, wrappers: tuple[str, ...] | None = None) -> Any:
