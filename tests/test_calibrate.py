@@ -518,6 +518,27 @@ def test_map_sites_and_held_latents_are_not_ranked():
     assert "held at given values in the simulations and not ranked: b" in result.notes[0]
 
 
+def test_sites_that_are_summed_out_are_drawn_and_not_ranked():
+    """Components are ten sds apart, so that data tell which they are of: fits are all but exact."""
+
+    def model(y):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(m + 10 * z, 1.0), obs=y)
+
+    data = {"y": torch.tensor([0.0, 10.0, 1.0])}
+    first = vem.fit_vem(model, data, progress=False)
+    simulator = simulate.Simulator.of(first, {}, 0)
+    drawn = torch.stack([simulator.task(i).values["y"] for i in range(200)])
+    share = float((drawn > 5).double().mean())
+    assert share == pytest.approx(0.3, abs=5 * (0.3 * 0.7 / 600) ** 0.5)
+    result = run(model, data, num_simulations=20)
+    assert list(result.ranks) == ["m"]
+    assert not result.failures
+    assert result.verdict is CalibrationVerdict.CALIBRATED
+
+
 # Reading it
 
 

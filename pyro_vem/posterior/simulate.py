@@ -1,5 +1,6 @@
 """Data sets drawn from a model itself, put where its observations stand."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -164,8 +165,10 @@ class Simulator:
         latents = tuple(s for s in proto.latents if s.name not in points and s.name not in given)
         if not latents:
             raise ModelError("nothing to calibrate: no latent is left that is drawn and has a posterior")
+        program = copy.copy(setup.problem.model)
+        program.first_available_dim = None  # discrete sites are drawn, not summed out
         simulator = cls(
-            setup.problem.model,
+            program,
             replaced(call, own),
             {name: given.get(name, fit.params[name]) for name in names},
             {name: value for name, value in given.items() if name not in names},
