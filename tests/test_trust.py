@@ -13,9 +13,9 @@ from pyro.infer.reparam import LocScaleReparam
 from scipy import stats
 
 import pyro_vem as vem
-from pyro_vem.posterior import plots
+from pyro_vem.posterior import checks, plots
 from pyro_vem.posterior.arrowhead import Arrowhead, Layout, NotDefinite, Solver, dense
-from pyro_vem.posterior.checks import latent_scales
+from pyro_vem.posterior.checks import latent_scales, other_starts
 from pyro_vem.posterior.containers import psis
 from pyro_vem.posterior.importance import as_pool, at_noise, guide_pool, response_pool
 from pyro_vem.posterior.nested import nested_pool
@@ -403,6 +403,37 @@ def test_other_starts_find_another_mode(fit):
     verdict = result.diagnose(restarts=4)
     assert verdict.verdict is vem.Verdict.UNRELIABLE
     assert "several modes" in verdict.reasons[0]
+
+
+def test_starts_that_run_away_are_no_better(fit, monkeypatch):
+    result = fit(zoo.pumps, zoo.PUMPS)
+    ends = [
+        dataclasses.replace(result, elbo=np.nan, status=vem.Status.nonfinite),
+        dataclasses.replace(result, elbo=result.elbo + 50, status=vem.Status.diverged),
+        dataclasses.replace(result, elbo=result.elbo - 2),
+        dataclasses.replace(result, elbo=result.elbo + 3),
+    ]
+    monkeypatch.setattr(checks, "fit_vem", lambda *_, seed, **__: ends[seed])
+    low, high = f"{result.elbo - 2:.3f}", f"{result.elbo + 3:.3f}"
+    assert other_starts(result, 2, 0) == (None, "2 other starts have all run away")
+    assert other_starts(result, 3, 0) == (
+        None, f"ELBO over 1 other starts: {low} to {low}; 2 more have run away",
+    )  # fmt: skip
+    assert other_starts(result, 4, 0) == (
+        f"another start (seed 3) reaches an ELBO of {high}",
+        f"ELBO over 2 other starts: {low} to {high}; 2 more have run away",
+    )
+
+
+def test_other_starts_of_estimates_are_noted(fit):
+    def model(y):
+        m = pyro.param("m", torch.tensor(0.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    diagnosis = fit(model, {"y": torch.ones(4)}).diagnose(restarts=2)
+    assert diagnosis.verdict is vem.Verdict.GOOD
+    assert diagnosis.notes == ("ELBO over 2 other starts: -3.676 to -3.676",)
 
 
 def test_a_latent_that_nothing_depends_on_is_noted(fit):

@@ -36,15 +36,7 @@ class Start:
 
 
 def best_of(fits: Sequence[VEMResult]) -> VEMResult:
-    """The fit with the highest bound; a report on all of them if there are several.
-
-    One that has run away is the best only where all have: a bound that grows without end, as that of a
-    component with one row does, is no sign of a good fit (Redner and Walker 1984, SIAM Review 26).
-    """
-
-    def merit(fit: VEMResult) -> tuple[bool, float]:
-        return fit.status is not Status.diverged, fit.elbo if fit.elbo == fit.elbo else -torch.inf
-
+    """The fit with the highest bound; a report on all of them if there are several."""
     best = max(fits, key=merit)
     if len(fits) == 1:
         return best
@@ -54,6 +46,15 @@ def best_of(fits: Sequence[VEMResult]) -> VEMResult:
         for i, fit in enumerate(fits)
     )
     return replace(best, starts=starts)
+
+
+def merit(fit: VEMResult) -> tuple[bool, float]:
+    """What starts are ranked by: whether they have not run away, then their bounds.
+
+    One that has run away is the best only where all have: a bound that grows without end, as that of a
+    component with one row does, is no sign of a good fit (Redner and Walker 1984, SIAM Review 26).
+    """
+    return fit.status is not Status.diverged, fit.elbo if np.isfinite(fit.elbo) else -np.inf
 
 
 def densities(fit: VEMResult) -> torch.Tensor:

@@ -12,6 +12,7 @@ from ..fit.driver import fit_vem
 from ..fit.result import VEMResult
 from ..fit.scales import Scales
 from ..fit.smooth import Smooth, newton_step
+from ..fit.starts import merit
 from ..fit.state import State, joint_loss, loss_of
 from ..guides.factorised import FactorisedNormal
 from ..model.runtime import isolated
@@ -57,14 +58,16 @@ def other_starts(fit: VEMResult, restarts: int, seed: int) -> tuple[str | None, 
         fit_vem(problem.model.fn, given, guide=guide, init=init_to_sample, seed=seed + i, progress=False)
         for i in range(restarts)
     ]
-    bounds = np.array([other.elbo for other in again])
-    spread = f"ELBO over {restarts} other starts: {bounds.min():.3f} to {bounds.max():.3f}"
-    best = again[int(bounds.argmax())]
-    if best.elbo > fit.elbo + START_GAP:
-        return (
-            f"another start (seed {seed + int(bounds.argmax())}) reaches an ELBO of {best.elbo:.3f}",
-            spread,
-        )
+    found = [merit(other) for other in again]
+    bounds = [bound for is_bounded, bound in found if is_bounded and np.isfinite(bound)]
+    if not bounds:
+        return None, f"{restarts} other starts have all run away"
+    spread = f"ELBO over {len(bounds)} other starts: {min(bounds):.3f} to {max(bounds):.3f}"
+    if len(bounds) < restarts:
+        spread += f"; {restarts - len(bounds)} more have run away"
+    if max(bounds) > fit.elbo + START_GAP:
+        number = seed + found.index(max(found))
+        return f"another start (seed {number}) reaches an ELBO of {max(bounds):.3f}", spread
     for other in again:
         if abs(other.elbo - fit.elbo) < START_GAP and other.converged:
             name = _differs(fit.sample(1000), other.sample(1000))

@@ -153,7 +153,7 @@ def diagnose(fit: VEMResult, *, num_draws: int = NUM_DRAWS, restarts: int = 0, s
     gradient, gain = one_more_step(fit) if fit.converged else (float("nan"), float("nan"))
     reasons, actions, notes = _of_the_fit(fit, gain, restarts, seed)
     if fit.setup.problem.guide is None or not fit.setup.objective.specs:
-        return _without_draws(fit, seed, reasons, actions)
+        return _without_draws(fit, seed, reasons, actions, notes)
     is_usual = (num_draws, seed) == (NUM_DRAWS, 1)
     found = fit._pools if is_usual else pools(fit, num_draws, seed)
     guide, best = found[0], choose(found)
@@ -224,7 +224,9 @@ def _of_the_fit(
     return reasons, actions, notes
 
 
-def _without_draws(fit: VEMResult, seed: int, reasons: list[str], actions: list[str]) -> Diagnosis:
+def _without_draws(
+    fit: VEMResult, seed: int, reasons: list[str], actions: list[str], notes: list[str]
+) -> Diagnosis:
     """A fit without a random latent: there is no q to judge."""
     densities = fit.draw(1, seed, "densities")["densities"]
     bound = float(densities["log_p"][0] - densities["log_q"][0])
@@ -232,7 +234,8 @@ def _without_draws(fit: VEMResult, seed: int, reasons: list[str], actions: list[
         latents = ", ".join(repr(s.name) for s in fit.setup.prototype.latents if s.name not in fit.params)
         reasons = [*reasons, f"the guide has no spread at {latents}: a point, not a posterior"]
     verdict = Verdict.UNRELIABLE if reasons else Verdict.GOOD
-    return Diagnosis(np.nan, bound, 0.0, verdict, None, tuple(reasons), tuple(actions), (), num_draws=1)
+    texts = tuple(reasons), tuple(actions), tuple(notes)
+    return Diagnosis(np.nan, bound, 0.0, verdict, None, *texts, num_draws=1)
 
 
 def _uncovered(found: tuple[Pool, ...]) -> list[str]:
