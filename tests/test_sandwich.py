@@ -127,6 +127,25 @@ def test_criteria_of_a_mixture_are_scikit_learns(fit):
     assert "AIC = " in str(criteria)
 
 
+def test_rows_are_those_that_are_observed(fit):
+    """Of sites that share a discrete one each has its own; what is masked says nothing."""
+
+    def model(y, w, is_seen):
+        m = pyro.param("m", torch.tensor(0.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(m + 4 * z, 1.0), obs=y)
+            with pyro.poutine.mask(mask=is_seen):
+                pyro.sample("w", dist.Normal(2 * z, 1.0), obs=w)
+        with pyro.plate("pairs", 3):
+            inside = torch.tensor([[True, False], [False, False], [True, True]])
+            pyro.sample("u", dist.Normal(m, torch.ones(3, 2)).mask(inside).to_event(1), obs=torch.ones(3, 2))
+
+    y, w = torch.tensor([0.0, 4.0, 4.1, -0.5]), torch.tensor([0.0, 2.0, 2.1, 0.2])
+    found = fit(model, {"y": y, "w": w, "is_seen": torch.tensor([True, True, False, True])})
+    assert found.criteria().num_rows == 4 + 3 + 2
+
+
 def test_criteria_say_that_they_are_bounds(fit):
     found = fit(intercepts, {"y": groups_data()})
     assert found.criteria().num_rows == 240

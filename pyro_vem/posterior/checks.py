@@ -15,7 +15,7 @@ from ..fit.smooth import Smooth, newton_step
 from ..fit.starts import merit
 from ..fit.state import State, joint_loss, loss_of
 from ..guides.factorised import FactorisedNormal
-from ..model.runtime import isolated
+from ..model.runtime import Execution, isolated
 
 PRODUCTS = 50  # Hessian products of the extra E-step
 COLLAPSED = 1e-3  # nats of KL per scalar below which data say nothing of a latent
@@ -87,19 +87,20 @@ def _differs(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
 
 def latent_scales(fit: VEMResult) -> dict[str, bool]:
     """Latent sites whose scale moves with other latents, and whether `LocScaleReparam` takes them."""
-    problem, specs = fit.setup.problem, fit.setup.objective.specs
-    found = {}
-    with isolated(torch.float64), torch.no_grad():
-        runs = []
-        for shift in (0.0, 0.5):
-            noise = {spec.name: torch.full(spec.shape, shift) for spec in specs}
-            runs.append(problem.run(fit.guide_params, fit.params, noise)[1].sites)
-    latents = {site.name for site in fit.setup.prototype.latents} - set(problem.map_sites)
-    for name in runs[0]:
-        first, second = (_base(run[name]["fn"]) for run in runs)
+    found, runs = {}, [run_at(fit, shift) for shift in (0.0, 0.5)]
+    latents = {site.name for site in fit.setup.prototype.latents} - set(fit.setup.problem.map_sites)
+    for name in runs[0].sites:
+        first, second = (_base(run.sites[name]["fn"]) for run in runs)
         if name in latents and any(_moves(first, second, scale) for scale in SCALES):
-            found[name] = type(_base(runs[0][name]["fn"], WRAPPERS)).__name__ in LOC_SCALE
+            found[name] = type(_base(runs[0].sites[name]["fn"], WRAPPERS)).__name__ in LOC_SCALE
     return found
+
+
+def run_at(fit: VEMResult, shift: float = 0.0) -> Execution:
+    """The model's run with every factor at its median, or where all of its noise is `shift`."""
+    noise = {spec.name: torch.full(spec.shape, shift).double() for spec in fit.setup.objective.specs}
+    with isolated(torch.float64), torch.no_grad():
+        return fit.setup.problem.run(fit.guide_params, fit.params, noise)[1]
 
 
 def _moves(first: Any, second: Any, attribute: str) -> bool:

@@ -3,9 +3,15 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
+from ..bound.kl import leaf_of
+from ..bound.weights import element_weight
 from ..errors import ModelError
 from ..fit.result import VEMResult
 from ..model.parameters import Parameter
+from ..model.runtime import Site
+from .checks import run_at
 from .linear_response import is_simplex, is_unused
 
 
@@ -42,7 +48,7 @@ def criteria(fit: VEMResult, plate: str | None = None) -> Criteria:
 
     Args:
         fit: the result.
-        plate: whose rows are independent, n of the BIC; by default every observed value counts.
+        plate: whose rows are independent, n of the BIC; by default every row that is observed counts.
 
     Raises:
         ModelError: if the model has no parameters, or its parameters have priors (``map_sites``).
@@ -88,5 +94,16 @@ def _free(parameter: Parameter) -> int:
 def _rows(fit: VEMResult, plate: str | None) -> int:
     if plate is not None:
         return fit.setup.prototype.plate(plate).size
-    values = fit.draw(1, 0, "log_likelihood")["log_likelihood"].values()
-    return max(1, sum(value.numel() for value in values))
+    sites = run_at(fit).sites
+    return max(1, sum(_num_observed(sites[name], fit) for name in fit.setup.prototype.observed))
+
+
+def _num_observed(site: Site, fit: VEMResult) -> int:
+    """Rows of an observed site, without those of discrete sites beside it, and those that are masked out."""
+    leaf, left = leaf_of(site["fn"]), fit.setup.problem.model.first_available_dim
+    shape = site["fn"].log_prob(site["value"]).shape
+    shape = shape if left is None else shape[max(0, len(shape) + left + 1) :]
+    known = torch.as_tensor(element_weight(site, leaf.inner)) != 0
+    for _ in range(leaf.inner):
+        known = known.any(-1) if known.dim() else known
+    return int(known.expand(shape).sum())
