@@ -317,6 +317,23 @@ def test_loo_refuses_point_estimates(fit):
         loo(fit(point, {"y": torch.ones(3)}))
 
 
+def test_loo_of_what_is_summed_out_together(fit):
+    """Two sites see one discrete site: a row's likelihood is that of both, and stands at the first."""
+
+    def model(y, w):
+        m = pyro.sample("m", dist.Normal(0.0, 3.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(m + 4 * z, 1.0), obs=y)
+            pyro.sample("w", dist.Normal(2 * z, 1.0), obs=w)
+
+    y, w = torch.tensor([0.0, 4.0, 4.1, -0.5]), torch.tensor([0.0, 2.0, 2.1, 0.2])
+    result = fit(model, {"y": y, "w": w})
+    assert loo(result, var_name="y").n_data_points == 4
+    with pytest.raises(vem.ModelError, match=r"'w' shares .* with 'y', .*var_name='y'"):
+        loo(result, var_name="w")
+
+
 def test_psis_finds_the_tail_index():
     """Ratios with an exact Pareto tail of index k."""
     uniform = np.random.default_rng(0).random(20_000)

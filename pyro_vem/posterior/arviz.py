@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bound.lifted.marginal import seats
 from ..errors import ModelError, unknown_names
 from ..fit.result import VEMResult
+from .checks import run_at
 from .containers import Variables, approximate_loo, container, psis
 from .importance import Correction, best_pool
 from .predict import predict
@@ -135,7 +137,8 @@ def loo(
 
     Raises:
         ValueError: if ``var_name`` is needed, or not an observed site.
-        ModelError: if the fit has no observed site, or no latent with a posterior.
+        ModelError: if the fit has no observed site, or no latent with a posterior; for a site that
+            shares discrete sites with another one, at which the likelihood of both stands.
 
     References:
         Magnusson, Riis Andersen, Jonasson and Vehtari (2019), Bayesian leave-one-out
@@ -162,6 +165,12 @@ def loo(
     message = unknown_names("var_name", [name], sites)
     if message:
         raise ValueError(message)
+    place = seats(run_at(fit)).get(name, name)
+    if place != name:
+        raise ModelError(
+            f"site {name!r} shares discrete sites with {place!r}, where the likelihood of both stands: "
+            f"loo(var_name={place!r}) leaves out their rows together"
+        )
     needed = ("sample_stats", "log_likelihood")
     data = to_arviz(fit, groups=needed, num_draws=num_draws, seed=seed, correction=correction)
     return approximate_loo(data, name)

@@ -31,13 +31,12 @@ def marginal_rows(run: Execution) -> dict[str, Tensor]:
     summed_out = [site for site in run.sites.values() if is_summed_out(site)]
     if not summed_out:
         return {}
-    depth = max([-p.dim for site in run.sites.values() for p in plates_of(site)], default=0)
     plates = {
         identity: tuple(plate.dim for plate in plates_of(run.sites[name]))
         for name, identity in identities(run).items()
     }
     found: dict[str, Tensor] = {}
-    factors = []
+    factors, depth = [], _depth(run)
     for name, piece in pieces(run, depth).items():
         if piece.discrete:
             factors.append(_factor(name, piece))
@@ -45,10 +44,29 @@ def marginal_rows(run: Execution) -> dict[str, Tensor]:
         else:
             value = weighted(run.sites[name]["fn"].log_prob(run.sites[name]["value"]), run.sites[name])
             found[name] = value.reshape(value.shape[max(0, value.dim() - depth) :])  # one value: no sum
-    observed = {name for name, site in run.sites.items() if site["is_observed"]}
+    observed = _observed(run)
     for members in components(factors):
         found[seat(members, observed)] = log_rows(members, plates)
     return found
+
+
+def seats(run: Execution) -> dict[str, str]:
+    """Where the log density of each site stands that is summed out together with others, by name."""
+    if not any(is_summed_out(site) for site in run.sites.values()):
+        return {}
+    found = pieces(run, _depth(run)).items()
+    factors = [_factor(name, piece) for name, piece in found if piece.discrete]
+    observed = _observed(run)
+    return {member.name: seat(members, observed) for members in components(factors) for member in members}
+
+
+def _depth(run: Execution) -> int:
+    """Dimensions that plates take."""
+    return max([-p.dim for site in run.sites.values() for p in plates_of(site)], default=0)
+
+
+def _observed(run: Execution) -> frozenset[str]:
+    return frozenset(name for name, site in run.sites.items() if site["is_observed"])
 
 
 def _factor(name: str, piece: Piece) -> Factor:
