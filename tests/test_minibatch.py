@@ -200,6 +200,23 @@ def test_a_plate_that_scales_itself_is_left_alone(fit):
     )
 
 
+def test_factors_of_rows_in_a_plate_that_scales_itself_count_as_its_rows_do(fit):
+    """By hand: given its mean each y is N(mean, 2), and each factor has sd sqrt(1/2)."""
+
+    def told(y):
+        mean = pyro.param("mean", torch.tensor(0.0))
+        with pyro.plate("rows", 200, subsample=torch.arange(len(y))):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    y = 1 + torch.linspace(-2, 2, 200, dtype=D)
+    found = fit(told, {"y": y}, batch_size=40, max_iter=100)
+    sd = found.guide_params["guide.scale.z"]
+    torch.testing.assert_close(sd, torch.full_like(sd, 0.5**0.5), rtol=1e-6, atol=0)
+    evidence = float(dist.Normal(y.mean(), 2**0.5).log_prob(y).sum())
+    assert found.elbo == pytest.approx(evidence, abs=0.05)
+
+
 class Net(nn.Module):
     def __init__(self, size=6, inner=2, bias=True):
         super().__init__()

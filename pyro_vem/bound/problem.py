@@ -40,8 +40,8 @@ class Problem:
     names: frozenset[str]
 
     def share(self, plates: Iterable[str]) -> float:
-        """What a site in some plates is scaled by where the data are a part of all rows."""
-        around = self.model.around
+        """What a factor in some plates is scaled by where the data are a part of all rows."""
+        around = (self.guide or self.model).around
         return 1.0 if around is None else around(self.call.args, self.call.kwargs).factor(plates)
 
     def run_guide(self, phi: Values, noise: Values) -> Execution | None:

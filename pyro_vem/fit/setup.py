@@ -240,6 +240,8 @@ def _check_found(proto: Prototype) -> None:
 
 
 def _program(fn: Callable[..., Any], part: Rows | Share | None) -> Program:
+    if isinstance(part, Rows) and isinstance(fn, Factorised):
+        part = part.all_unscaled
     program = Program(fn)
     program.around = part.around if part is not None else None
     program.is_batched = isinstance(part, Rows)

@@ -5,7 +5,7 @@ alike, and if rows are independent given the rest. Both are tested before a fit 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -93,6 +93,11 @@ class Rows:
     def all_plates(self) -> frozenset[str]:
         """Every plate over rows."""
         return self.plates | self.scaled
+
+    @property
+    def all_unscaled(self) -> "Rows":
+        """The same for a guide of ours, whose plates never scale themselves."""
+        return replace(self, plates=self.all_plates, scaled=frozenset())
 
     def taken(self, call: Arguments, index: Tensor | slice) -> Arguments:
         """The call with some of the rows."""
