@@ -173,3 +173,23 @@ def test_binomial_rows_without_a_trial(fit):
     result = fit(model, {"n": torch.tensor([0.0, 3.0, 5.0]), "y": torch.tensor([0.0, 2.0, 1.0])})
     assert result.plan["y"].method == "quadrature"
     assert result.elbo_se == 0.0
+
+
+def test_slots_that_see_two_elements_of_one_condition_are_not_compiled(fit):
+    """Each of b[0] * z and exp(b[1] * w) is given an element of b of its own."""
+    y = torch.tensor([1.0, -0.5, 2.0])
+
+    def model(y):
+        b = pyro.param("b", torch.tensor([0.8, -0.6]))
+        with pyro.plate("rows", 3):
+            z, w = pyro.sample("z", dist.Normal(0.0, 1.0)), pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(b[0] * z, torch.exp(b[1] * w)), obs=y)
+
+    result = fit(model, {"y": y}, max_iter=1)
+    m, s, n, t = result.guide_params.values()
+    b, c = result.params["b"]
+    square = (y - b * m).square() + (b * s) ** 2
+    by_hand = -0.5 * math.log(2 * math.pi) - c * n - 0.5 * square * torch.exp(2 * (c * t) ** 2 - 2 * c * n)
+    term = result.terms["y"]
+    assert term.value == pytest.approx(float(by_hand.sum()), abs=5 * term.se + 1e-9)
+    assert "two elements" in result.plan["y"].proof

@@ -76,6 +76,8 @@ class CompiledTerm:
         """Why the term cannot be integrated, or None."""
         for slot in self.slots.values():
             for name, index in self.conditions.items():
+                if name in slot.conditions and not torch.equal(slot.conditions[name].index, index):
+                    return f"slots see {name} at two elements"
                 if name in slot.denses:
                     return f"{name} is conditioned on and summed over"
                 if name in slot.locals:
