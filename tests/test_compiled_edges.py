@@ -10,6 +10,7 @@ from pyro import poutine
 from torch.distributions import constraints
 
 import pyro_vem as vem
+from pyro_vem.bound.deterministic import Deterministic
 
 ONE = torch.tensor(1.0)
 
@@ -193,3 +194,39 @@ def test_slots_that_see_two_elements_of_one_condition_are_not_compiled(fit):
     term = result.terms["y"]
     assert term.value == pytest.approx(float(by_hand.sum()), abs=5 * term.se + 1e-9)
     assert "two elements" in result.plan["y"].proof
+
+
+@pytest.mark.parametrize("handler", [poutine.scale(scale=0.5), poutine.mask(mask=False)])
+def test_priors_that_count_less_than_their_factors_keep_their_jacobians(fit, handler):
+    y = torch.tensor([0.5, -1.5, 1.0], dtype=torch.float64)
+
+    def model(y):
+        with handler:
+            k = pyro.sample("k", dist.HalfNormal(1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(0.0, k), obs=y)
+
+    result = fit(model, {"y": y})
+    m, s = (float(value) for value in result.guide_params.values())
+    log_prior = 0.5 * math.log(2 / math.pi) - 0.5 * math.exp(2 * m + 2 * s**2)
+    entropy = m + 0.5 * math.log(2 * math.pi * math.e * s**2)
+    log_y = -3 * m - 1.5 * math.log(2 * math.pi) - 0.5 * float(y.square().sum()) * math.exp(2 * s**2 - 2 * m)
+    weight = 0.5 if isinstance(handler, poutine.scale_messenger.ScaleMessenger) else 0.0
+    assert result.plan["k"].method == "closed form"
+    assert result.elbo == pytest.approx(weight * log_prior + entropy + log_y, abs=1e-6)
+
+
+def test_a_term_that_is_off_at_every_draw_is_told_in_few_words(fit, monkeypatch):
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=y)
+
+    terms = Deterministic.terms
+
+    def off(self, phi, theta):
+        return {name: value + (name == "x") for name, value in terms(self, phi, theta).items()}
+
+    monkeypatch.setattr(Deterministic, "terms", off)
+    result = fit(model, {"y": ONE})
+    assert "its exact value is 1 nats (at each of 1024 draws) off" in result.plan["x"].proof

@@ -86,10 +86,10 @@ class Deterministic:
         self.variables = Variables(
             latents, {p.name: p for p in parameters}, {site.name: site for site in map_sites}
         )
-        self.compiled = Compiled(problem.run_model, self.variables, held, seed)
-        self._weighted: tuple[frozenset[str], Tensor] | None = None
         self.shares = {name: problem.share(p.name for p in site.plates) for name, site in latents.items()}
         self.weights = {name: self.shares[name] * _entropy_weight(site) for name, site in latents.items()}
+        self.compiled = Compiled(problem.run_model, self.variables, held, seed, self.weights)
+        self._weighted: tuple[frozenset[str], Tensor] | None = None
         self.priors = {name: p for name, p in self.compiled.constant.items() if self._has_divergence(name, p)}
 
     @property

@@ -67,6 +67,13 @@ class Variables:
 class Compiled:
     """The terms of a model that are known in closed form, as a function of moments.
 
+    Args:
+        run: the model, from its parameters and the values of its latents.
+        variables: that terms depend on.
+        held: parameters that no step moves.
+        seed: of the probes.
+        weights: of each latent's factor, by element.
+
     Attributes:
         terms: compiled terms by site.
         refused: why the others are not.
@@ -74,8 +81,15 @@ class Compiled:
         constant: records of latents whose prior is the same wherever latents and parameters are.
     """
 
-    def __init__(self, run: Any, variables: Variables, held: Mapping[str, Tensor], seed: int) -> None:
-        self.variables, self._run, self._held = variables, run, held
+    def __init__(
+        self,
+        run: Any,
+        variables: Variables,
+        held: Mapping[str, Tensor],
+        seed: int,
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        self.variables, self._run, self._held, self._weights = variables, run, held, weights
         self.where = slices(variables.sizes)
         self._merged: Stack | None = None
         self._apart: Stack | None = None
@@ -107,6 +121,9 @@ class Compiled:
             spec = spec_of(site, latent)
             if isinstance(spec, str):
                 self.refused[name] = spec
+            elif spec.is_bounded and not torch.equal(spec.weight, self._weights[name]):
+                # A term has one Jacobian, which belongs to prior and factor alike.
+                self.refused[name] = "its scale or mask is not that of its factor"
             else:
                 self.specs[name] = spec
 

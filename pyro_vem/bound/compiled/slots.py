@@ -100,6 +100,11 @@ class Spec:
             return -self.value.log()
         return torch.zeros((), dtype=torch.float64)
 
+    @property
+    def is_bounded(self) -> bool:
+        """True for a latent whose density has a Jacobian on the unconstrained scale."""
+        return self.latent is not None and not _is_real(self.latent)
+
     def argument(self, name: str, slot: Tensor) -> Tensor:
         """The argument of the density that a slot stands for."""
         return slot.exp() if is_log(self.family, name) else slot
