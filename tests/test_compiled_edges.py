@@ -230,3 +230,57 @@ def test_a_term_that_is_off_at_every_draw_is_told_in_few_words(fit, monkeypatch)
     monkeypatch.setattr(Deterministic, "terms", off)
     result = fit(model, {"y": ONE})
     assert "its exact value is 1 nats (at each of 1024 draws) off" in result.plan["x"].proof
+
+
+@pytest.mark.parametrize(
+    ("family", "y", "method"),
+    [
+        (lambda m, r, n: dist.Gamma(2.0, r * n), [0.6, 0.0, 0.8], "closed form"),
+        (lambda m, r, n: dist.Gamma(2.0, torch.exp(m) * n), [0.6, 0.0, 0.8], "closed form"),
+        (lambda m, r, n: dist.Exponential(torch.exp(m)), [0.6, 0.0, 0.8], "closed form"),
+        (lambda m, r, n: dist.Beta(torch.exp(m), r), [0.6, 1.0, 0.8], "quadrature"),
+        (lambda m, r, n: dist.Binomial(n, logits=m), [2.0, 0.0, 1.0], "quadrature"),
+    ],
+)
+def test_masked_rows_on_the_edge_of_a_support_are_as_if_they_were_not_there(fit, family, y, method):
+    keep = torch.tensor([True, False, True])
+    y, n = torch.tensor(y).double(), torch.tensor([4.0, 1.0, 3.0]).double()
+
+    def model(y, n, keep):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        pyro.sample("w", dist.Normal(m, 1.0), obs=ONE)
+        r = pyro.param("r", torch.tensor(1.5), constraint=constraints.positive)
+        with pyro.plate("rows", len(y)), poutine.mask(mask=keep):
+            pyro.sample("y", family(m, r, n).expand([len(y)]), obs=y)
+
+    data = {"y": y, "n": n, "keep": keep}
+    masked, without = fit(model, data), fit(model, {name: value[keep] for name, value in data.items()})
+    assert masked.plan["y"].method == without.plan["y"].method == method
+    assert masked.elbo == pytest.approx(without.elbo, abs=1e-8)
+    assert float(masked.params["r"]) == pytest.approx(float(without.params["r"]), rel=1e-4)
+
+
+def test_masked_rows_whose_value_is_a_latent_still_compile(fit):
+    def model(keep):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            with poutine.mask(mask=keep):
+                pyro.sample("y", dist.Normal(1.0, 1.0), obs=0.5 * z)
+
+    result = fit(model, {"keep": torch.tensor([True, False, True])})
+    assert result.plan["y"].method == "closed form"
+    sd = result.guide_params["guide.scale.z"]
+    torch.testing.assert_close(sd, torch.tensor([0.8, 1.0, 0.8]).double().sqrt())
+
+
+def test_a_site_that_is_masked_out_counts_nothing(fit):
+    def model(y):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        pyro.sample("w", dist.Normal(m, 1.0), obs=y)
+        with poutine.mask(mask=False):
+            pyro.sample("y", dist.Gamma(2.0, torch.exp(m)), obs=0 * y)
+
+    result = fit(model, {"y": ONE})
+    assert result.plan["y"].method == "closed form"
+    assert result.elbo == pytest.approx(float(dist.Normal(0.0, 2**0.5).log_prob(ONE)), abs=1e-6)

@@ -82,6 +82,7 @@ class Spec:
         value: the observed value of each row, flat; None for a latent.
         latent: the latent site of the rows; None for data.
         is_log: whether a residual is one of log values.
+        hidden: what stands in for the values of data of weight zero, wherever those are.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Spec:
     value: Tensor | None
     latent: Latent | None
     is_log: bool = False
+    hidden: Tensor | None = None
 
     @functools.cached_property
     def jacobian(self) -> Tensor:
@@ -172,11 +174,15 @@ def spec_of(site: Site, latent: Latent | None) -> Spec | str:
     weight = torch.as_tensor(element_weight(site, leaf.inner), dtype=torch.float64)
     rows = int(np.prod(shape, dtype=int))
     flat = weight.expand(shape).reshape(rows).clone()
-    value = None if latent is not None else site["value"].expand(shape).reshape(rows).to(torch.float64)
+    value, hidden = None, None
+    if latent is None:
+        value = site["value"].expand(shape).reshape(rows).to(torch.float64)
+        hidden = _hidden(leaf.dist, value, flat)
+        value = value if hidden is None else torch.where(flat == 0, hidden, value)
     is_positive = _is_log(latent) if value is None else bool((value > 0).all())
 
     def spec(family: type, slots: tuple[str, ...], is_log: bool = False) -> Spec:
-        return Spec(site["name"], family, slots, shape, flat, value, latent, is_log)
+        return Spec(site["name"], family, slots, shape, flat, value, latent, is_log, hidden)
 
     if family is td.LogNormal and is_positive:
         return spec(td.Normal, (RESIDUAL, "scale"), is_log=True)
@@ -190,17 +196,33 @@ def spec_of(site: Site, latent: Latent | None) -> Spec | str:
     return spec(family, (*first, *GENERAL[family]))
 
 
+def _hidden(fn: Any, value: Tensor, weight: Tensor) -> Tensor | None:
+    """A value with a finite density in every row, for those of weight zero; None if there are none.
+
+    Weight zero times an infinite density, at the edge of a support, would be nan.
+    """
+    kept = value[weight != 0]
+    if len(kept) == len(value):
+        return None
+    if fn.support.is_discrete:  # zero: a row may have fewer trials than another's successes
+        return torch.zeros((), dtype=torch.float64)
+    return kept[0] if len(kept) else torch.tensor(0.5, dtype=torch.float64)
+
+
 def read(spec: Spec, site: Site, u: Tensor | None) -> dict[str, Tensor]:
     """The slots of a term in one run, each shaped (rows,)."""
     fn = leaf_of(site["fn"]).dist
     found: dict[str, Tensor] = {}
+    observed = site["value"]
+    if spec.hidden is not None:
+        observed = torch.where(spec.weight.reshape(spec.shape) == 0, spec.hidden, observed)
     for name in spec.slots:
         if name == RESIDUAL:
-            value = site["value"] if u is None else u
+            value = observed if u is None else u
             found[name] = (value.log() if spec.is_log and u is None else value) - fn.loc
         elif name == RATIO:
             sign, scale, _ = SCALED[spec.family]
-            value = site["value"].to(torch.float64).log() if u is None else u
+            value = observed.to(torch.float64).log() if u is None else u
             log_scale = torch.as_tensor(getattr(fn, scale), dtype=torch.float64).log()
             found[name] = sign * value + (log_scale if scale == "rate" else -log_scale)
         elif name == VALUE:
