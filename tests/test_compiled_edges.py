@@ -284,3 +284,20 @@ def test_a_site_that_is_masked_out_counts_nothing(fit):
     result = fit(model, {"y": ONE})
     assert result.plan["y"].method == "closed form"
     assert result.elbo == pytest.approx(float(dist.Normal(0.0, 2**0.5).log_prob(ONE)), abs=1e-6)
+
+
+def gumbel_of_products(y):
+    tau, t = pyro.sample("tau", dist.HalfNormal(1.0)), pyro.sample("t", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Gumbel(tau * t, 1.0), obs=y)
+
+
+def counts_of_products(y):
+    tau, t = pyro.sample("tau", dist.HalfNormal(1.0)), pyro.sample("t", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.NegativeBinomial(torch.exp(tau * t), logits=torch.tensor(0.3)), obs=y)
+
+
+@pytest.mark.parametrize("model", [gumbel_of_products, counts_of_products])
+def test_exponentials_of_products_have_no_finite_expectation(fit, model):
+    result = fit(model, {"y": ONE}, max_iter=1)
+    assert result.plan["y"].method == "draws"
+    assert "no finite expectation" in result.plan["y"].proof

@@ -27,6 +27,11 @@ Inputs: TypeAlias = Mapping[Key, Tensor]
 FIRST_NODES = 8
 MOST_NODES = {"conditions": 64, 1: 128, 2: 32, 3: 16}
 MOST_POINTS = 4_000_000  # nodes times rows of one term
+# Slots whose exponential the log density grows with, where that is not plain from their names.
+EXPONENTS: dict[type, tuple[str, ...]] = {
+    td.Gumbel: (RESIDUAL, *POSITIVE),
+    td.NegativeBinomial: ("total_count",),
+}
 SETTLED, ROUGHLY = 1e-9, 1e-8  # change of a term, relative, on doubling its nodes: at the end, and before
 
 
@@ -99,13 +104,12 @@ class CompiledTerm:
         Nodes would settle on a finite value where there is none.
         """
         family = self.spec.family
-        if family in BOUNDED:
-            return None
         for kind, name in ((td.Gumbel, "scale"), (td.Weibull, "concentration")):
-            if family is kind and name in self.random_slots:
+            if family is kind and not self.latents.isdisjoint(self.slots[name].variables):
                 return f"its {name}"
+        exponents = EXPONENTS.get(family, () if family in BOUNDED else (RATIO, *POSITIVE))
         for name, slot in self.slots.items():
-            if name not in (RATIO, *POSITIVE):
+            if name not in exponents:
                 continue
             for c in self.random_conditions:
                 parts: list[Local | Dense] = [*slot.locals.values(), *slot.denses.values()]
