@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kl.quadrature import softplus
+
 STIRLING = math.log(10.0)  # of a, from where the series for log Gamma(a) is exact to 1e-13
 SERIES = {1: 1 / 12, 3: -1 / 360, 5: 1 / 1260, 7: -1 / 1680, 9: 1 / 1188}  # of it, in powers of 1 / a
 
@@ -118,7 +120,7 @@ def mean_softplus(m: Tensor, s: Tensor, nodes: Tensor, weights: Tensor) -> Tenso
         slope = torch.sigmoid(eta)
         return slope, slope * (1 - slope)
 
-    return _mean(torch.nn.functional.softplus, derivatives, m, s, nodes, weights)
+    return _mean(softplus, derivatives, m, s, nodes, weights)
 
 
 def mean_after_stirling(m: Tensor, s: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:

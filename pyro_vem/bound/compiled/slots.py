@@ -21,6 +21,7 @@ from torch import distributions as td
 
 from ...model.runtime import Site
 from ...model.sites import Latent, plain_parts
+from ..kl.quadrature import softplus
 from ..kl.table import is_same_density, leaf_of
 from ..weights import element_weight
 
@@ -151,7 +152,7 @@ def _log_ratio_density(family: type, r: Tensor, args: Mapping[str, Tensor]) -> T
     if family is td.HalfNormal:
         return 0.5 * math.log(2 / math.pi) + r - 0.5 * torch.exp(2 * r)
     if family is td.HalfCauchy:
-        return math.log(2 / math.pi) + r - torch.nn.functional.softplus(2 * r)
+        return math.log(2 / math.pi) + r - softplus(2 * r)
     if family is td.Exponential:
         return r - r.exp()
     shape = args["concentration"]
