@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributions import AffineTransform, SigmoidTransform, biject_to, constraints
 
 import pyro_vem as vem
+from pyro_vem.model.density import lean_log_prob
 
 
 def number(x):
@@ -343,3 +344,24 @@ def test_a_large_site_is_checked_on_few_draws():
             pyro.sample("z", dist.Normal(torch.zeros(300_000), 0.5))
 
     assert vem.AnalyticKL_ELBO().plan(model, guide)["z"].method == "closed form"
+
+
+class Tempered(dist.Categorical):
+    def log_prob(self, value):
+        return 0.5 * super().log_prob(value)
+
+
+def test_a_categorical_of_the_users_keeps_its_density():
+    found = lean_log_prob(Tempered(number([0.25, 0.75])), number(1))
+    assert float(found) == pytest.approx(0.5 * math.log(0.75))
+
+
+@pytest.mark.parametrize("value", [0.5, 2.0])
+def test_a_categorical_value_outside_its_support_is_refused(fit, value):
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 2):
+            pyro.sample("y", dist.Categorical(logits=torch.stack([z, -z])), obs=y)
+
+    with pytest.raises(vem.ModelError, match=r"'y': its observed value does not fit .*support"):
+        fit(model, {"y": number([0.0, value])})

@@ -3,9 +3,12 @@
 from typing import Any
 
 import numpy as np
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch import distributions as td
+
+KNOWN = (td.Categorical.log_prob, dist.Categorical.log_prob)
 
 
 def lean_log_prob(fn: Any, value: Tensor) -> Tensor:
@@ -20,9 +23,11 @@ def lean_log_prob(fn: Any, value: Tensor) -> Tensor:
         >>> lean_log_prob(fn, torch.ones(1_000_000, dtype=torch.long)).shape
         torch.Size([1000000])
     """
-    if not isinstance(fn, td.Categorical):
+    if getattr(type(fn), "log_prob", None) not in KNOWN:  # a subclass may have a density of its own
         log_prob: Tensor = fn.log_prob(value)
         return log_prob
+    if fn._validate_args:
+        fn._validate_sample(value)
     given = "probs" if "probs" in fn.__dict__ else "logits"
     table = fn.__dict__[given]
     kept = collapsed(table, 1)
