@@ -365,3 +365,16 @@ def test_a_categorical_value_outside_its_support_is_refused(fit, value):
 
     with pytest.raises(vem.ModelError, match=r"'y': its observed value does not fit .*support"):
         fit(model, {"y": number([0.0, value])})
+
+
+@pytest.mark.parametrize("names", ["w", "wv"])
+def test_a_masked_latent_whose_coefficient_starts_at_zero_has_a_factor(names):
+    """Given w, y is N(w z, 1): without z's factor w would stay where it is."""
+
+    def model(y):
+        w = sum((-1) ** i * pyro.param(name, number(0.4 * (len(names) - 1))) for i, name in enumerate(names))
+        with poutine.mask(mask=False):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(w * z, 1.0), obs=y)
+
+    assert vem.MeanFieldNormal(model).latents(number(2.0))[0].idle is None

@@ -1,7 +1,7 @@
 """What a few runs of the model tell: its sites, plates and parameters, and that it is static."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,8 @@ from .modules import modules_called
 from .parameters import Parameter, off_boundary
 from .runtime import Execution, Program, Scout, Site, default_dtype, is_summed_out
 from .sites import Latent, Plate, bijector, init_strategy, initial_values, latent_of, plates_of
+
+GOLDEN = 0.6180339887498949  # fractional parts of its multiples are all different
 
 
 @dataclass(frozen=True)
@@ -213,18 +215,17 @@ def _check_static(
 ) -> tuple[Latent, ...]:
     """Run again at the same values, then at others: what must not change, must not change."""
 
-    def at(shift: float, only: Mapping[str, Tensor] | None = None) -> Execution:
-        moved = {
-            s.name: s.transform(s.unconstrained + shift * (1 if only is None else only.get(s.name, 0)))
-            for s in latents
+    def at(by: Mapping[str, Tensor]) -> Execution:
+        moved = {s.name: s.transform(s.unconstrained + by.get(s.name, 0.0)) for s in latents}
+        params = {
+            p.name: transform_to(p.constraint)(p.unconstrained + by.get(p.name, 0.0)) for p in parameters
         }
-        by = 0.0 if only is not None else shift
-        params = {p.name: transform_to(p.constraint)(p.unconstrained + by) for p in parameters}
         with torch.no_grad():
             return program.run(call.args, call.kwargs, params, lambda site: moved[site["name"]])
 
+    generic = _generic((*latents, *parameters))
     try:
-        base, again, moved = at(0.0), at(0.0), at(0.1)
+        base, again, moved = at({}), at({}), at(generic)
     except KeyError as error:
         raise UnsupportedModelError(f"site {error} appears in some runs of the model only") from error
     for other in (again, moved):
@@ -245,7 +246,18 @@ def _check_static(
                 f"site {latent.name!r}: its support {latent.support} depends on other sites or parameters; "
                 "sample it on a fixed support and move it there with pyro.deterministic"
             )
-    return tuple(_with_idle(latent, base, at) for latent in latents)
+    return tuple(_with_idle(latent, base, generic, at) for latent in latents)
+
+
+def _generic(variables: Sequence[Latent | Parameter]) -> dict[str, Tensor]:
+    """Moves of up to 0.1, all different: at the start a coefficient, or a sum of them, may be zero."""
+    found, start = {}, 1
+    for variable in variables:
+        value = variable.unconstrained
+        count = torch.arange(start, start + value.numel(), dtype=value.dtype)
+        found[variable.name] = 0.1 * torch.frac(GOLDEN * count).reshape(value.shape)
+        start += value.numel()
+    return found
 
 
 def _log_prob(run: Execution, name: str) -> Tensor:
@@ -260,8 +272,10 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return torch.allclose(first, second, rtol=1e-9, atol=0.0, equal_nan=True)
 
 
-def _with_idle(latent: Latent, base: Execution, at: Callable[..., Execution]) -> Latent:
-    """Find masked elements that nothing else uses (as obs_mask= makes them)."""
+def _with_idle(
+    latent: Latent, base: Execution, generic: Mapping[str, Tensor], at: Callable[..., Execution]
+) -> Latent:
+    """Find masked elements that nothing else uses (as obs_mask= makes them), at the start and elsewhere."""
     mask = base.sites[latent.name]["mask"]
     if mask is None or (isinstance(mask, bool) and mask):
         return latent
@@ -270,10 +284,11 @@ def _with_idle(latent: Latent, base: Execution, at: Callable[..., Execution]) ->
     if not bool(off.any()):
         return latent
     shape = off.shape + (1,) * (latent.unconstrained.dim() - off.dim())
-    run = at(0.1, {latent.name: off.reshape(shape).to(latent.init.dtype)})
-    used = any(not torch.equal(_masked(base, name), _masked(run, name)) for name in base.sites)
-    if used:
-        return latent
+    step = 0.1 * off.reshape(shape).to(latent.init.dtype)
+    for by in ({}, generic):
+        before, after = at(by), at({**by, latent.name: by.get(latent.name, 0.0) + step})
+        if any(not torch.equal(_masked(before, name), _masked(after, name)) for name in base.sites):
+            return latent
     return replace(latent, idle=off)
 
 
