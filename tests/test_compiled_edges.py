@@ -301,3 +301,18 @@ def test_exponentials_of_products_have_no_finite_expectation(fit, model):
     result = fit(model, {"y": ONE}, max_iter=1)
     assert result.plan["y"].method == "draws"
     assert "no finite expectation" in result.plan["y"].proof
+
+
+@pytest.mark.parametrize("bend", [0.0, 0.25])
+def test_a_small_part_of_a_large_residual_is_not_dropped(fit, bend):
+    """By hand log p(y) is z + bend z^2 and a constant, but for 1e-10."""
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z + bend * z * z, 1e5), obs=y)
+
+    result = fit(model, {"y": torch.tensor(1e10).double()})
+    m, s = (float(value) for value in result.guide_params.values())
+    assert m == pytest.approx(1 / (1 - 2 * bend), abs=1e-3)
+    assert s == pytest.approx((1 - 2 * bend) ** -0.5, abs=1e-3)
+    assert ("affine" in result.plan["y"].proof) is (bend == 0.0)

@@ -21,7 +21,8 @@ Values: TypeAlias = Mapping[str, Tensor]
 Evaluate: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """Slots by key, (points, rows) each, at a batch of points."""
 
-ROUNDING = 1e-9  # relative; differences below it are rounding
+ROUNDING = 1e-9  # relative; differences from a straight line below it are rounding
+FAINT = 1e-13  # relative; changes below it are rounding
 VERIFIED = 1e-8
 SHIFT = 0.4  # of a conditioning variable, per step
 MOST_DENSE = 20_000_000  # entries of a dense coefficient matrix
@@ -152,10 +153,10 @@ class AffineSlot:
         return total
 
 
-def differs(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+def differs(a: Tensor, b: Tensor, scale: Tensor, rounding: float = ROUNDING) -> Tensor:
     """True where two slots differ by more than rounding, of their own size and of the largest row's."""
     most = scale.max() if scale.numel() else scale.sum()
-    return ~((a - b).abs() <= ROUNDING * scale + 1e-13 * most)
+    return ~((a - b).abs() <= rounding * scale + 1e-13 * most)
 
 
 class Probe:
@@ -262,7 +263,7 @@ def dependence_on(probe: Probe, key: str, k: str) -> Dependence | None:
     """None where the slot does not depend on the variable."""
     f0, (f1, f2, f3) = probe.here[key], probe.along(k, key)
     scale = torch.stack([f0, f1, f2, f3]).abs().amax(0)
-    rows = differs(f1, f0, scale) | differs(f2, f0, scale)
+    rows = differs(f1, f0, scale, FAINT) | differs(f2, f0, scale, FAINT)
     if not bool(rows.any()):
         return None
     is_affine = not bool((differs(f2 + f0, 2 * f1, scale) | differs(f3 + 2 * f0, 3 * f1, scale)).any())
@@ -276,7 +277,7 @@ def _index(probe: Probe, key: str, k: str, rows: Tensor) -> Tensor | None:
     values = probe.bits[k][key]
     scale = f0.abs()
     for b in range(len(values) // 2):
-        zero, one = (differs(values[2 * b + side], f0, scale) for side in (0, 1))
+        zero, one = (differs(values[2 * b + side], f0, scale, FAINT) for side in (0, 1))
         if bool((rows & (zero == one)).any()):  # both sides move it, or neither: several elements
             return None
         index += (one & rows).long() << b

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .affine import (
+    FAINT,
     MOST_DENSE,
     SHIFT,
     VERIFIED,
@@ -26,6 +27,7 @@ from .affine import (
 MOST_CONDITIONS = 2
 MOST_TOGETHER = 12  # variables of which pairs are tried as conditions
 MOST_ELEMENTS = 5_000  # of a latent that rows see several elements of: one model run each
+FOLLOWED = 1e-3  # of a row's changes between those points
 SPREADS = (0.3, 0.3, 0.3, 1.2, 1.2, 1.2)  # sds of the points that a compiled slot is verified at
 
 
@@ -64,7 +66,11 @@ class SlotFitter:
         except NotAffine as reason:
             return str(reason)
         gap = worst_gap(slot, self.points, self.truth[key])
-        return slot if gap <= VERIFIED else f"its compiled form is off by {gap:.1g} at a random point"
+        if gap > VERIFIED:
+            return f"its compiled form is off by {gap:.1g} at a random point"
+        if not _follows(slot, self.points, self.truth[key]):
+            return "it varies too little for its size to be compiled: centre the data"
+        return slot
 
     def _dependences(self, key: str) -> dict[str, Dependence]:
         found = {k: dependence_on(self.probe, key, k) for k in self.probe.moving(key)}
@@ -240,6 +246,15 @@ def _contribution(part: Local | Dense, base: Tensor) -> Tensor:
     if isinstance(part, Dense):
         return part.matrix @ base
     return part.coefficient * pick(base, part.index)
+
+
+def _follows(slot: AffineSlot, points: Values, truth: Tensor) -> bool:
+    """True unless a row's changes, far smaller than the row itself, are other than the slot's."""
+    if not truth.numel():
+        return True
+    size, change = truth.abs().amax(0), truth.amax(0) - truth.amin(0)
+    gap = (slot.at(points) - truth).abs().amax(0)
+    return bool((gap <= FOLLOWED * change + 30 * FAINT * (size + 0.1 * size.max())).all())
 
 
 def worst_gap(slot: AffineSlot, points: Values, truth: Tensor) -> float:
