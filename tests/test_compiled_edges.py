@@ -316,3 +316,37 @@ def test_a_small_part_of_a_large_residual_is_not_dropped(fit, bend):
     assert m == pytest.approx(1 / (1 - 2 * bend), abs=1e-3)
     assert s == pytest.approx((1 - 2 * bend) ** -0.5, abs=1e-3)
     assert ("affine" in result.plan["y"].proof) is (bend == 0.0)
+
+
+def robust(y):
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.StudentT(4.0, mu, scale), obs=y)
+
+
+def choices(y):
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    with pyro.plate("groups", 4):
+        t = pyro.sample("t", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Bernoulli(logits=tau * t[torch.arange(len(y)) % 4]), obs=y)
+
+
+def test_grids_are_left_to_draws_only_where_draws_are_fewer(fit, monkeypatch):
+    """24 x 24 nodes a row are more than 256 draws; 8 x 1 are not, however many rows there are."""
+    y = torch.linspace(-1.0, 1.0, 12)
+    monkeypatch.setattr("pyro_vem.bound.compiled.expect.MOST_POINTS", 100)
+    left = fit(robust, {"y": y})
+    assert left.plan["y"].method == "draws"
+    assert "rows: draws are cheaper" in left.plan["y"].proof
+    assert fit(choices, {"y": (y > 0).double()}).plan["y"].method == "quadrature"
+
+
+def test_rows_at_nodes_may_come_in_parts(fit, monkeypatch):
+    y = (torch.linspace(-1.0, 1.0, 12) > 0).double()
+    whole = fit(choices, {"y": y})
+    monkeypatch.setattr("pyro_vem.bound.compiled.reduced.MOST_AT_NODES", 100)
+    parts = fit(choices, {"y": y})
+    assert parts.elbo == pytest.approx(whole.elbo, abs=1e-10)
+    torch.testing.assert_close(parts.guide_params["guide.loc.t"], whole.guide_params["guide.loc.t"])

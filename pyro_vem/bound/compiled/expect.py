@@ -27,6 +27,7 @@ Inputs: TypeAlias = Mapping[Key, Tensor]
 FIRST_NODES = 8
 MOST_NODES = {"conditions": 64, 1: 128, 2: 32, 3: 16}
 MOST_POINTS = 4_000_000  # nodes times rows of one term
+FEW_POINTS = 256  # nodes of a row that are allowed regardless: as many as draws would be
 # Slots whose exponential the log density grows with, where that is not plain from their names.
 EXPONENTS: dict[type, tuple[str, ...]] = {
     td.Gumbel: (RESIDUAL, *POSITIVE),
@@ -182,22 +183,32 @@ class CompiledTerm:
             is_needed, most = self.form.dims > 0, self.form.doubled * MOST_NODES.get(self.form.dims, 0)
         if not is_needed:
             return self
+        if self._is_costly(what, getattr(self, what)):
+            return f"nodes in {self._dimensions} dimensions for {len(self.spec.weight):,} rows: draws are cheaper"
         term, value = self, float(self.expectation(x))
         while True:
             n = getattr(term, what)
-            if n >= most or self._points(what, 2 * n) > MOST_POINTS:
+            if n >= most:
                 return f"{n} quadrature nodes are not enough: the expectation is rough, or infinite"
+            if self._is_costly(what, 2 * n):
+                return f"over {n} nodes a dimension for {len(self.spec.weight):,} rows: draws are cheaper"
             finer = replace(term, **{what: 2 * n})
             now = float(finer.expectation(x))
             if abs(now - value) <= settled * (1 + abs(now)):
                 return term
             term, value = finer, now
 
-    def _points(self, what: str, nodes: int) -> int:
-        """Evaluations of the density if one kind of nodes is changed."""
+    def _is_costly(self, what: str, nodes: int) -> bool:
+        """True if draws take less time and memory, if one kind of nodes is changed to this number."""
         counts = {"condition_nodes": self.condition_nodes, "slot_nodes": self.slot_nodes, what: nodes}
-        grid = counts["condition_nodes"] ** len(self.random_conditions)
-        return int(grid * self.form.points(counts["slot_nodes"]) * len(self.spec.weight))
+        grid = counts["condition_nodes"] ** len(self.random_conditions) if self.has_grid else 1
+        points = int(grid * self.form.points(counts["slot_nodes"]))
+        return points > FEW_POINTS and points * len(self.spec.weight) > MOST_POINTS
+
+    @property
+    def _dimensions(self) -> int:
+        """Of its grids together."""
+        return len(self.random_conditions) * self.has_grid + self.form.dims
 
     @property
     def has_grid(self) -> bool:

@@ -91,8 +91,8 @@ class Form:
         return 2 if self.is_bounded else 1
 
     def points(self, nodes: int) -> int:
-        """Evaluations of the density in each row."""
-        return len(self._rule(nodes)[0]) ** self.dims
+        """Numbers of each row that derivatives are taken through: one where rows come with their own."""
+        return len(self._rule(nodes)[0]) ** self.dims if self.function is _grid else 1
 
 
 def form_of(spec: Spec, random: tuple[str, ...]) -> Form:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kl.quadrature import softplus
 
+MOST_AT_NODES = 1 << 19  # numbers: rows times nodes, of which few operations keep any
 STIRLING = math.log(10.0)  # of a, from where the series for log Gamma(a) is exact to 1e-13
 SERIES = {1: 1 / 12, 3: -1 / 360, 5: 1 / 1260, 7: -1 / 1680, 9: 1 / 1188}  # of it, in powers of 1 / a
 
@@ -84,17 +85,30 @@ def _mean(
     nodes: Tensor,
     weights: Tensor,
 ) -> Tensor:
-    """E f(m + s x), x ~ N(0, 1), by quadrature, from f and its first two derivatives."""
+    """E f(m + s x), x ~ N(0, 1), by quadrature, from f and its first two derivatives.
+
+    So many rows at a time as keep the numbers at all nodes few: only rows are left of them.
+    """
     m, s = torch.broadcast_tensors(m, s)
-    with torch.no_grad():
-        eta = m.reshape(-1) + nodes.unsqueeze(1) * s.reshape(-1)
-        value = (weights @ function(eta)).reshape(m.shape)
-        if not (m.requires_grad or s.requires_grad):
+    is_value = not (m.requires_grad or s.requires_grad)
+    powers = weights * torch.stack([torch.ones_like(nodes), nodes, nodes * nodes])
+
+    def at(m: Tensor, s: Tensor) -> Tensor:
+        eta = m + nodes.unsqueeze(1) * s
+        value = powers[:1] @ function(eta)
+        if is_value:
             return value
         slope, bend = derivatives(eta)
-        powers = weights * torch.stack([torch.ones_like(nodes), nodes, nodes * nodes])
-        by_m, by_s = (powers[:2] @ slope).reshape(2, *m.shape)
-        mm, ms, ss = (powers @ bend).reshape(3, *m.shape)
+        return torch.cat([value, powers[:2] @ slope, powers @ bend])
+
+    with torch.no_grad():
+        few = max(1, MOST_AT_NODES // len(nodes))
+        parts = [at(*part) for part in zip(m.reshape(-1).split(few), s.reshape(-1).split(few), strict=True)]
+        found = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        value, *rest = found.reshape(-1, *m.shape)
+        if is_value:
+            return value
+        by_m, by_s, mm, ms, ss = rest
         rows = Rows(value, (by_m, by_s), {(0, 0): mm, (0, 1): ms, (1, 1): ss})
     return reduced(rows, m, s)
 
