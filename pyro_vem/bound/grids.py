@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..model.runtime import SingularMatrix
 from .compiled.forms import tensor_grid
 from .draws import NoiseSpec, independent_noise
 from .tables import Plan
@@ -152,7 +153,10 @@ def _enough_nodes(
 
     def value(n: int) -> dict[str, Tensor]:
         noise, weights = grid(specs, scope, n)
-        return {name: weights @ v for name, v in rows(plan, noise).items()}
+        try:
+            return {name: weights @ v for name, v in rows(plan, noise).items()}
+        except SingularMatrix:  # so far out that a matrix is singular: such a grid settles nothing
+            return {row.site: torch.tensor(torch.nan) for row in plan.rows}
 
     n, before = FIRST_NODES, value(FIRST_NODES)
     enough, moving = n, set(before)

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import ModelError
 from ..model.data import Arguments
-from ..model.runtime import Execution, is_summed_out
+from ..model.runtime import Execution, SingularMatrix, is_summed_out
 from .draws import NoiseSpec, independent_noise, matched_noise
 from .exact import ExactTerms
 from .grids import Batch, Rows, grid, split
@@ -228,6 +229,8 @@ class Objective:
             try:
                 result: dict[str, Tensor] = torch.func.vmap(one, randomness="same")(dict(noise))
                 return result
+            except SingularMatrix:  # at this point; vmap is not to blame
+                raise
             except Exception as error:  # an error of the model itself is raised again by the loop
                 self._vectorised = False
                 reason = str(error).strip().splitlines()[0][:120]
@@ -278,6 +281,9 @@ class Objective:
 
         Returns:
             The groups; each tensor's first dimension runs over the draws.
+
+        Raises:
+            ModelError: if a matrix of the model is singular at a draw.
         """
         generator, chunk = torch.Generator().manual_seed(seed), self.draws_for(AT_ONCE)
         parts: list[dict[str, dict[str, Tensor]]] = []
@@ -288,7 +294,13 @@ class Objective:
                     drawn = independent_noise(self.specs, size, generator)
                 else:
                     drawn = {name: value[start : start + size] for name, value in noise.items()}
-                parts.append(self._sample(phi, theta, size, drawn, keep))
+                try:
+                    parts.append(self._sample(phi, theta, size, drawn, keep))
+                except SingularMatrix as error:
+                    raise ModelError(
+                        f"a matrix of the model is singular at a draw of the guide ({error}): add a small "
+                        "number to its diagonal"
+                    ) from error
         return {
             group: {name: torch.cat([part[group][name] for part in parts]) for name in parts[0][group]}
             for group in parts[0]

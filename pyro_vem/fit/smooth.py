@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse import linalg as sparse_linalg
 from torch import Tensor
 
+from ..model.runtime import SingularMatrix
 from .processes import Spread
 
 Vector: TypeAlias = NDArray[np.float64]
@@ -47,8 +48,8 @@ class Smooth:
 
     The function is evaluated in coordinates x = origin + scale * a, a dimensionless; the graph
     of the last point is kept, so a Hessian-vector product reuses its forward pass. Points where
-    the function is not finite count as +inf. Where several processes share the function, origin and
-    scale are this process's, `a` and what comes back are whole.
+    the function is not finite, or a matrix is singular, count as +inf. Where several processes share
+    the function, origin and scale are this process's, `a` and what comes back are whole.
 
     Where x is the log of a Gaussian's sd it is origin + log(1 + scale * a) for positive a: the sd grows
     linearly. With curvature H a Newton step in log(sd) is (1 / (H sd^2) - 1) / 2, which from an sd that is
@@ -174,10 +175,13 @@ class Smooth:
         self.evaluations += 1
         point, self._slope, self._bend = self._placed(a)
         self._leaf = torch.as_tensor(point).requires_grad_()
-        if self.loss.both is not None:
-            self._value, self._gradient = self.loss.both(self._leaf.detach())
-        else:
-            self._value, self._gradient = self.loss.function(self._leaf), None
+        try:
+            if self.loss.both is not None:
+                self._value, self._gradient = self.loss.both(self._leaf.detach())
+            else:
+                self._value, self._gradient = self.loss.function(self._leaf), None
+        except SingularMatrix:  # a covariance that is singular here
+            self._value, self._gradient = torch.tensor(torch.inf), None
         self._number = self.spread.total(float(self._value.detach()))
         self._at, self._whole, self._hessian = np.array(a), None, None
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from ..model.runtime import SingularMatrix
 from .capture import function_of
 from .setup import Setup
 from .smooth import Loss, Vector
@@ -25,9 +26,13 @@ class State:
 
 
 def elbo_at(setup: Setup, phi: Vector, theta: Vector) -> float:
-    """The bound at flat vectors, in nats; of all processes' rows."""
+    """The bound at flat vectors, in nats; of all processes' rows. -inf where a matrix is singular."""
     with torch.no_grad():
-        return float(setup.processes.total(setup.elbo(torch.as_tensor(phi), torch.as_tensor(theta))))
+        try:
+            own = setup.elbo(torch.as_tensor(phi), torch.as_tensor(theta))
+        except SingularMatrix:
+            own = torch.tensor(-torch.inf)
+        return float(setup.processes.total(own))
 
 
 def own_elbo(setup: Setup, state: State) -> float:

@@ -14,6 +14,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from ..errors import ModelError
+from ..model.runtime import SingularMatrix
 from .density import Density, Gradient
 
 # Steps from which Pyro learns its metric: its windows need 150, and one that is right already gains
@@ -122,7 +123,7 @@ def _nutpie(density: Density, options: NUTSOptions, seed: int) -> Run:
             value, slope = density.gradient(torch.tensor(x, device=density.loc.device))  # in its own thread
         except Exception as error:  # one that leaves a thread of nutpie's ends the process
             # As Pyro has it, there is no density where a matrix has no decomposition.
-            if not isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            if not isinstance(error, SingularMatrix):
                 errors.append(error)
             return -np.inf, np.zeros_like(x)
         return float(value), slope.cpu().numpy()
