@@ -3,11 +3,15 @@
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from filelock import FileLock
+from torch.distributions import constraints
 
 import pyro_vem as vem
 
@@ -178,6 +182,38 @@ def test_an_interrupted_fit_goes_on_from_its_checkpoint(tmp_path, fit):
     assert again.n_iter < alone.n_iter
     assert again.elbo == pytest.approx(alone.elbo, abs=1e-6)
     assert not path.exists()
+
+
+def test_a_checkpoint_keeps_what_the_caller_holds(tmp_path, fit):
+    """Held parameters are no state of the fit: they are what the call says again."""
+
+    @vem.vem_model(fixed=("between",))
+    def model(y):
+        between = pyro.param("between", torch.tensor(1.0), constraint=constraints.positive)
+        mu = pyro.param("mu", torch.tensor(0.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(mu, between))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    data, path = {"y": torch.tensor([1.0, 2.0, 4.0])}, tmp_path / "fit.checkpoint"
+    settings = {"checkpoint": path, "init": {"between": torch.tensor(1.5)}}
+    with pytest.raises(Stopped):
+        fit(model, data, callbacks=[_stop], **settings)
+    again = fit(model, data, **settings)
+    assert "went on from a checkpoint" in "".join(again.plan.notes)
+    assert float(again.params["between"]) == 1.5
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_several(tmp_path, fit):
+    """Which do not mark it with their data: rows may be shared out anew."""
+    model, data, *_ = ranks.CASES["counts"]
+    path, model = tmp_path / "fit.checkpoint", vem.vem_model(model)
+    with pytest.raises(Stopped):
+        fit(model, data, checkpoint=path, callbacks=[_stop])
+    left = vem.VEMResult.load(path, model)
+    notes = tuple(note for note in left.plan.notes if not note.startswith("checkpoint of data"))
+    replace(left, plan=replace(left.plan, notes=notes)).save(path)
+    assert "went on from a checkpoint" in "".join(fit(model, data, checkpoint=path).plan.notes)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, fit):
