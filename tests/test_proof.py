@@ -497,6 +497,24 @@ def test_a_wrong_formula_is_caught_and_sampled(fit):
     assert float(result.guide_params["guide.loc.z"]) == pytest.approx(0.5, abs=1e-4)
 
 
+def test_a_formula_that_is_right_at_the_start_only_is_sampled(fit):
+    class Prior(dist.Normal):
+        pass
+
+    @vem.register_kl(td.Normal, Prior)
+    def _(q, p):
+        right = td.kl_divergence(td.Normal(q.loc, q.scale), td.Normal(p.loc, p.scale))
+        return right + 5 * (q.scale - 0.1)  # where fits start
+
+    def model(y):
+        z = pyro.sample("z", Prior(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    result = fit(model, {"y": torch.tensor(1.0)}, init={"z": torch.tensor(0.0)})
+    assert result.plan["z"].method == "draws"
+    assert float(result.guide_params["guide.scale.z"]) == pytest.approx(0.5**0.5, rel=1e-3)
+
+
 def test_a_prior_only_loss_of_an_amortized_guide_has_no_noise():
     class Encoder(torch.nn.Module):
         def __init__(self):

@@ -182,6 +182,7 @@ def settle(setup: Setup, state: State) -> str | None:
             objective.drawn.add(name)
         else:  # it is no one term: nothing is left to believe
             objective.exact, objective.is_gridded = None, False
+            objective.plan = objective.plan.demoted(gap)
     prepare(setup, state.phi, state.theta)
     return f"sampled from here on: {', '.join(gaps)}"
 
