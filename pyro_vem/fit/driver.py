@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import pyro
 import torch
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
@@ -15,7 +16,7 @@ from ..bound.elbo import AnalyticKL_ELBO
 from ..model.data import named_values
 from ..model.device import as_outside, device_of
 from ..model.runtime import isolated, repeatable, reuse_memory
-from ..model.sites import init_strategy
+from ..model.sites import near_median
 from .capture import Compile
 from .checkpoint import Checkpoint
 from .minibatch import fit_batches
@@ -83,8 +84,8 @@ def fit_vem(
         tol: predicted remaining gain of the joint problem, in nats, at which the fit stops.
         max_iter: most E/M rounds.
         num_starts: fits from different starts, of which the best is returned; ``fit.starts`` says
-            how far the others agree. Starts after the first one draw latents from the prior, or
-            responsibilities of discrete sites at random.
+            how far the others agree. Starts after the first one draw latents without a value in ``init``
+            from the prior, or responsibilities of discrete sites at random.
         batch_size: rows of a minibatch, for data that are too many for full sweeps (a DataLoader or
             another iterable of mappings as data says it itself). Every array whose first dimension a
             plate follows is sliced, and that plate is scaled by rows / batch in model and guide.
@@ -136,9 +137,8 @@ def fit_vem(
     _check_settings(schedule, e_step, m_step, tol, max_iter, num_starts, elbo, compile)
     begin = time.perf_counter()
     saved = Checkpoint.at(checkpoint, model, Processes.of(options.sharded))
-    init = saved.left or init
-    warm = init if isinstance(init, VEMResult) else None
-    given = _warm_strategy(warm) if warm else init
+    warm = saved.left or (init if isinstance(init, VEMResult) else None)
+    given = _warm_strategy(init) if isinstance(init, VEMResult) else init
     is_batched = batch_size is not None or _is_stream(data)
     _check_batched(is_batched, schedule, e_step, m_step, num_starts, validation)
     _check_options(options, is_batched, m_step, num_starts, checkpoint)
@@ -155,16 +155,18 @@ def fit_vem(
             )  # fmt: skip
 
         def set_up_at(start: int) -> Setup:
-            where = init_to_sample if start and given is None else given
-            return set_up(model, data, guide, elbo, where, options, seed + start, compile)
+            where, others = (given, near_median) if not start else (None if warm else given, init_to_sample)
+            with pyro.get_param_store().scope():  # or all would begin at the guide of the first
+                return set_up(model, data, guide, elbo, where, options, seed + start, compile, others=others)
 
         setup = set_up_at(0)
+        is_scattered = setup.lifted is not None and bool(setup.lifted.lifted.discrete)
 
         def begun(start: int) -> Run:
-            here = setup if setup.lifted is not None or not start else set_up_at(start)
+            here = setup if is_scattered or not start else set_up_at(start)
             methods = e_step, m_step
             run = Run(here, options, tol, methods, begin, tuple(callbacks), progress, checkpoint=saved)
-            run.start(warm, start)
+            run.start(None if start else warm, start)
             return run
 
         found = from_starts(
@@ -258,6 +260,7 @@ def _threads(data: Any) -> int | None:
 
 def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
     """E-step and M-step in turn until nothing is left to gain."""
+    run.start_variances()
     for iteration in range(run.iterations + 1, max_iter + 1):
         how = run.schedule_of(iteration, schedule)
         if how == "profile":
@@ -281,13 +284,12 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
 
 def _warm_strategy(warm: VEMResult) -> Callable[[dict[str, Any]], Tensor]:
     """Prototype values of an earlier fit's sites where they still fit, near prior medians elsewhere."""
-    median = init_strategy(None)
     known = {} if warm._setup is None else {site.name: site.init for site in warm._setup.prototype.latents}
 
     def strategy(site: dict[str, Any]) -> Tensor:
         value = known.get(site["name"])
         if value is None or value.shape != site["fn"].shape():
-            return median(site)
+            return near_median(site)
         return value.to(torch.get_default_device())
 
     return strategy
@@ -312,6 +314,8 @@ def _check_settings(
         *one_of("e_step", e_step, get_args(StepMethod)),
         *(() if isinstance(m_step, Mapping) else one_of("m_step", m_step, get_args(StepMethod))),
     ]
+    if isinstance(m_step, Mapping) and schedule in ("joint", "profile"):
+        problems.append(f"schedule={schedule!r}: no M-step would call the functions of m_step=")
     if not (isinstance(compile, bool) or compile == "auto"):
         problems.append(f"compile={compile!r}: choose 'auto', True or False")
     if not tol > 0:

@@ -25,7 +25,7 @@ from ..model.parameters import Block, Parameter
 from ..model.prototype import Prototype
 from ..model.rows import Share
 from ..model.runtime import Site
-from ..model.sites import Latent, Plate, init_strategy, plates_of
+from ..model.sites import Latent, Plate, near_median, plates_of
 
 T = TypeVar("T")
 Vector = NDArray[np.float64]
@@ -158,13 +158,12 @@ class Processes:
         """
         if not self.plates or init is not None:
             return init
-        median = init_strategy(None)
 
         def choose(site: Site) -> Tensor:
             if not self.plates.isdisjoint(plate.name for plate in plates_of(site)):
                 return _centre(site["fn"])
             torch.manual_seed(zlib.crc32(site["name"].encode()))
-            return median(site)
+            return near_median(site)
 
         return choose
 

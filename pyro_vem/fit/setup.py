@@ -24,6 +24,7 @@ from ..model.prototype import Prototype, discover_modules, parameters_of, protot
 from ..model.roles import roles_of
 from ..model.rows import Rows, Share
 from ..model.runtime import Program
+from ..model.sites import Strategy, near_median
 from .capture import Captures, Compile
 from .processes import Processes
 
@@ -175,10 +176,12 @@ def set_up(
     seed: int,
     compile: Compile = "auto",
     rows: Rows | None = None,
+    others: Strategy = near_median,
 ) -> Setup:
     """Run the model a few times, check everything, and choose the method of each term.
 
-    With `rows` the data are a batch, which stands for all rows (of this process).
+    With `rows` the data are a batch, which stands for all rows (of this process). Sites without a value
+    in `init` start where `others` says.
     """
     if not callable(model):
         raise ModelError(f"model={model!r}: give a Pyro model, a function or a PyroModule")
@@ -189,7 +192,9 @@ def set_up(
     part = rows or processes.share
     program = discover_modules(_program(model, part), raw)
     own_init = guide.init if init is None and isinstance(guide, Factorised) else init
-    proto = processes.agreed(prototype(program, call, processes.start(own_init)), roles_of(model).map_sites)
+    proto = processes.agreed(
+        prototype(program, call, processes.start(own_init), others), roles_of(model).map_sites
+    )
     theta, held, map_sites = _model_block(model, proto)
     _check_found(proto)
     latents = tuple(site for site in proto.latents if site.name not in map_sites)

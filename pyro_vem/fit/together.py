@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from ..bound.lifted.table import Table
+from ..errors import ModelError, warn
 from .acceleration import Extrapolation
 from .closed import NOISE
 from .result import VEMResult
@@ -26,6 +27,7 @@ from .status import Status, Step
 from .sweep import Sweep
 
 MOST_TOGETHER = 2_000_000  # numbers of all starts beyond which batches only cost memory
+DRAWN_AGAIN = 10
 STILL = 2  # rounds that gain less than the tolerance, after which a start stands still
 
 Flags: TypeAlias = NDArray[np.bool_]
@@ -52,8 +54,12 @@ def from_starts(
     first = begun(0)
     if num_starts == 1 or not can_go_together(first, schedule, num_starts):
         found = [finished(first)]
-        while len(found) < num_starts and found[-1].status is not Status.interrupted:
-            found.append(finished(begun(len(found))))
+        for start in range(1, num_starts):
+            if found[-1].status is Status.interrupted:
+                break
+            run = drawn_again(begun, start)
+            if run is not None:
+                found.append(finished(run))
         return found
     runs = [first, *(begun(start) for start in range(1, num_starts))]
     if not Together(runs, schedule != "alternate").climb(max_iter):
@@ -70,6 +76,19 @@ def from_starts(
     return found
 
 
+def drawn_again(begun: Callable[[int], Run], start: int) -> Run | None:
+    """The run of a start from the prior, drawn again where the bound is not finite; None if it never is."""
+    for _ in range(DRAWN_AGAIN):
+        try:
+            return begun(start)
+        except ModelError as error:
+            reason = error
+    warn(
+        f"start {start} is left out: at {DRAWN_AGAIN} draws from the prior the model has no bound ({reason})"
+    )
+    return None
+
+
 def can_go_together(run: Run, schedule: Schedule, num_starts: int) -> bool:
     """True if every round is of pure closed forms, and numbers are few enough for batches to pay."""
     closed, setup = run.closed, run.setup
@@ -79,6 +98,8 @@ def can_go_together(run: Run, schedule: Schedule, num_starts: int) -> bool:
     if run.schedule_of(PROFILE_FROM, schedule) == "profile":  # which leaves a saddle where EM creeps
         return False
     lifted = closed.terms.lifted
+    if not lifted.discrete:  # each start has draws, and a problem, of its own
+        return False
     tables = lifted.found.tables.values()  # messages between discrete sites are Pyro's, not for torch.func
     has_messages = any(isinstance(table, Table) and len(table.discrete) > 1 for table in tables)
     if closed.moments or lifted.found.live or closed.is_searching or has_messages:

@@ -17,7 +17,17 @@ from .density import lean_log_prob
 from .modules import modules_called
 from .parameters import Parameter, off_boundary
 from .runtime import Execution, Program, Scout, Site, default_dtype, is_summed_out
-from .sites import Latent, Plate, bijector, init_strategy, initial_values, latent_of, plates_of
+from .sites import (
+    Latent,
+    Plate,
+    Strategy,
+    bijector,
+    init_strategy,
+    initial_values,
+    latent_of,
+    near_median,
+    plates_of,
+)
 
 GOLDEN = 0.6180339887498949  # fractional parts of its multiples are all different
 
@@ -105,19 +115,22 @@ def _modules_of_run(
     return found, failed
 
 
-def prototype(program: Program, call: Arguments, init: Any = None) -> Prototype:
+def prototype(
+    program: Program, call: Arguments, init: Any = None, others: Strategy = near_median
+) -> Prototype:
     """Learn a model's structure; refuse what is random or changes between runs.
 
     Args:
         program: the model. Weights of its modules are bound to parameter names on the way.
         call: its data.
         init: initial values: None, a dict on the constrained scale, or a Pyro init strategy.
+        others: strategy for sites that a dict has no value of.
 
     Raises:
         ModelError: where the model raises, a site has the wrong shape or no finite density.
         UnsupportedModelError: for discrete latents, subsampling, random or dynamic structure.
     """
-    strategy = init_strategy(init)
+    strategy = init_strategy(init, others)
     program.own_weights({}, torch.get_default_dtype() if program.modules else None)
     first = run_checked(program, call, {}, initial_values(strategy, program.first_available_dim is not None))
     if first.subsampled and not program.is_batched:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from pyro.distributions import ExpandedDistribution, MaskedDistribution
@@ -16,6 +16,8 @@ from torch.distributions.transforms import AffineTransform, ComposeTransform, In
 from ..errors import ModelError, UnsupportedModelError
 from .parameters import off_boundary
 from .runtime import Site
+
+Strategy: TypeAlias = Callable[[Site], Tensor]
 
 QUANTILES = {"globals": 0.03, "rows": 0.1}  # sds of the quantiles that fits start from
 MEDIAN_DRAWS, MOST_MANY = 301, 1000  # of a prior without quantiles; elements of a site that get so many
@@ -112,20 +114,6 @@ def plates_of(site: Site) -> tuple[Plate, ...]:
     return tuple(Plate(f.name, f.dim, f.size) for f in sorted(frames, key=lambda f: f.dim))
 
 
-def init_strategy(init: Any) -> Callable[[Site], Tensor]:
-    """A Pyro init strategy from None (near prior medians), a dict of values, or a strategy itself."""
-    if init is None:
-        return near_median
-    if isinstance(init, Mapping):
-        values = {name: torch.as_tensor(value) for name, value in init.items()}
-        dtype = torch.get_default_dtype()
-        floats = {k: v.to(dtype) if v.dtype != torch.bool else v for k, v in values.items()}
-        return init_to_value(values=floats, fallback=near_median)
-    if callable(init):
-        return init
-    raise ModelError(f"init={init!r}: give a dict of values, or a Pyro strategy like init_to_median")
-
-
 def near_median(site: Site) -> Tensor:
     """About a prior's median, where a loading of zero would hide what it loads on.
 
@@ -149,9 +137,21 @@ def near_median(site: Site) -> Tensor:
     return init_to_median(site, num_samples=MEDIAN_DRAWS if shape.numel() <= MOST_MANY else 15)
 
 
-def initial_values(
-    strategy: Callable[[Site], Tensor], is_enumerated: bool = False
-) -> Callable[[Site], Tensor]:
+def init_strategy(init: Any, others: Strategy = near_median) -> Strategy:
+    """A Pyro init strategy from None, a dict of values (`others` gives the rest), or a strategy itself."""
+    if init is None:
+        return others
+    if isinstance(init, Mapping):
+        values = {name: torch.as_tensor(value) for name, value in init.items()}
+        dtype = torch.get_default_dtype()
+        floats = {k: v.to(dtype) if v.dtype != torch.bool else v for k, v in values.items()}
+        return init_to_value(values=floats, fallback=others)
+    if callable(init):
+        return init
+    raise ModelError(f"init={init!r}: give a dict of values, or a Pyro strategy like init_to_median")
+
+
+def initial_values(strategy: Strategy, is_enumerated: bool = False) -> Callable[[Site], Tensor]:
     """A strategy's values, each checked against its site and detached."""
 
     def choose(site: Site) -> Tensor:
