@@ -10,7 +10,7 @@ from scipy import special
 from torch.distributions import constraints
 
 import pyro_vem as vem
-from pyro_vem.fit.together import Together
+from pyro_vem.fit.together import Together, drawn_again
 from pyro_vem.posterior.importance import pools
 
 D = torch.float64
@@ -455,11 +455,79 @@ def test_a_start_may_do_better(fit):
     assert many.params["mu"].sort().values.numpy() == pytest.approx([-6.0, 0.0, 6.0], abs=0.02)
 
 
+def _first_values(found):
+    """A callback that keeps the bound before the first step of each start."""
+
+    def watch(step, params):
+        if step.iteration == 1 and step.block == "E":
+            found.append(step.before)
+
+    return watch
+
+
+def test_starts_of_conjugate_factors_differ(fit):
+    """Without discrete sites there are no responsibilities to draw: the factors are."""
+
+    def model(y):
+        with pyro.plate("rows", 6, dim=-2):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("columns", 4, dim=-1):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("r", 6, dim=-2), pyro.plate("c", 4, dim=-1):
+            pyro.sample("y", dist.Normal(a * b, 0.5), obs=y)
+
+    found = []
+    y = torch.outer(torch.linspace(-1.0, 2.0, 6), torch.tensor([1.0, -1.0, 2.0, 0.5]))
+    result = fit(model, {"y": y}, guide="auto", num_starts=3, callbacks=[_first_values(found)])
+    assert result.setup.lifted is not None
+    assert len(result.starts) == len(set(found)) == 3
+
+
+@pytest.mark.parametrize("kind", ["values", "an earlier fit"])
+def test_starts_differ_where_some_values_are_given(fit, kind):
+    """Two modes, of which the second start finds the one that the given value does not lead to."""
+
+    def model(y):
+        sd = pyro.param("sd", torch.tensor(1.0), constraint=constraints.positive)
+        z = pyro.sample("z", dist.Normal(1.0, 3.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(z.abs(), sd), obs=y)
+
+    y, found = torch.tensor([3.0, 3.2, 2.8, 3.1]), []
+    init = {"sd": torch.tensor(2.0)} if kind == "values" else fit(model, {"y": y}, init={"z": 3.0})
+    result = fit(model, {"y": y}, init=init, num_starts=6, callbacks=[_first_values(found)])
+    assert len(set(found)) == 6
+    bounds = [start.elbo for start in result.starts]
+    assert max(bounds) - min(bounds) > 0.1  # the prior likes one mode more than the other
+    assert result.elbo == max(bounds)
+
+
+def test_a_start_without_a_bound_is_drawn_again(fit):
+    """Half of the draws of b make rates that overflow."""
+
+    def model(x, y):
+        b = pyro.sample("b", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Poisson(torch.exp(b * x)), obs=y)
+
+    x = torch.linspace(0.0, 100.0, 20)
+    result = fit(model, {"x": x, "y": torch.ones(20)}, num_starts=4)
+    assert len(result.starts) == 4
+    assert result.converged
+
+
+def test_a_start_that_never_has_a_bound_is_left_out():
+    def begun(start):
+        raise vem.ModelError(f"start {start}: its log density is infinite")
+
+    with pytest.warns(UserWarning, match="start 3 is left out: .* its log density is infinite"):
+        assert drawn_again(begun, 3) is None
+
+
 TOGETHER = {
     "mixture": (zoo_em.two_waits, WAITS, {"schedule": "accelerated"}),
     "bayesian mixture": (zoo_em.two_waits_bayes, WAITS, {}),
     "plain rounds": (zoo_em.two_waits, WAITS, {"schedule": "alternate", "tol": 1e-9}),
-    "factors of their families": (zoo_em.normal_gamma, {"y": WAITS["y"][:20]}, {"guide": "auto"}),
 }
 
 
@@ -578,6 +646,40 @@ def test_an_m_step_that_lowers_the_bound_is_rolled_back(fit):
         fit(zoo_em.random_intercept, data, guide="auto", m_step={"nothing": wrong})
     with pytest.raises(vem.ModelError, match="return a finite value of shape"):
         fit(zoo_em.random_intercept, data, guide="auto", m_step={"mu": lambda *_: torch.zeros(3)})
+
+
+def test_every_round_calls_the_functions_of_an_m_step(fit):
+    """Joint and profile steps would move the parameter without them."""
+    seen = []
+
+    def between(latents, params):
+        seen.append(1)
+        return (latents["theta"] - params["mu"]).square().mean().sqrt()
+
+    data = zoo_em.slow_em_data(1)
+    result = fit(zoo_em.random_intercept, data, guide="auto", max_iter=12, m_step={"between": between})
+    assert len(seen) >= result.n_iter
+    assert not any(row.block == "profile" for row in result.history)
+    for schedule in ("joint", "profile"):
+        with pytest.raises(ValueError, match=f"schedule='{schedule}': no M-step would call"):
+            fit(zoo_em.random_intercept, data, schedule=schedule, m_step={"between": between})
+
+
+def test_profile_steps_that_find_nothing_are_a_stall(fit):
+    """The bound has its maximum where `top` ends the support: no gradient vanishes there."""
+
+    def model(y, u):
+        top = pyro.param("top", torch.tensor(3.0), constraint=constraints.positive)
+        mu = pyro.param("mu", torch.tensor(0.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+            pyro.sample("u", dist.Uniform(0.0, top), obs=u)
+
+    data = {"y": torch.linspace(-1.0, 3.0, 8), "u": torch.linspace(0.1, 2.0, 8)}
+    result = fit(model, data, schedule="profile", max_iter=200)
+    assert result.status is vem.Status.stalled
+    assert float(result.params["top"]) == pytest.approx(2.0, abs=1e-3)
 
 
 def test_what_is_fixed_stays(fit):

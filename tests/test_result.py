@@ -13,6 +13,7 @@ import pytest
 import torch
 import zoo
 from pyro.infer import MCMC, NUTS, Predictive
+from torch.distributions import constraints
 
 import pyro_vem as vem
 
@@ -131,6 +132,46 @@ def test_callbacks_and_interruption(fit):
     assert result.status is vem.Status.interrupted
     assert len(result.history) == 4
     assert float(result.params["tau"]) == seen[-1][1]
+
+
+def test_the_first_callback_may_interrupt(fit):
+    def stop(step, params):
+        raise KeyboardInterrupt
+
+    result = fit(zoo.pumps, zoo.PUMPS, callbacks=[stop])
+    assert result.status is vem.Status.interrupted
+    assert [row.block for row in result.history] == ["start"]
+
+
+def test_a_singular_matrix_is_not_stepped_to(fit):
+    """A curve without noise: the noise goes to zero, and with it what keeps the covariance regular."""
+    x = torch.linspace(0.0, 3.0, 12, dtype=torch.float64)
+
+    def curve(y):
+        length = pyro.param("length", torch.tensor(1.0), constraint=constraints.positive)
+        noise = pyro.param("noise", torch.tensor(1.0), constraint=constraints.positive)
+        covariance = torch.exp(-((x[:, None] - x) ** 2) / (2 * length**2))
+        covariance = covariance + noise**2 * torch.eye(12)
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(12), covariance), obs=y)
+
+    result = fit(curve, {"y": x.sin()}, max_iter=30)
+    assert not result.converged
+    assert result.elbo > 40
+    assert float(result.params["noise"]) < 1e-4
+
+
+def test_a_grid_that_meets_a_singular_matrix_gives_way_to_draws(fit):
+    x = torch.linspace(0.0, 3.0, 12, dtype=torch.float64)
+
+    def curve(y):
+        length = pyro.sample("length", dist.LogNormal(0.0, 2.0))
+        noise = pyro.sample("noise", dist.LogNormal(-3.0, 1.0))
+        covariance = torch.exp(-((x[:, None] - x) ** 2) / (2 * length**2))
+        covariance = covariance + noise**2 * torch.eye(12)
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(12), covariance), obs=y)
+
+    wave = x.sin() + 0.1 * torch.cos(40 * x)
+    assert fit(curve, {"y": wave}).converged
 
 
 def test_progress_bar_is_shown_on_request(capsys):

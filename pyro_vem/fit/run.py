@@ -28,7 +28,7 @@ from .starts import finite_elbo, initial_values
 from .state import State, elbo_at, joint_loss
 from .status import Status, Step, progress_bar
 from .steps import check_second_derivatives, hooked, note_idle, start_variances, step
-from .stopping import remaining, runaway, stalled, standing_still
+from .stopping import lost, remaining, runaway, stalled, standing_still
 
 Schedule = Literal["auto", "alternate", "accelerated", "profile", "joint"]
 StepMethod = Literal["auto", "newton", "lbfgs"]
@@ -66,16 +66,17 @@ class Run:
     closed: ClosedForm | None = None
     saddles: int = 0  # that the fit has left
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    is_warm: bool = False  # whether an earlier fit has left both blocks where they are
     is_expected: bool = False  # whether phi has followed the extrapolated theta
 
     def start(self, warm: VEMResult | None, number: int = 0) -> None:
-        """Put both blocks at their initial values and the variances near their optimum.
+        """Put both blocks at their initial values.
 
         Args:
             warm: an earlier result to go on from.
             number: of the start; the first one leaves the caller's parameters where they are.
         """
-        setup = self.setup
+        setup, self.is_warm = self.setup, warm is not None
         if self.checkpoint.path is not None:
             self.checkpoint.check(setup.shapes, setup.problem.call)
         if self.checkpoint.left is not None:
@@ -104,12 +105,16 @@ class Run:
         if warm is None:
             note_idle(setup, self.state)
         self.bar = progress_bar(self.progress if setup.processes.rank == 0 else False)
-        if warm is None:
-            self.state, row = start_variances(setup, self.state)
-            self.record(row)
-            change = settle_nodes(setup, self.state.phi, self.state.theta)  # now, not after a whole fit
-            if change is not None:
-                self._changed(change)
+
+    def start_variances(self) -> None:
+        """The variances near their optimum, unless an earlier fit has left them somewhere."""
+        if self.is_warm:
+            return
+        self.state, row = start_variances(self.setup, self.state)
+        self.record(row)
+        change = settle_nodes(self.setup, self.state.phi, self.state.theta)  # now, not after a whole fit
+        if change is not None:
+            self._changed(change)
 
     def _check_closed_forms(self, phi: NDArray[np.float64], theta: NDArray[np.float64]) -> None:
         """Sample what does not agree with draws, and say so in the plan."""
@@ -163,6 +168,8 @@ class Run:
             return "profile" if iteration >= PROFILE_FROM and self.setup.theta.size else "alternate"
         if schedule != "auto":
             return schedule
+        if isinstance(self.methods[1], Mapping):  # joint and profile steps would pass by its functions
+            return "accelerated" if self.closed is not None and self.closed.is_complete else "alternate"
         if self.closed is None or not self.closed.is_complete:
             return "joint" if self.is_slow() else "alternate"
         if self.closed.is_exact and has_both and self.setup.theta.size <= MOST_PROFILED:
@@ -296,7 +303,8 @@ class Run:
 
     def is_stalled(self) -> bool:
         """True if the last steps used up their iterations for next to nothing, or none moves anything."""
-        return stalled(self.history, 2 * self.options.step_iterations) or self._is_still()
+        is_spent = stalled(self.history, 2 * self.options.step_iterations)
+        return is_spent or lost(self.history) or self._is_still()
 
     def _is_still(self) -> bool:
         """True if rounds of closed forms are down to rounding, which takes back every step of theirs."""

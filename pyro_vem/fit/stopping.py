@@ -63,9 +63,17 @@ def standing_still(history: Sequence[Step]) -> bool:
     return len(rows) == STILL and all(row.gain == 0 for row in rows)
 
 
+def lost(history: Sequence[Step]) -> bool:
+    """True if two profile steps in a row gained nothing: the second began afresh, as any other would."""
+    rows = _last(history, 2)
+    return len(rows) == 2 and all(row.block == "profile" and row.gain == 0 for row in rows)
+
+
 def _last(history: Sequence[Step], number: int) -> list[Step]:
-    """The last steps of a history, without checks."""
-    return [row for row in history if row.block in ("E", "M", "joint")][-number:]
+    """The last steps of a history since the last check, before which the bound or the point was another."""
+    blocks = [row.block for row in history]
+    since = len(blocks) - blocks[::-1].index("check") if "check" in blocks else 0
+    return [row for row in history[since:] if row.block != "start"][-number:]
 
 
 def runaway(setup: Setup, state: State, start: State) -> str | None:
