@@ -13,7 +13,7 @@ from ..errors import ModelError
 from ..guides.factorised import FactorisedNormal
 from ..model.parameters import PartlyHeld
 from ..model.sites import Latent
-from .measure import MOST_NUMBERS
+from .measure import MOST_NUMBERS, disagreement
 from .scales import free_sites
 from .setup import FitOptions, Setup
 from .smooth import Smooth, Vector, newton_step
@@ -21,6 +21,7 @@ from .state import State, joint_loss, own_elbo
 
 RECHECK_SEED = 104_729
 CHECK_DRAWS = 1024
+SELF_CHECK = 256  # draws that closed forms of KL terms beside draws are held against at the start
 MOST_CHECKED = 500_000  # densities evaluated for that check
 CHECK_LIMIT = 5.0  # standard errors, of each term
 DRAW_ERROR = 0.1  # posterior sds that fixed draws may move the optimum by
@@ -149,6 +150,27 @@ def _closed_forms(setup: Setup) -> dict[str, str]:
     return forms | {n: f"a table of {', '.join(sorted(table.index))}" for n, table in found.tables.items()}
 
 
+def check_kl(setup: Setup, phi: Vector, theta: Vector) -> None:
+    """Sample the closed forms of KL terms beside draws if draws disagree, and say so in the plan."""
+    objective = setup.objective
+    if not objective.is_random or objective.is_exact or not objective.plan.exact:
+        return
+    values = _values(setup, phi, theta)
+    gap = disagreement([objective.sample(*values, SELF_CHECK, 1, ("densities", "terms"))])
+    reason = setup.processes.first(gap)
+    if reason is not None:
+        _sample_kl(setup, reason)
+        prepare(setup, phi, theta)
+
+
+def _sample_kl(setup: Setup, reason: str) -> None:
+    """No closed form of a KL from here on, those of constant priors among the compiled terms included."""
+    objective = setup.objective
+    objective.plan = objective.plan.demoted(reason)
+    if isinstance(objective.exact, Deterministic):
+        objective.exact.priors.clear()
+
+
 def settle(setup: Setup, state: State) -> str | None:
     """What had to change in the bound at the point that a fit has reached, or None.
 
@@ -182,7 +204,7 @@ def settle(setup: Setup, state: State) -> str | None:
             objective.drawn.add(name)
         else:  # it is no one term: nothing is left to believe
             objective.exact, objective.is_gridded = None, False
-            objective.plan = objective.plan.demoted(gap)
+            _sample_kl(setup, gap)
     prepare(setup, state.phi, state.theta)
     return f"sampled from here on: {', '.join(gaps)}"
 

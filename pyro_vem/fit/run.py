@@ -8,15 +8,13 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import warn
 from .acceleration import Extrapolation
 from .checkpoint import Checkpoint, snapshot
 from .closed import ClosedForm
-from .exactness import compile_terms, more_draws, prepare, settle, settle_nodes
-from .measure import disagreement
+from .exactness import check_kl, compile_terms, more_draws, prepare, settle, settle_nodes
 from .minimise import Method
 from .profile import Profile
 from .result import VEMResult
@@ -28,7 +26,7 @@ from .starts import finite_elbo, initial_values
 from .state import State, elbo_at, joint_loss
 from .status import Status, Step, progress_bar
 from .steps import check_second_derivatives, hooked, note_idle, start_variances, step
-from .stopping import lost, remaining, runaway, stalled, standing_still
+from .stopping import remaining, runaway, stalled, standing_still
 
 Schedule = Literal["auto", "alternate", "accelerated", "profile", "joint"]
 StepMethod = Literal["auto", "newton", "lbfgs"]
@@ -39,7 +37,6 @@ ROUNDING = 1e3 * float(np.finfo(np.float64).eps)  # of the bound, relative
 PROFILE_FROM = 3  # rounds: two of EM before
 MOST_PROFILED = 60  # parameters
 SLOW_AFTER = 10  # rounds of EM before a joint step may follow
-SELF_CHECK = 256  # draws that closed forms are held against at the start
 MOST_KEPT = 100_000  # parameters of which the points after each step are kept, for plots
 NEWTON_LIMIT = 5_000_000  # parameters in a block beyond which its Krylov vectors outgrow memory
 MOST_SADDLES = 5  # that a fit leaves
@@ -84,7 +81,7 @@ class Run:
         phi, theta = initial_values(setup, setup.phi, warm), initial_values(setup, setup.theta, warm)
         compile_terms(setup, self.options)
         prepare(setup, phi, theta)
-        self._check_closed_forms(phi, theta)
+        check_kl(setup, phi, theta)
         settle_nodes(setup, phi, theta)
         self.state = State(phi, theta, finite_elbo(setup, phi, theta))
         if setup.lifted is not None:
@@ -115,18 +112,6 @@ class Run:
         change = settle_nodes(self.setup, self.state.phi, self.state.theta)  # now, not after a whole fit
         if change is not None:
             self._changed(change)
-
-    def _check_closed_forms(self, phi: NDArray[np.float64], theta: NDArray[np.float64]) -> None:
-        """Sample what does not agree with draws, and say so in the plan."""
-        setup = self.setup
-        objective = setup.objective
-        if not objective.is_random or objective.is_exact or not objective.plan.exact:
-            return
-        values = setup.phi.constrained(torch.as_tensor(phi)), setup.theta_values(torch.as_tensor(theta))
-        gap = disagreement([setup.objective.sample(*values, SELF_CHECK, 1, ("densities", "terms"))])
-        reason = setup.processes.first(gap)
-        if reason is not None:
-            setup.objective.plan = setup.objective.plan.demoted(reason)
 
     def step(self, block: str, iteration: int) -> None:
         """One step; a block without parameters is skipped."""
@@ -303,8 +288,7 @@ class Run:
 
     def is_stalled(self) -> bool:
         """True if the last steps used up their iterations for next to nothing, or none moves anything."""
-        is_spent = stalled(self.history, 2 * self.options.step_iterations)
-        return is_spent or lost(self.history) or self._is_still()
+        return stalled(self.history, 2 * self.options.step_iterations) or self._is_still()
 
     def _is_still(self) -> bool:
         """True if rounds of closed forms are down to rounding, which takes back every step of theirs."""

@@ -52,21 +52,20 @@ def remaining(smooth: Smooth, tol: float) -> Remaining:
 
 
 def stalled(history: Sequence[Step], budget: int) -> bool:
-    """True if the last steps took more evaluations than `budget` for next to nothing."""
+    """True if the last steps took more evaluations than `budget` for next to nothing.
+
+    Or two profile steps in a row gained nothing: the second began afresh, as any other would.
+    """
     rows = _last(history, STALLED)
-    return len(rows) == STALLED and all(r.evaluations > budget and r.gain < STALLED_GAIN for r in rows)
+    is_lost = len(rows) > 1 and all(row.block == "profile" and row.gain == 0 for row in rows[-2:])
+    is_spent = all(row.evaluations > budget and row.gain < STALLED_GAIN for row in rows)
+    return is_lost or (len(rows) == STALLED and is_spent)
 
 
 def standing_still(history: Sequence[Step]) -> bool:
     """True if the last steps gained nothing at all."""
     rows = _last(history, STILL)
     return len(rows) == STILL and all(row.gain == 0 for row in rows)
-
-
-def lost(history: Sequence[Step]) -> bool:
-    """True if two profile steps in a row gained nothing: the second began afresh, as any other would."""
-    rows = _last(history, 2)
-    return len(rows) == 2 and all(row.block == "profile" and row.gain == 0 for row in rows)
 
 
 def _last(history: Sequence[Step], number: int) -> list[Step]:

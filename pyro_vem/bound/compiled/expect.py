@@ -184,7 +184,8 @@ class CompiledTerm:
         if not is_needed:
             return self
         if self._is_costly(what, getattr(self, what)):
-            return f"nodes in {self._dimensions} dimensions for {len(self.spec.weight):,} rows: draws are cheaper"
+            rows = len(self.spec.weight)
+            return f"nodes in {self._dimensions} dimensions for {rows:,} rows: draws are cheaper"
         term, value = self, float(self.expectation(x))
         while True:
             n = getattr(term, what)
