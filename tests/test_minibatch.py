@@ -453,6 +453,16 @@ def test_arrays_on_disk_are_read_in_batches(fit, tmp_path):
     )
 
 
+def test_rows_that_share_nothing_are_no_batches(fit):
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    with pytest.raises(vem.ModelError, match="share no parameter and no latent"):
+        fit(model, {"y": torch.linspace(-1.0, 1.0, 20)}, batch_size=5)
+
+
 def test_steps_to_where_the_bound_is_not_finite_are_not_taken(fit):
     """A decoder that overflows wherever its bias passes a limit: the rate is halved, and it is said."""
     y = factor_data(60)

@@ -234,6 +234,11 @@ class _Global(_Climb):
 
     def __init__(self, fit: BatchFit, max_iter: int, held_out: Source | None, pilot: Pilot) -> None:
         super().__init__(fit, max_iter)
+        if not fit.start.numel():
+            raise ModelError(
+                "batch_size=: the rows share no parameter and no latent, so that no batch tells of another: "
+                "fit them without batch_size=, in parts if they are many"
+            )
         self.held_out, self.pilot = held_out, pilot
 
     def run(self, callbacks: tuple[Any, ...]) -> tuple[Tensor, Status]:
