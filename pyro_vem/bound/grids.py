@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..model.runtime import SingularMatrix
+from ..model.checks import SingularMatrix
 from .compiled.forms import tensor_grid
 from .draws import NoiseSpec, independent_noise
 from .tables import Plan

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import ModelError
+from ..model.checks import SingularMatrix, regular
 from ..model.data import Arguments
-from ..model.runtime import Execution, SingularMatrix, is_summed_out
+from ..model.runtime import Execution, is_summed_out
 from .draws import NoiseSpec, independent_noise, matched_noise
 from .exact import ExactTerms
 from .grids import Batch, Rows, grid, split
@@ -294,13 +294,8 @@ class Objective:
                     drawn = independent_noise(self.specs, size, generator)
                 else:
                     drawn = {name: value[start : start + size] for name, value in noise.items()}
-                try:
+                with regular("a draw of the guide"):
                     parts.append(self._sample(phi, theta, size, drawn, keep))
-                except SingularMatrix as error:
-                    raise ModelError(
-                        f"a matrix of the model is singular at a draw of the guide ({error}): add a small "
-                        "number to its diagonal"
-                    ) from error
         return {
             group: {name: torch.cat([part[group][name] for part in parts]) for name in parts[0][group]}
             for group in parts[0]

@@ -155,9 +155,9 @@ def fit_vem(
             )  # fmt: skip
 
         def set_up_at(start: int) -> Setup:
-            where, others = (given, near_median) if not start else (None if warm else given, init_to_sample)
+            others = init_to_sample if start else None
             with pyro.get_param_store().scope():  # or all would begin at the guide of the first
-                return set_up(model, data, guide, elbo, where, options, seed + start, compile, others=others)
+                return set_up(model, data, guide, elbo, given, options, seed + start, compile, others=others)
 
         setup = set_up_at(0)
         is_scattered = setup.lifted is not None and bool(setup.lifted.lifted.discrete)
@@ -173,7 +173,7 @@ def fit_vem(
             begun, lambda run: _finished(run, max_iter, schedule), num_starts, schedule, max_iter
         )
         best = best_of(found)
-    if found[-1].status is not Status.interrupted:
+    if not any(fit.status is Status.interrupted for fit in found.values()):
         saved.remove()
     return replace(best, seconds=time.perf_counter() - begin)
 

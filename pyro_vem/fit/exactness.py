@@ -252,6 +252,9 @@ def more_draws(setup: Setup, state: State, scale: Vector) -> str | None:
         return None
     twin = replace(setup, objective=objective.with_other_draws(4 * objective.num_draws))
     there = Smooth(joint_loss(twin), state.joint, scale)
+    if not np.isfinite(there.value(there.zero)):
+        objective.add_note(f"{objective.num_draws:,} fixed draws: at others the bound is not finite")
+        return None
     gradient = there.gradient(there.zero)
     step = newton_step(joint_loss(setup), state.joint, scale, gradient)
     where = _means(setup)

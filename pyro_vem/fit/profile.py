@@ -11,6 +11,7 @@ from .setup import Setup
 from .smooth import Smooth, Vector
 from .state import State, elbo_at, loss_of
 from .status import Step
+from .stopping import LOST
 
 SUFFICIENT = 1e-4  # share of the predicted rise that a step must make
 SHORTEST = 1e-6  # of a quasi-Newton step
@@ -55,7 +56,7 @@ class Profile:
                 best = trial
                 break
             length *= 0.3
-        note = "" if best is not state else "no step raised the bound"
+        note = "" if best is not state else LOST
         if best is state:
             self.last = None  # start again from the complete-data information
         seconds, norm = time.perf_counter() - start, float(np.linalg.norm(slope))

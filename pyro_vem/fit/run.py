@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import warn
+from ..model.checks import regular
 from .acceleration import Extrapolation
 from .checkpoint import Checkpoint, snapshot
 from .closed import ClosedForm
@@ -66,6 +67,7 @@ class Run:
     is_warm: bool = False  # whether an earlier fit has left both blocks where they are
     is_expected: bool = False  # whether phi has followed the extrapolated theta
 
+    @regular("the start")
     def start(self, warm: VEMResult | None, number: int = 0) -> None:
         """Put both blocks at their initial values.
 
@@ -238,7 +240,7 @@ class Run:
         # Inexact at first: a block need not be solved far beyond what a round gains.
         self.gtol = float(np.clip(0.1 * max(gain, 0.0) ** 0.5, final, max(final, self.gtol)))
         is_slow = gain > (10 if self.closed is not None else 1e3 if has_both else np.inf) * tol
-        if not is_solved or is_slow or (self.iterations < self.next_check and not self._is_still()):
+        if not is_solved or is_slow or (self.iterations < self.next_check and not self.is_stalled()):
             return False
         scale = self.scales.of(self.state, "joint", self.iterations)
         smooth = Smooth(joint_loss(self.setup), self.state.joint, scale)
@@ -294,6 +296,7 @@ class Run:
         """True if rounds of closed forms are down to rounding, which takes back every step of theirs."""
         return self.closed is not None and self.closed.is_complete and standing_still(self.history)
 
+    @regular("a draw of the guide")
     def is_reopened(self) -> bool:
         """True if the bound itself had to change at the point reached: the fit goes on from there."""
         change = settle(self.setup, self.state)

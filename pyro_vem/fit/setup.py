@@ -24,7 +24,7 @@ from ..model.prototype import Prototype, discover_modules, parameters_of, protot
 from ..model.roles import roles_of
 from ..model.rows import Rows, Share
 from ..model.runtime import Program
-from ..model.sites import Strategy, near_median
+from ..model.sites import Strategy
 from .capture import Captures, Compile
 from .processes import Processes
 
@@ -176,12 +176,12 @@ def set_up(
     seed: int,
     compile: Compile = "auto",
     rows: Rows | None = None,
-    others: Strategy = near_median,
+    others: Strategy | None = None,
 ) -> Setup:
     """Run the model a few times, check everything, and choose the method of each term.
 
     With `rows` the data are a batch, which stands for all rows (of this process). Sites without a value
-    in `init` start where `others` says.
+    in `init` start where `others` says, if it is given.
     """
     if not callable(model):
         raise ModelError(f"model={model!r}: give a Pyro model, a function or a PyroModule")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse import linalg as sparse_linalg
 from torch import Tensor
 
-from ..model.runtime import SingularMatrix
+from ..model.checks import SingularMatrix
 from .processes import Spread
 
 Vector: TypeAlias = NDArray[np.float64]

@@ -1,6 +1,6 @@
 """Where fits start; and of several starts which is best, and how far the others agree with it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,15 +35,15 @@ class Start:
     distance: float
 
 
-def best_of(fits: Sequence[VEMResult]) -> VEMResult:
-    """The fit with the highest bound; a report on all of them if there are several."""
-    best = max(fits, key=merit)
+def best_of(fits: Mapping[int, VEMResult]) -> VEMResult:
+    """Of fits by the number of their start the one with the highest bound, with a report on all of them."""
+    best = max(fits.values(), key=merit)
     if len(fits) == 1:
         return best
     rows = densities(best)
     starts = tuple(
         Start(i, fit.elbo, fit.status, fit.n_iter, 0.0 if fit is best else _distance(densities(fit), rows))
-        for i, fit in enumerate(fits)
+        for i, fit in fits.items()
     )
     return replace(best, starts=starts)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..model.runtime import SingularMatrix
+from ..model.checks import SingularMatrix
 from .capture import function_of
 from .setup import Setup
 from .smooth import Loss, Vector

@@ -16,6 +16,7 @@ GRADIENT_LIMIT = 1e-3  # of the scaled gradient per square root of dimension: po
 RUNAWAY = 25.0  # |log sd| beyond which a factor has collapsed or exploded
 DRIFT = 1e8  # movement of a real parameter, relative to its start, that no data set needs
 CANCELLED = 15.0  # log ratio at which x^-2 leaves the statistics beside it two or three digits
+LOST = "no step raised the bound"  # of a profile step
 STALLED, STALLED_GAIN = 3, 1e-4  # steps, and nats that none of them gains
 STILL = 6  # steps that gain nothing at all
 FAR = 50.0  # movement of a constrained one on its unconstrained (mostly log) scale, likewise
@@ -54,10 +55,10 @@ def remaining(smooth: Smooth, tol: float) -> Remaining:
 def stalled(history: Sequence[Step], budget: int) -> bool:
     """True if the last steps took more evaluations than `budget` for next to nothing.
 
-    Or two profile steps in a row gained nothing: the second began afresh, as any other would.
+    Or two profile steps in a row found nothing: the second began afresh, as any other would.
     """
     rows = _last(history, STALLED)
-    is_lost = len(rows) > 1 and all(row.block == "profile" and row.gain == 0 for row in rows[-2:])
+    is_lost = len(rows) > 1 and all(row.note == LOST for row in rows[-2:])
     is_spent = all(row.evaluations > budget and row.gain < STALLED_GAIN for row in rows)
     return is_lost or (len(rows) == STALLED and is_spent)
 

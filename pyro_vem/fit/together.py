@@ -41,8 +41,8 @@ def from_starts(
     num_starts: int,
     schedule: Schedule,
     max_iter: int,
-) -> list[VEMResult]:
-    """A result for each start, in order; fewer after an interrupt.
+) -> dict[int, VEMResult]:
+    """A result for each start by its number; fewer after an interrupt.
 
     Args:
         begun: gives the run of a start, at its first point.
@@ -53,23 +53,23 @@ def from_starts(
     """
     first = begun(0)
     if num_starts == 1 or not can_go_together(first, schedule, num_starts):
-        found = [finished(first)]
+        found = {0: finished(first)}
         for start in range(1, num_starts):
-            if found[-1].status is Status.interrupted:
+            if any(fit.status is Status.interrupted for fit in found.values()):
                 break
             run = drawn_again(begun, start)
             if run is not None:
-                found.append(finished(run))
+                found[start] = finished(run)
         return found
     runs = [first, *(begun(start) for start in range(1, num_starts))]
     if not Together(runs, schedule != "alternate").climb(max_iter):
         for run in runs:
             run.close()
-        return [run.result(Status.interrupted) for run in runs]
-    found = []
-    for run in runs:
-        found.append(finished(run))
-        if found[-1].status is Status.interrupted:
+        return {number: run.result(Status.interrupted) for number, run in enumerate(runs)}
+    found = {}
+    for number, run in enumerate(runs):
+        found[number] = finished(run)
+        if found[number].status is Status.interrupted:
             break
     for run in runs[len(found) :]:
         run.close()

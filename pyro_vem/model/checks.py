@@ -1,6 +1,7 @@
 """Runs with every check on: whatever goes wrong names its site."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -13,6 +14,28 @@ from .data import Arguments
 from .density import lean_log_prob
 from .runtime import Execution, Program, Site, is_summed_out
 from .sites import Plate, plates_of
+
+SingularMatrix: Any = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+"""What torch raises at a covariance that is singular; its type stubs do not know it."""
+
+
+@contextmanager
+def regular(where: str) -> Iterator[None]:
+    """Say in our words that a matrix is singular, and where.
+
+    Example:
+        >>> with regular("the start"):
+        ...     torch.linalg.cholesky(torch.zeros(2, 2))
+        Traceback (most recent call last):
+        ...
+        pyro_vem.errors.ModelError: a matrix of the model is singular at the start ...
+    """
+    try:
+        yield
+    except SingularMatrix as error:
+        raise ModelError(
+            f"a matrix of the model is singular at {where} ({error}): add a small number to its diagonal"
+        ) from error
 
 
 def run_checked(

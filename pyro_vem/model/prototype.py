@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from ..errors import ModelError, UnsupportedModelError, unknown_names
-from .checks import check_parameter, run_checked
+from .checks import check_parameter, regular, run_checked
 from .data import Arguments
 from .density import lean_log_prob
 from .modules import modules_called
@@ -25,7 +25,6 @@ from .sites import (
     init_strategy,
     initial_values,
     latent_of,
-    near_median,
     plates_of,
 )
 
@@ -115,8 +114,9 @@ def _modules_of_run(
     return found, failed
 
 
+@regular("its initial values")
 def prototype(
-    program: Program, call: Arguments, init: Any = None, others: Strategy = near_median
+    program: Program, call: Arguments, init: Any = None, others: Strategy | None = None
 ) -> Prototype:
     """Learn a model's structure; refuse what is random or changes between runs.
 
@@ -124,7 +124,7 @@ def prototype(
         program: the model. Weights of its modules are bound to parameter names on the way.
         call: its data.
         init: initial values: None, a dict on the constrained scale, or a Pyro init strategy.
-        others: strategy for sites that a dict has no value of.
+        others: strategy for sites that have no value in a dict, instead of that of `init`.
 
     Raises:
         ModelError: where the model raises, a site has the wrong shape or no finite density.
@@ -259,7 +259,7 @@ def _check_static(
                 f"site {latent.name!r}: its support {latent.support} depends on other sites or parameters; "
                 "sample it on a fixed support and move it there with pyro.deterministic"
             )
-    return tuple(_with_idle(latent, base, generic, at) for latent in latents)
+    return tuple(_with_idle(latent, (base, moved), ({}, generic), at) for latent in latents)
 
 
 def _generic(variables: Sequence[Latent | Parameter]) -> dict[str, Tensor]:
@@ -267,7 +267,7 @@ def _generic(variables: Sequence[Latent | Parameter]) -> dict[str, Tensor]:
     found, start = {}, 1
     for variable in variables:
         value = variable.unconstrained
-        count = torch.arange(start, start + value.numel(), dtype=value.dtype)
+        count = torch.arange(start, start + value.numel(), dtype=value.dtype, device=value.device)
         found[variable.name] = 0.1 * torch.frac(GOLDEN * count).reshape(value.shape)
         start += value.numel()
     return found
@@ -286,9 +286,13 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 
 def _with_idle(
-    latent: Latent, base: Execution, generic: Mapping[str, Tensor], at: Callable[..., Execution]
+    latent: Latent,
+    runs: Sequence[Execution],
+    moves: Sequence[Mapping[str, Tensor]],
+    at: Callable[..., Execution],
 ) -> Latent:
     """Find masked elements that nothing else uses (as obs_mask= makes them), at the start and elsewhere."""
+    base = runs[0]
     mask = base.sites[latent.name]["mask"]
     if mask is None or (isinstance(mask, bool) and mask):
         return latent
@@ -298,8 +302,8 @@ def _with_idle(
         return latent
     shape = off.shape + (1,) * (latent.unconstrained.dim() - off.dim())
     step = 0.1 * off.reshape(shape).to(latent.init.dtype)
-    for by in ({}, generic):
-        before, after = at(by), at({**by, latent.name: by.get(latent.name, 0.0) + step})
+    for before, by in zip(runs, moves, strict=True):
+        after = at({**by, latent.name: by.get(latent.name, 0.0) + step})
         if any(not torch.equal(_masked(before, name), _masked(after, name)) for name in base.sites):
             return latent
     return replace(latent, idle=off)

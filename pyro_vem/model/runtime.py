@@ -30,8 +30,6 @@ Around: TypeAlias = Callable[[tuple[Any, ...], Mapping[str, Any]], Messenger]
 Choose: TypeAlias = Callable[[Site], Tensor | None]
 """Gives a latent site its value; None leaves the draw to the site's own distribution."""
 
-SingularMatrix: Any = torch.linalg.LinAlgError  # type: ignore[attr-defined]
-"""What torch raises at a covariance that is singular; its type stubs do not know it."""
 
 # Weights are swapped for plain tensors during a run, which pyro.module remarks on.
 SWAPPED = ".*not registered in the param store"

@@ -137,15 +137,20 @@ def near_median(site: Site) -> Tensor:
     return init_to_median(site, num_samples=MEDIAN_DRAWS if shape.numel() <= MOST_MANY else 15)
 
 
-def init_strategy(init: Any, others: Strategy = near_median) -> Strategy:
-    """A Pyro init strategy from None, a dict of values (`others` gives the rest), or a strategy itself."""
-    if init is None:
+def init_strategy(init: Any, others: Strategy | None = None) -> Strategy:
+    """A Pyro init strategy from None, a dict of values, or a strategy itself.
+
+    With `others` it gives all values that are in no dict, whatever strategy there is.
+    """
+    if others is not None and not isinstance(init, Mapping):
         return others
+    if init is None:
+        return near_median
     if isinstance(init, Mapping):
         values = {name: torch.as_tensor(value) for name, value in init.items()}
         dtype = torch.get_default_dtype()
         floats = {k: v.to(dtype) if v.dtype != torch.bool else v for k, v in values.items()}
-        return init_to_value(values=floats, fallback=others)
+        return init_to_value(values=floats, fallback=others or near_median)
     if callable(init):
         return init
     raise ModelError(f"init={init!r}: give a dict of values, or a Pyro strategy like init_to_median")

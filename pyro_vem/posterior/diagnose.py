@@ -173,8 +173,8 @@ def diagnose(fit: VEMResult, *, num_draws: int = NUM_DRAWS, restarts: int = 0, s
         reasons += _unjudged(fit, table)
         if not reasons:
             verdict, correction, reasons = _judge(table)
-    if len(found) == 1:
-        notes.append(f"no wider draws were looked at: {guide.alone}")
+    if guide.no_wider:
+        notes.append(f"no wider draws were looked at: {guide.no_wider}")
     rows = row_khat(fit, seed=seed) if finite.all() else None
     notes += unmoved(fit) + _rows_note(rows)
     if verdict is not Verdict.UNRELIABLE:

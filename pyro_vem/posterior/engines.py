@@ -14,7 +14,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from ..errors import ModelError
-from ..model.runtime import SingularMatrix
+from ..model.checks import SingularMatrix
 from .density import Density, Gradient
 
 # Steps from which Pyro learns its metric: its windows need 150, and one that is right already gains

@@ -54,7 +54,7 @@ class Pool:
         missing: nats by which another proposal finds more evidence than this one.
         is_narrow: whether weights are much less equal on wider draws, of the linear response: there is
             mass where this proposal makes next to no draws, and its own weights cannot tell.
-        alone: why there are no wider draws to hold this one against; empty if there are.
+        no_wider: why there are no wider draws to hold this one against; empty if there are.
     """
 
     proposal: str
@@ -66,7 +66,7 @@ class Pool:
     limit: float = KHAT_LIMIT
     missing: float = 0.0
     is_narrow: bool = False
-    alone: str = ""
+    no_wider: str = ""
 
     @property
     def spread(self) -> float:
@@ -244,18 +244,18 @@ def pools(fit: VEMResult, num_draws: int = NUM_DRAWS, seed: int = 1) -> tuple[Po
     from .nested import nested_pool
 
     limit = FUNNEL_LIMIT if latent_scales(fit) else KHAT_LIMIT
-    found, alone = [guide_pool(fit, num_draws, seed)], ""
+    found, no_wider = [guide_pool(fit, num_draws, seed)], ""
     try:
         if len(fit._linear_response.loc) <= MOST_JOINT:
             found.append(response_pool(fit, fit._linear_response, num_draws, seed + 1))
         else:
-            alone = f"joint weights of more than {MOST_JOINT:,} latents are no use"
+            no_wider = f"joint weights of more than {MOST_JOINT:,} latents are no use"
     except ModelError as error:
-        alone = str(error)
+        no_wider = str(error)
     guide, wider = found[0], found[1:]
     missing = max(pool.log_evidence for pool in found) - guide.log_evidence
     is_narrow = any(pool.share < EFFICIENCY * guide.share for pool in wider)
-    guide = replace(guide, missing=missing, is_narrow=is_narrow, alone=alone)
+    guide = replace(guide, missing=missing, is_narrow=is_narrow, no_wider=no_wider)
     found = [replace(pool, limit=limit) for pool in (guide, *wider)]
     if not any(pool.is_usable for pool in found):
         with contextlib.suppress(ModelError):

@@ -254,7 +254,8 @@ def _follows(slot: AffineSlot, points: Values, truth: Tensor) -> bool:
         return True
     size, change = truth.abs().amax(0), truth.amax(0) - truth.amin(0)
     gap = (slot.at(points) - truth).abs().amax(0)
-    return bool((gap <= FOLLOWED * change + 30 * FAINT * (size + 0.1 * size.max())).all())
+    least = VERIFIED * change.max() + 30 * FAINT * (size + 0.1 * size.max())
+    return bool((gap <= FOLLOWED * change + least).all())
 
 
 def worst_gap(slot: AffineSlot, points: Values, truth: Tensor) -> float:
