@@ -27,7 +27,7 @@ from .status import Status, Step
 from .sweep import Sweep
 
 MOST_TOGETHER = 2_000_000  # numbers of all starts beyond which batches only cost memory
-DRAWN_AGAIN = 10
+DRAWN_AGAIN, FARTHEST = 10, 1e15  # times, and nats, from which Newton takes a step for each e-fold
 STILL = 2  # rounds that gain less than the tolerance, after which a start stands still
 
 Flags: TypeAlias = NDArray[np.bool_]
@@ -80,9 +80,13 @@ def drawn_again(begun: Callable[[int], Run], start: int) -> Run | None:
     """The run of a start from the prior, drawn again where the bound is not finite; None if it never is."""
     for _ in range(DRAWN_AGAIN):
         try:
-            return begun(start)
+            run = begun(start)
         except ModelError as error:
-            reason = error
+            reason = str(error)
+            continue
+        if abs(run.state.elbo) < FARTHEST:
+            return run
+        reason = f"{run.state.elbo:.1g} nats, of which rounding hides whole ones"
     warn(
         f"start {start} is left out: at {DRAWN_AGAIN} draws from the prior the model has no bound ({reason})"
     )
