@@ -511,16 +511,18 @@ def test_starts_differ_where_some_values_are_given(fit, kind):
 
 
 def test_a_start_without_a_bound_is_drawn_again():
-    calls = []
+    calls, closed = [], []
 
     def begun(start):
         calls.append(start)
         if len(calls) < 3:
             raise vem.ModelError("its log density is infinite")
-        return SimpleNamespace(state=SimpleNamespace(elbo=-1e200 if len(calls) == 3 else -10.0))
+        elbo = -1e200 if len(calls) == 3 else -10.0
+        return SimpleNamespace(state=SimpleNamespace(elbo=elbo), close=lambda: closed.append(elbo))
 
     assert drawn_again(begun, 2).state.elbo == -10.0
     assert calls == [2, 2, 2, 2]
+    assert closed == [-1e200]
 
 
 def test_a_start_that_never_has_a_bound_is_left_out():

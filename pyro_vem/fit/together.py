@@ -86,6 +86,7 @@ def drawn_again(begun: Callable[[int], Run], start: int) -> Run | None:
             continue
         if abs(run.state.elbo) < FARTHEST:
             return run
+        run.close()  # or its progress bar would stay
         reason = f"{run.state.elbo:.1g} nats, of which rounding hides whole ones"
     warn(
         f"start {start} is left out: at {DRAWN_AGAIN} draws from the prior the model has no bound ({reason})"
