@@ -171,12 +171,18 @@ def _stop(step, params):
         raise Stopped
 
 
-def test_an_interrupted_fit_goes_on_from_its_checkpoint(tmp_path, fit):
+def _interrupted(fit, path):
+    """A model, its data, and what a fit of them has left at a path."""
     model, data, *_ = ranks.CASES["counts"]
-    path, model = tmp_path / "fit.checkpoint", vem.vem_model(model)
+    model = vem.vem_model(model)
     with pytest.raises(Stopped):
         fit(model, data, checkpoint=path, callbacks=[_stop])
-    left = vem.VEMResult.load(path, model)
+    return model, data, vem.VEMResult.load(path, model)
+
+
+def test_an_interrupted_fit_goes_on_from_its_checkpoint(tmp_path, fit):
+    path = tmp_path / "fit.checkpoint"
+    model, data, left = _interrupted(fit, path)
     again, alone = fit(model, data, checkpoint=path), fit(model, data)
     assert left.elbo < alone.elbo - 1e-3  # it had not arrived
     assert again.n_iter < alone.n_iter
@@ -206,11 +212,8 @@ def test_a_checkpoint_keeps_what_the_caller_holds(tmp_path, fit):
 
 def test_one_process_goes_on_from_the_checkpoint_of_several(tmp_path, fit):
     """Which do not mark it with their data: rows may be shared out anew."""
-    model, data, *_ = ranks.CASES["counts"]
-    path, model = tmp_path / "fit.checkpoint", vem.vem_model(model)
-    with pytest.raises(Stopped):
-        fit(model, data, checkpoint=path, callbacks=[_stop])
-    left = vem.VEMResult.load(path, model)
+    path = tmp_path / "fit.checkpoint"
+    model, data, left = _interrupted(fit, path)
     notes = tuple(note for note in left.plan.notes if not note.startswith("checkpoint of data"))
     replace(left, plan=replace(left.plan, notes=notes)).save(path)
     assert "went on from a checkpoint" in "".join(fit(model, data, checkpoint=path).plan.notes)

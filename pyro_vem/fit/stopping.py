@@ -1,5 +1,6 @@
 """When to stop: the predicted remaining gain of the joint problem, and signs of divergence."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,9 +72,8 @@ def standing_still(history: Sequence[Step]) -> bool:
 
 def _last(history: Sequence[Step], number: int) -> list[Step]:
     """The last steps of a history since the last check, before which the bound or the point was another."""
-    blocks = [row.block for row in history]
-    since = len(blocks) - blocks[::-1].index("check") if "check" in blocks else 0
-    return [row for row in history[since:] if row.block != "start"][-number:]
+    since = itertools.takewhile(lambda row: row.block != "check", reversed(history))
+    return [row for row in since if row.block != "start"][:number][::-1]
 
 
 def runaway(setup: Setup, state: State, start: State) -> str | None:

@@ -183,16 +183,16 @@ class CompiledTerm:
             is_needed, most = self.form.dims > 0, self.form.doubled * MOST_NODES.get(self.form.dims, 0)
         if not is_needed:
             return self
-        if self._is_costly(what, getattr(self, what)):
-            rows = len(self.spec.weight)
-            return f"nodes in {self._dimensions} dimensions for {rows:,} rows: draws are cheaper"
+        n, rows = getattr(self, what), len(self.spec.weight)
+        if self._is_costly(what, n):
+            return f"{n} nodes a dimension for {rows:,} rows: draws are cheaper"
         term, value = self, float(self.expectation(x))
         while True:
             n = getattr(term, what)
             if n >= most:
                 return f"{n} quadrature nodes are not enough: the expectation is rough, or infinite"
             if self._is_costly(what, 2 * n):
-                return f"over {n} nodes a dimension for {len(self.spec.weight):,} rows: draws are cheaper"
+                return f"{2 * n} nodes a dimension for {rows:,} rows: draws are cheaper"
             finer = replace(term, **{what: 2 * n})
             now = float(finer.expectation(x))
             if abs(now - value) <= settled * (1 + abs(now)):
@@ -205,11 +205,6 @@ class CompiledTerm:
         grid = counts["condition_nodes"] ** len(self.random_conditions) if self.has_grid else 1
         points = int(grid * self.form.points(counts["slot_nodes"]))
         return points > FEW_POINTS and points * len(self.spec.weight) > MOST_POINTS
-
-    @property
-    def _dimensions(self) -> int:
-        """Of its grids together."""
-        return len(self.random_conditions) * self.has_grid + self.form.dims
 
     @property
     def has_grid(self) -> bool:
