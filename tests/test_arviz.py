@@ -332,6 +332,16 @@ def test_loo_of_what_is_summed_out_together(fit):
     assert loo(result, var_name="y").n_data_points == 4
     with pytest.raises(vem.ModelError, match=r"'w' shares .* with 'y', .*var_name='y'"):
         loo(result, var_name="w")
+    pointwise = result.log_likelihood(num_draws=3)
+    assert set(pointwise) == {"y"}
+    assert set(result.to_arviz(num_draws=3).log_likelihood.data_vars) == {"y"}
+    assert torch.allclose(pointwise["y"], result.log_likelihood({"y": y, "w": w}, num_draws=3)["y"])
+    m = result.sample(3)["m"].unsqueeze(1)
+    parts = [
+        p + dist.Normal(m + 4 * k, 1.0).log_prob(y) + dist.Normal(2.0 * k, 1.0).log_prob(w)
+        for k, p in enumerate(torch.tensor([0.7, 0.3], dtype=torch.float64).log())
+    ]
+    assert torch.allclose(pointwise["y"], torch.logaddexp(*parts))
 
 
 def test_psis_finds_the_tail_index():

@@ -16,7 +16,7 @@ from ..model.runtime import Execution, is_summed_out
 from .draws import NoiseSpec, independent_noise, matched_noise
 from .exact import ExactTerms
 from .grids import Batch, Rows, grid, split
-from .lifted.marginal import density_of
+from .lifted.marginal import density_of, with_own_rows
 from .problem import Problem
 from .tables import Plan
 from .terms import Part, site_terms, term_parts
@@ -274,7 +274,7 @@ class Objective:
             num_draws: draws.
             seed: of the draws.
             keep: which groups to return: "values" (latents and deterministic sites by name),
-                "densities" (log_p and log_q), "log_likelihood" (each observed site, by row),
+                "densities" (log_p and log_q), "log_likelihood" (each observed site with rows of its own),
                 "terms" (each row of the plan), "observed" (values of the observed sites),
                 "model_rows" and "guide_rows" (log densities by site, not summed over plates).
             noise: standard normal noise of each guide site, (draws, *noise), instead of fresh one.
@@ -345,8 +345,7 @@ def _groups(
         log_q = [density(site).sum() for site in guide_sites.values()] or [torch.zeros(())]
         groups["densities"] = {"log_p": torch.stack(log_p).sum(), "log_q": torch.stack(log_q).sum()}
     if "log_likelihood" in keep:
-        observed = {n: s for n, s in model.sites.items() if s["is_observed"]}
-        groups["log_likelihood"] = {n: density(s) for n, s in observed.items()}
+        groups["log_likelihood"] = {n: density(model.sites[n]) for n in with_own_rows(model)}
     if "model_rows" in keep:
         groups["model_rows"] = {n: density(s) for n, s in model.sites.items()}
     if "guide_rows" in keep:

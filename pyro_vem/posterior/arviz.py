@@ -43,7 +43,8 @@ def to_arviz(
     - sample_stats: ``lp`` (log joint density), ``log_q`` (density that the draws follow) and
       ``log_weight`` (Pareto-smoothed log importance weights, normalised), in nats; attribute
       pareto_k is the k-hat of the weights.
-    - log_likelihood of each observed site, observed_data and constant_data.
+    - log_likelihood of each observed site, observed_data and constant_data. Where several sites
+      share discrete ones, their joint density stands at the first, and the others are left out.
 
     On request, since they take longer:
 

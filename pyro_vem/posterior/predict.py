@@ -9,8 +9,7 @@ import torch
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
-from ..bound.lifted.marginal import marginal_rows
-from ..bound.terms import log_density
+from ..bound.lifted.marginal import density_of, with_own_rows
 from ..errors import ModelError
 from ..fit.result import VEMResult
 from ..guides.factorised import Factorised
@@ -89,7 +88,9 @@ def log_likelihood(
         seed: of the draws.
 
     Returns:
-        A tensor shaped ``(num_draws, *rows)`` for each observed site, in nats.
+        A tensor shaped ``(num_draws, *rows)`` for each observed site, in nats. Where several sites
+        share discrete ones (steps of a hidden Markov chain, say), their joint density stands at the
+        first of them, and the others are left out.
     """
     if data is None:
         return fit.draw(num_draws, seed, "log_likelihood", correction=correction)["log_likelihood"]
@@ -102,7 +103,7 @@ def log_likelihood(
                 raise ModelError(
                     f"site {name!r} has no observation in the new data: there is no likelihood of it"
                 )
-        return {name: rows[name] if name in rows else log_density(site) for name, site in observed.items()}
+        return rows
 
     values = _latents(fit, call, num_draws, seed, correction)
     return _each(one, values, num_draws, _stream(seed, 1))
@@ -117,7 +118,7 @@ class _Unobserved(UnconditionMessenger):  # type: ignore[misc]
 
 
 def _run(fit: VEMResult, call: Arguments, values: Mapping[str, Tensor], is_predicting: bool) -> _Sites:
-    """One run of the model: sites of positive size, the observed ones apart; rows with sums in them."""
+    """One run of the model: sites of positive size, the observed ones apart, and their log densities."""
     setup = fit.setup
     program = copy.copy(setup.problem.model)
     if is_predicting:
@@ -138,7 +139,10 @@ def _run(fit: VEMResult, call: Arguments, values: Mapping[str, Tensor], is_predi
     run = program.run(call.args, call.kwargs, fit.params, choose)
     sites = {name: site for name, site in (run.sites | run.deterministic).items() if site["value"].numel()}
     observed = {name: site for name, site in sites.items() if name in setup.prototype.observed}
-    rows = {} if is_predicting else marginal_rows(run)
+    rows: dict[str, Tensor] = {}
+    if not is_predicting:
+        density = density_of(run)
+        rows = {name: density(sites[name]) for name in with_own_rows(run) if name in sites}
     return observed, {name: site for name, site in sites.items() if name not in observed}, rows
 
 

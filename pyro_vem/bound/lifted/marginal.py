@@ -60,6 +60,14 @@ def seats(run: Execution) -> dict[str, str]:
     return {member.name: seat(members, observed) for members in components(factors) for member in members}
 
 
+def with_own_rows(run: Execution) -> list[str]:
+    """Observed sites whose log density stands at themselves, not at a site summed out together with them."""
+    places = seats(run)
+    return [
+        name for name, site in run.sites.items() if site["is_observed"] and places.get(name, name) == name
+    ]
+
+
 def _depth(run: Execution) -> int:
     """Dimensions that plates take."""
     return max([-p.dim for site in run.sites.values() for p in plates_of(site)], default=0)
