@@ -590,6 +590,22 @@ def test_probabilities_at_their_edge_have_not_run_away(fit):
         assert result.elbo == pytest.approx(40 * np.log(0.5), abs=1e-5)
 
 
+def test_starts_of_a_model_of_parameters_only_differ(fit):
+    """A Cauchy location has two modes here, of which the nearer one to zero is the lower."""
+    y = torch.tensor([0.0, 0.1, 9.0, 9.1, 8.9], dtype=D)
+
+    def model(y):
+        loc = pyro.param("loc", torch.tensor(4.4))
+        with pyro.plate("rows", 5):
+            pyro.sample("y", dist.Cauchy(loc, 0.5), obs=y)
+
+    one, many = fit(model, {"y": y}), fit(model, {"y": y}, num_starts=8)
+    ends = sorted(start.elbo for start in many.starts)
+    assert ends[-1] > ends[0] + 1
+    assert float(many.params["loc"]) == pytest.approx(9.0, abs=0.1)
+    assert many.starts[0].elbo == one.elbo
+
+
 def test_starts_that_need_more_than_closed_forms_go_one_by_one(fit):
     settings = [{"schedule": "profile"}, {"m_step": "newton"}, {"e_step": "lbfgs"}]
     cases = [(zoo_em.two_waits, WAITS, options) for options in settings]

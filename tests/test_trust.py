@@ -11,8 +11,10 @@ import zoo
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.infer.reparam import LocScaleReparam
 from scipy import stats
+from torch.distributions import constraints
 
 import pyro_vem as vem
+from pyro_vem.fit.driver import restart
 from pyro_vem.posterior import checks, plots
 from pyro_vem.posterior.arrowhead import Arrowhead, Layout, NotDefinite, Solver, dense
 from pyro_vem.posterior.checks import latent_scales, other_starts
@@ -405,6 +407,39 @@ def test_other_starts_find_another_mode(fit):
     assert "several modes" in verdict.reasons[0]
 
 
+def test_other_starts_of_a_guide_that_is_not_ours_start_elsewhere(fit):
+    def two(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 20):
+            pyro.sample("y", dist.Normal(x**2, 0.3), obs=y)
+
+    def guide(y):
+        loc, scale = pyro.param("loc", torch.tensor(1.0)), pyro.param("scale", torch.tensor(-2.0))
+        pyro.sample("x", dist.Normal(loc, scale.exp()))
+
+    result = fit(two, {"y": torch.full((20,), 1.5)}, guide=guide)
+    means = [restart(result, seed).sample(100)["x"].mean() for seed in range(8)]
+    assert {round(float(mean)) for mean in means} == {-1, 1}
+    assert "several modes" in other_starts(result, 8, 0)[0]
+
+
+def test_other_starts_keep_what_is_held(fit):
+    def model(y):
+        sd = pyro.param("sd", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, sd))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    data = {"y": torch.tensor([0.0, 1.0, 2.0, -2.0])}
+    held = fit(vem.vem_model(model, fixed=["sd"]), data, init={"sd": 2.0})
+    assert float(restart(held, 1).params["sd"]) == 2.0
+    assert other_starts(held, 2, 1)[0] is None
+    new = fit(model, data).infer({"y": torch.tensor([3.0, 1.0, 0.0, 2.0])})
+    assert other_starts(new, 2, 1) == (
+        None, "no other starts were looked at: infer() holds what they would move",
+    )  # fmt: skip
+
+
 def test_starts_that_run_away_are_no_better(fit, monkeypatch):
     result = fit(zoo.pumps, zoo.PUMPS)
     ends = [
@@ -413,7 +448,7 @@ def test_starts_that_run_away_are_no_better(fit, monkeypatch):
         dataclasses.replace(result, elbo=result.elbo - 2),
         dataclasses.replace(result, elbo=result.elbo + 3),
     ]
-    monkeypatch.setattr(checks, "fit_vem", lambda *_, seed, **__: ends[seed])
+    monkeypatch.setattr(checks, "restart", lambda _, seed: ends[seed])
     low, high = f"{result.elbo - 2:.3f}", f"{result.elbo + 3:.3f}"
     assert other_starts(result, 2, 0) == (None, "2 other starts have all run away")
     assert other_starts(result, 3, 0) == (

@@ -1,7 +1,7 @@
 """`AnalyticKL_ELBO`: exact KL terms where they are proved valid, samples elsewhere, for any `SVI`."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from pyro import poutine
@@ -32,6 +32,7 @@ from .terms import summed, term_parts
 from .weights import is_same
 
 Program = Callable[..., Any]
+Analytic: TypeAlias = Literal["auto", "require", "never"]
 
 MOST_PROOFS = 64  # that one object remembers
 
@@ -98,7 +99,7 @@ class AnalyticKL_ELBO(ELBO):  # type: ignore[misc]
         self,
         num_particles: int = 1,
         *,
-        analytic: Literal["auto", "require", "never"] = "auto",
+        analytic: Analytic = "auto",
         bounds: bool = False,
         **kwargs: Any,
     ) -> None:

@@ -27,7 +27,7 @@ from .setup import FitOptions, Setup, set_up
 from .starts import best_of
 from .state import State
 from .status import Status, Step
-from .together import from_starts
+from .together import drawn_again, from_starts
 
 PILOT_TOL, PILOT_ROUNDS = 1e-2, 100
 SERIAL = 10_000_000  # numbers in the data below which a fit runs on one thread
@@ -85,7 +85,9 @@ def fit_vem(
         max_iter: most E/M rounds.
         num_starts: fits from different starts, of which the best is returned; ``fit.starts`` says
             how far the others agree. Starts after the first one draw latents without a value in ``init``
-            from the prior, or responsibilities of discrete sites at random.
+            from the prior, or responsibilities of discrete sites at random; where there is neither (a
+            guide of your own, a model of parameters only), parameters are moved by standard normals on
+            their unconstrained scale.
         batch_size: rows of a minibatch, for data that are too many for full sweeps (a DataLoader or
             another iterable of mappings as data says it itself). Every array whose first dimension a
             plate follows is sliced, and that plate is scaled by rows / batch in model and guide.
@@ -241,6 +243,34 @@ def climb(
     status = _alternate(run, max_iter, "auto")
     run.close()
     return run.state, status, tuple(run.history), run.iterations
+
+
+def restart(fit: VEMResult, seed: int) -> VEMResult | None:
+    """The problem of a fit again, from a start that is drawn; None where none has a bound.
+
+    Held parameters keep the values that the fit has them at.
+    """
+    setup, begin = fit.setup, time.perf_counter()
+    call, options = setup.problem.call, FitOptions()
+    given = call.args or call.kwargs
+    elbo = AnalyticKL_ELBO(analytic=setup.analytic, bounds=setup.bounds)
+
+    def begun(start: int) -> Run:
+        with pyro.get_param_store().scope():
+            again = set_up(
+                setup.problem.model.fn, given, setup.guide, elbo, dict(setup.held), options, seed,
+                others=init_to_sample,
+            )  # fmt: skip
+        run = Run(again, options, 1e-8, ("auto", "auto"), begin, (), False)
+        run.start(None, start)
+        return run
+
+    with (
+        isolated(torch.float64, seed, _threads(given), fit.device),
+        np.errstate(over="ignore", invalid="ignore"),
+    ):
+        run = drawn_again(begun, 1)
+        return None if run is None else _finished(run, 1000, "auto")
 
 
 def _device(data: Any, options: FitOptions) -> torch.device:

@@ -23,7 +23,7 @@ from .saddle import past_saddle
 from .scales import Scales
 from .setup import FitOptions, Setup
 from .smooth import Smooth
-from .starts import finite_elbo, initial_values
+from .starts import finite_elbo, initial_values, scattered
 from .state import State, elbo_at, joint_loss
 from .status import Status, Step, progress_bar
 from .steps import check_second_derivatives, hooked, note_idle, start_variances, step
@@ -81,6 +81,8 @@ class Run:
         if self.checkpoint.left is not None:
             setup.objective.add_note(f"went on from a checkpoint after {self.checkpoint.left.n_iter} rounds")
         phi, theta = initial_values(setup, setup.phi, warm), initial_values(setup, setup.theta, warm)
+        if number:
+            phi, theta = scattered(setup, phi, theta)
         compile_terms(setup, self.options)
         prepare(setup, phi, theta)
         check_kl(setup, phi, theta)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bound.elbo import AnalyticKL_ELBO
+from ..bound.elbo import Analytic, AnalyticKL_ELBO
 from ..bound.lifted.lifted import Lifted
 from ..bound.lifted.terms import LiftedTerms
 from ..bound.objective import Objective
@@ -100,7 +100,7 @@ class Setup:
     held: Mapping[str, Tensor]
     prototype: Prototype
     guide: Callable[..., Any] | None
-    analytic: str
+    analytic: Analytic
     bounds: bool
     captures: Captures
     processes: Processes = field(default_factory=Processes)
@@ -213,7 +213,8 @@ def set_up(
     phi = Block(found)
     _check_shared(problem, phi, proto)
     values = {p.name: p.init for p in theta.parameters} | held
-    analytic, bounds = (elbo.analytic, elbo.bounds) if elbo is not None else ("auto", False)
+    elbo = elbo or AnalyticKL_ELBO()
+    analytic, bounds = elbo.analytic, elbo.bounds
     start = {p.name: p.init for p in phi.parameters}
     is_conjugate = guide is None or isinstance(guide, MeanFieldConjugate)
     is_lifted = lifted is not None and is_conjugate and lifted.is_complete

@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..errors import ModelError
+from ..guides.factorised import Factorised
 from ..model.parameters import Block
 from ..model.runtime import isolated
 from .result import VEMResult
 from .setup import Setup
+from .smooth import Vector
 from .status import Status
 
 
@@ -72,7 +73,7 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).square().mean().sqrt()) if a.numel() else 0.0
 
 
-def initial_values(setup: Setup, block: Block, warm: VEMResult | None) -> NDArray[np.float64]:
+def initial_values(setup: Setup, block: Block, warm: VEMResult | None) -> Vector:
     """Where a block starts, flat: at its own values, or at those of an earlier fit that still fit."""
     values = {p.name: p.init for p in block.parameters}
     here = torch.get_default_device()
@@ -81,11 +82,24 @@ def initial_values(setup: Setup, block: Block, warm: VEMResult | None) -> NDArra
         for name, value in {**warm.params, **known}.items():
             if name in values and values[name].shape == value.shape:
                 values[name] = value.to(here)
-    flat: NDArray[np.float64] = block.flat(values).numpy()
+    flat: Vector = block.flat(values).numpy()
     return flat
 
 
-def finite_elbo(setup: Setup, phi: NDArray[np.float64], theta: NDArray[np.float64]) -> float:
+def scattered(setup: Setup, phi: Vector, theta: Vector) -> tuple[Vector, Vector]:
+    """Both blocks at random where nothing of them is drawn: parameters moved by standard normals.
+
+    Latents of our guides and MAP sites have been drawn from the prior when the problem was set up. A
+    guide of another kind knows nothing of that, nor do the parameters of a model without latents.
+    """
+    if setup.guide is not None and not isinstance(setup.guide, Factorised):
+        return phi + torch.randn(phi.size, dtype=torch.float64).numpy(), theta
+    if setup.guide is None and not setup.prototype.latents:
+        return phi, theta + torch.randn(theta.size, dtype=torch.float64).numpy()
+    return phi, theta
+
+
+def finite_elbo(setup: Setup, phi: Vector, theta: Vector) -> float:
     """The bound at the start; raises `ModelError` with the site whose term is not finite."""
     with torch.no_grad():
         constrained = setup.phi.constrained(torch.as_tensor(phi))

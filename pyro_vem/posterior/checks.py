@@ -5,16 +5,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
-from ..fit.driver import fit_vem
+from ..fit.driver import restart
 from ..fit.result import VEMResult
 from ..fit.scales import Scales
 from ..fit.smooth import Smooth, newton_step
 from ..fit.starts import merit
 from ..fit.state import State, joint_loss, loss_of
 from ..guides.factorised import FactorisedNormal
+from ..model.parameters import PartlyHeld
 from ..model.runtime import Execution, isolated
 
 PRODUCTS = 50  # Hessian products of the extra E-step
@@ -51,24 +51,24 @@ def one_more_step(fit: VEMResult) -> tuple[float, float]:
 
 
 def other_starts(fit: VEMResult, restarts: int, seed: int) -> tuple[str | None, str]:
-    """A reason if a start from the prior does better or ends elsewhere, and the spread of the bounds."""
-    problem, guide = fit.setup.problem, fit.setup.guide
-    given = problem.call.kwargs if not problem.call.args else problem.call.args
-    again = [
-        fit_vem(problem.model.fn, given, guide=guide, init=init_to_sample, seed=seed + i, progress=False)
-        for i in range(restarts)
-    ]
-    found = [merit(other) for other in again]
-    bounds = [bound for is_bounded, bound in found if is_bounded and np.isfinite(bound)]
+    """A reason if another start does better or ends elsewhere, and the spread of the bounds."""
+    if isinstance(fit.setup.phi, PartlyHeld):
+        return None, "no other starts were looked at: infer() holds what they would move"
+    again = [restart(fit, seed + i) for i in range(restarts)]
+    ended = {seed + i: other for i, other in enumerate(again) if other is not None}
+    merits = {number: merit(other) for number, other in ended.items()}
+    bounds = [bound for is_bounded, bound in merits.values() if is_bounded and np.isfinite(bound)]
+    lost = f"; {restarts - len(ended)} more have no bound" if len(ended) < restarts else ""
     if not bounds:
-        return None, f"{restarts} other starts have all run away"
+        return None, f"{len(ended)} other starts have all run away{lost}"
     spread = f"ELBO over {len(bounds)} other starts: {min(bounds):.3f} to {max(bounds):.3f}"
-    if len(bounds) < restarts:
-        spread += f"; {restarts - len(bounds)} more have run away"
+    if len(bounds) < len(ended):
+        spread += f"; {len(ended) - len(bounds)} more have run away"
+    spread += lost
     if max(bounds) > fit.elbo + START_GAP:
-        number = seed + found.index(max(found))
+        number = max(merits, key=merits.__getitem__)
         return f"another start (seed {number}) reaches an ELBO of {max(bounds):.3f}", spread
-    for other in again:
+    for other in ended.values():
         if abs(other.elbo - fit.elbo) < START_GAP and other.converged:
             name = _differs(fit.sample(1000), other.sample(1000))
             if name is not None:
