@@ -136,6 +136,12 @@ def local(x, y):
         pyro.sample("y", dist.Normal(z * x, 1.0), obs=y)
 
 
+def test_too_few_rows_to_tell_their_plates(fit):
+    found = fit(local, {"x": torch.ones(3), "y": torch.arange(3.0)})
+    with pytest.raises(vem.ModelError, match="3 rows are too few"):
+        found.infer({"x": torch.ones(5), "y": torch.arange(5.0)})
+
+
 @pytest.mark.parametrize(
     ("model", "told"),
     [

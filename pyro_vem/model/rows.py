@@ -148,6 +148,10 @@ def rows_of(source: Source) -> Rows:
             _check_alignment(whole, less, found)
             _check_unbiased(program, call, found, whole)
             return found
+    if 0 < max(lengths, default=0) < FEWEST:
+        raise ModelError(
+            f"{max(lengths)} rows are too few to see which plates of the model follow them: it takes {FEWEST}"
+        )
     tried = f" ({problems[0]})" if problems else ""
     raise ModelError(
         f"no plate of the model follows the rows of the data{tried}; in batches of {source.size} one must: "
