@@ -799,6 +799,49 @@ def test_rows_of_two_discrete_sites_stay_apart(fit):
     assert shapes == {"a": (8, 2), "b": (8, 2)}
 
 
+@pytest.mark.parametrize("schedule", ["auto", "alternate"])
+def test_an_element_without_data_holds_no_other_back(fit, schedule):
+    group, items = torch.arange(60) % 5, torch.arange(60) % 4
+    noise = torch.randn(65, generator=torch.Generator().manual_seed(0), dtype=D)
+    y = noise[:60] + torch.tensor([0.0, 3.0])[items % 2] + noise[60:][group]
+
+    def model(y, levels):
+        m = pyro.param("m", torch.zeros(levels))
+        sd = pyro.param("sd", torch.ones(2), constraint=constraints.positive)
+        with pyro.plate("groups", 5):
+            a = pyro.sample("a", dist.Normal(0.0, sd[0]))
+        with pyro.plate("rows", 60):
+            pyro.sample("y", dist.Normal(m[items % 2] + a[group], sd[1]), obs=y)
+
+    two, three = (
+        fit(model, {"y": y, "levels": n}, guide="auto", schedule=schedule, max_iter=300) for n in (2, 3)
+    )
+    assert two.converged
+    assert three.converged
+    assert three.elbo == pytest.approx(two.elbo, abs=1e-7)
+    assert torch.allclose(three.params["m"][:2], two.params["m"], atol=1e-4)
+    assert float(three.params["m"][2]) == 0.0
+
+
+def test_what_callbacks_write_into_is_their_own(fit):
+    def model(y):
+        mu = pyro.param("mu", torch.tensor(2.0))
+        with pyro.plate("rows", 8):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def write(_, params):
+        params["mu"].zero_()
+
+    def hook(_, params):
+        return params["mu"].zero_() + 1.0
+
+    alone = fit(model, {"y": Y8})
+    assert fit(model, {"y": Y8}, callbacks=[write]).elbo == alone.elbo
+    hooked = fit(model, {"y": Y8}, m_step={"mu": hook}, max_iter=3)
+    assert float(hooked.params["mu"]) in (1.0, 2.0)
+
+
 def test_equal_components_are_left_behind(fit):
     def model(y):
         w = pyro.param("w", torch.ones(2) / 2, constraint=constraints.simplex)

@@ -212,6 +212,49 @@ def loadings(y, start):
         pyro.sample("y", dist.Normal(z @ w, sd).to_event(1), obs=y)
 
 
+@pytest.mark.parametrize("constraint", [constraints.corr_cholesky, dist.constraints.unit_lower_cholesky])
+def test_moments_that_a_constraint_forbids_are_no_m_step(fit, constraint):
+    y = draws(80, 2) @ torch.tensor([[1.5, 0.0], [0.8, 1.0]], dtype=D).T
+
+    def model(y):
+        tril = pyro.param("tril", torch.eye(2), constraint=constraint)
+        with pyro.plate("rows", 80):
+            z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), scale_tril=tril))
+            pyro.sample("y", dist.Normal(z, 0.5).to_event(1), obs=y)
+
+    def log_likelihood(tril):
+        covariance = tril @ tril.mT + 0.25 * torch.eye(2)
+        return float(dist.MultivariateNormal(torch.zeros(2, dtype=D), covariance).log_prob(y).sum())
+
+    def of(free):
+        corner = (1 - free**2) ** 0.5 if constraint is constraints.corr_cholesky else 1.0
+        return torch.tensor([[1.0, 0.0], [free, corner]], dtype=D)
+
+    best = optimize.minimize_scalar(
+        lambda free: -log_likelihood(of(free)), bounds=(-0.999, 0.999), method="bounded"
+    )
+    for schedule in ("auto", "joint", "alternate"):
+        result = fit(model, {"y": y}, guide="auto", schedule=schedule)
+        assert result.elbo == pytest.approx(-best.fun, abs=1e-5)
+        assert log_likelihood(result.params["tril"]) == pytest.approx(result.elbo, abs=1e-7)
+
+
+def test_a_mean_that_a_constraint_forbids_is_no_m_step(fit):
+    y = draws(60, 2) - 1.0
+
+    def model(y):
+        mu = pyro.param("mu", torch.ones(2), constraint=constraints.positive)
+        tril = pyro.param("tril", torch.eye(2), constraint=constraints.lower_cholesky)
+        with pyro.plate("rows", 60):
+            z = pyro.sample("z", dist.MultivariateNormal(mu, scale_tril=tril))
+            pyro.sample("y", dist.Normal(z, 0.5).to_event(1), obs=y)
+
+    result = fit(model, {"y": y}, guide="auto")
+    assert float(result.params["mu"].max()) < 1e-4
+    exact = dist.MultivariateNormal(torch.zeros(2, dtype=D), y.T @ y / 60).log_prob(y).sum()
+    assert result.elbo == pytest.approx(float(exact), abs=1e-3)
+
+
 @pytest.mark.parametrize("guide", ["auto", None])
 def test_zero_loadings_are_a_saddle_that_is_left(fit, guide):
     y = draws(80, 2, seed=1) @ draws(2, 5, seed=2) + 0.5 * draws(80, 5, seed=3)

@@ -392,5 +392,5 @@ class Run:
             self.bar.set_postfix_str(f"{row.block}-step {row.iteration}, ELBO {row.after:.6f}", refresh=False)
             self.bar.update()
         for callback in self.callbacks:
-            with torch.no_grad():
-                callback(row, self.setup.theta_values(torch.as_tensor(self.state.theta)))
+            with torch.no_grad():  # of a copy: what a callback writes into is its own
+                callback(row, self.setup.theta_values(torch.tensor(self.state.theta)))

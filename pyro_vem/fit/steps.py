@@ -89,7 +89,7 @@ def hooked(
         raise ModelError(f"m_step: unknown name {name!r}; the parameters are {', '.join(setup.theta.names)}")
     with torch.no_grad():
         phi = setup.phi.constrained(torch.as_tensor(state.phi))
-        theta = setup.theta_values(torch.as_tensor(state.theta))
+        theta = setup.theta_values(torch.tensor(state.theta))  # a copy, which the function may write into
         drawn = setup.objective.sample(phi, theta, HOOK_DRAWS, HOOK_SEED, ("values",))["values"]
         value = torch.as_tensor(hook(drawn, dict(theta)), dtype=torch.float64)
         if value.shape != theta[name].shape or not bool(torch.isfinite(value).all()):

@@ -67,8 +67,8 @@ class Sweep:
                 made = coding.outside(lifted.updated(name, eta, now, self.theta, self._terms.shares[name]))
                 self._move(name, made)
             else:
-                value = self._best(name, eta)
-                self.theta[name] = torch.where(torch.isfinite(value).all(), value, self.theta[name])
+                value = self._best(name, eta)  # not a number where no row has an element of it
+                self.theta[name] = torch.where(torch.isfinite(value), value, self.theta[name])
                 self._moved(name, self.theta)
 
     @torch.no_grad()

@@ -175,7 +175,8 @@ def block_normal(size: int) -> Family:
 
     def best(eta: Tensor) -> Tensor:
         precision, slope = quadratic(eta)
-        return torch.linalg.solve(precision, slope.unsqueeze(-1)).squeeze(-1)
+        solution, failed = torch.linalg.solve_ex(precision, slope.unsqueeze(-1))
+        return torch.where(failed.unsqueeze(-1) > 0, torch.nan, solution.squeeze(-1))
 
     def entropy(q: Values) -> Tensor:
         return size * HALF_LOG_2PI_E + q["scale_tril"].diagonal(dim1=-2, dim2=-1).log().sum(-1)

@@ -89,7 +89,7 @@ class Lifted:
         self.parameters = tuple(p.name for p in parameters) + self.map_sites
         with torch.no_grad():
             self.found: Found = lift(self.probe, refused, self.parameters, seed)
-            self.moments = self._moments()
+            self.moments = self._moments(parameters)
         self.latents = tuple(s.name for s in prototype.latents if s.name not in self.map_sites)
         for name, reason in self.found.rest.items():
             if pieces(first, depth)[name].discrete:
@@ -100,10 +100,10 @@ class Lifted:
         self._noise: dict[str, Tensor] = {}
         self._is_alone = False
 
-    def _moments(self) -> tuple[Moments, ...]:
+    def _moments(self, parameters: Sequence[Parameter]) -> tuple[Moments, ...]:
         """Priors of vectors whose parameters have no statistics and enter nowhere else."""
         found, probe = self.found, self.probe
-        free = [p for p in self.parameters if p in found.refused]
+        free = {p.name: p for p in parameters if p.name in found.refused}
         sites = [n for n, c in found.codings.items() if c.variable.is_vector and n in found.live]
         if not (free and sites):
             return ()

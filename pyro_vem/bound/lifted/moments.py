@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from ...model.density import collapsed
+from ...model.parameters import Parameter
 from ...model.runtime import Site
 from ..kl import leaf_of
 
 Values = Mapping[str, Tensor]
 Total = Callable[[Tensor], Tensor]
-KINDS = ("scale_tril", "covariance_matrix")
+KINDS: Mapping[str, tuple[Any, ...]] = {  # with the constraints under which a moment is always allowed
+    "scale_tril": (dist.constraints.lower_cholesky, dist.constraints.softplus_lower_cholesky),
+    "covariance_matrix": (dist.constraints.positive_definite,),
+}
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,10 @@ def moments_of(
     sites: Sequence[str],
     execute: Callable[[Values], Any],
     points: Sequence[Values],
-    parameters: Collection[str],
+    parameters: Mapping[str, Parameter],
     seen_by: Callable[[str], Collection[str]],
 ) -> tuple[Moments, ...]:
-    """Those priors of vectors whose parameters enter nowhere else.
+    """Those priors of vectors whose parameters enter nowhere else, and may be any moments.
 
     Args:
         sites: latent vectors.
@@ -103,11 +107,19 @@ def moments_of(
     for name in sites:
         priors = [run.sites[name] for run in runs]
         factor = next(
-            ((p, kind) for p in own[name] for kind in KINDS if _is(priors, kind, 2, points, p)), None
+            (
+                (p, kind)
+                for p in own[name]
+                for kind, free in KINDS.items()
+                if parameters[p].constraint in free and _is(priors, kind, 2, points, p)
+            ),
+            None,
         )
         if factor is None or any(not _is_plain(site) for site in priors):
             continue
         loc = next((p for p in own[name] if _is(priors, "loc", 1, points, p)), None)
+        if loc is not None and not parameters[loc].is_real:
+            continue
         found.append(Moments(name, loc, *factor))
     return tuple(found)
 
