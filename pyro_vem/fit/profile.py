@@ -1,5 +1,6 @@
 """The profile schedule: quasi-Newton steps in theta on the bound maximised over phi."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from .stopping import LOST
 
 SUFFICIENT = 1e-4  # share of the predicted rise that a step must make
 SHORTEST = 1e-6  # of a quasi-Newton step
-LONGEST = 3.0  # of a step in any unconstrained parameter: a factor of 20 on a log scale
+LONGEST = 3.0  # of a step in any parameter that has a constraint: a factor of 20 on a log scale
 
 EStep = Callable[[State], State]
 
@@ -44,9 +45,10 @@ class Profile:
         smooth = self._smooth(state)
         zero = np.zeros_like(state.theta)
         slope = -smooth.gradient(zero)
-        self._learn(state.theta, slope, smooth)
+        is_learnt = self._learn(state.theta, slope, smooth)
         direction = self.inverse @ slope
-        direction *= min(1.0, LONGEST / max(float(np.abs(direction).max()), 1e-300))
+        longest = LONGEST / max(float(np.abs(direction[self._is_bounded]).max(initial=0.0)), 1e-300)
+        direction *= min(1.0, longest)
         rise, length, tried, best = float(slope @ direction), 1.0, 0, state
         while length >= SHORTEST:
             theta = state.theta + length * direction
@@ -56,6 +58,13 @@ class Profile:
                 best = trial
                 break
             length *= 0.3
+        while best is not state and not is_learnt and 1.0 <= length < longest:
+            length *= 2  # the profile is convex here, and the metric says nothing of how far to go
+            trial = self._at(state, state.theta + length * direction)
+            tried += 1
+            if trial is None or not trial.elbo > best.elbo:
+                break
+            best = trial
         note = "" if best is not state else LOST
         if best is state:
             self.last = None  # start again from the complete-data information
@@ -75,8 +84,14 @@ class Profile:
         loss, theta = loss_of(self.setup, state, "M")
         return Smooth(loss, theta, np.ones_like(theta))
 
-    def _learn(self, theta: Vector, slope: Vector, smooth: Smooth) -> None:
-        """The metric: the complete-data information at first, then BFGS updates of it."""
+    @functools.cached_property
+    def _is_bounded(self) -> NDArray[np.bool_]:
+        """Coordinates of theta that are logs or the like: a real parameter has the unit of the data."""
+        return self.setup.theta.where(p.name for p in self.setup.theta.parameters if not p.is_real)
+
+    def _learn(self, theta: Vector, slope: Vector, smooth: Smooth) -> bool:
+        """The metric: the complete-data information at first, then BFGS updates; False if one had to wait."""
+        is_learnt = True
         if self.last is None:
             information = smooth.hessian()
             if not np.isfinite(information).all():  # at the edge of a range; BFGS learns it from steps
@@ -87,7 +102,9 @@ class Profile:
         else:
             moved, change = theta - self.last[0], self.last[1] - slope
             curvature = float(moved @ change)
-            if curvature > 1e-10 * float(np.linalg.norm(moved) * np.linalg.norm(change)):
+            is_learnt = curvature > 1e-10 * float(np.linalg.norm(moved) * np.linalg.norm(change))
+            if is_learnt:
                 left = np.eye(theta.size) - np.outer(moved, change) / curvature
                 self.inverse = left @ self.inverse @ left.T + np.outer(moved, moved) / curvature
         self.last = theta, slope
+        return is_learnt

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch.distributions import constraints
 
+from ..bound.lifted.families import INVERSE_GAMMA, SD
+from ..bound.lifted.variables import Coding
 from ..guides.factorised import FactorisedNormal
 from .setup import Setup
-from .smooth import Smooth, predicted_gain
+from .smooth import Smooth, Vector, predicted_gain
 from .state import State
 from .status import Step
 
@@ -87,14 +89,21 @@ def runaway(setup: Setup, state: State, start: State) -> str | None:
     drift = np.abs(state.theta - start.theta)
     tabulated = setup.lifted.lifted.found.codings if setup.lifted is not None else {}
     for parameter in setup.theta.parameters:
-        is_tabulated = parameter.name in tabulated
-        support = tabulated[parameter.name].variable.support if is_tabulated else None
+        coding, where = tabulated.get(parameter.name), setup.theta.where([parameter.name])
+        support = coding.variable.support if coding is not None else None
         if parameter.constraint is constraints.simplex or support == "unit":
             continue  # a probability, at whose edge the bound has its maximum: a value that never occurs
-        where = setup.theta.where([parameter.name])
         limit = DRIFT * (1 + np.abs(start.theta[where])) if parameter.is_real else FAR
-        if support == "positive":
-            limit = CANCELLED
-        if (drift[where] > limit).any():
+        is_gone = (drift[where] > limit).any()
+        if coding is not None and support == "positive":
+            is_gone |= _is_cancelled(coding, state.theta[where], start.theta[where])
+        if is_gone:
             return parameter.name
     return None
+
+
+def _is_cancelled(coding: Coding, log: Vector, start: Vector) -> bool:
+    """Whether a positive parameter has gone to where statistics beside its own cancel: sds near zero."""
+    sign = -1 if coding.family in (SD, INVERSE_GAMMA) else 1
+    unit = np.log(coding.variable.unit.reshape(-1).numpy())
+    return bool((np.minimum(sign * (log - unit), sign * (log - start)) > CANCELLED).any())

@@ -15,8 +15,9 @@ from ...model.prototype import Prototype
 from .contraction import Factor, components, log_sum, seat
 from .coupled import Coupled, coupled_of
 from .elements import identities, pieces
-from .lift import Found, Pieces, Probe, grid_values, lift, misfits
+from .lift import Found, Pieces, Probe, grid_values, misfits
 from .moments import Moments, Total, mean_of, moments_of
+from .placing import lift_placed
 from .table import Table, monomials_of
 from .variables import Variable, generic, latent_variable, parameter_variable
 
@@ -88,7 +89,7 @@ class Lifted:
         self.probe = Probe(evaluate, vectors, variables, others, generator)
         self.parameters = tuple(p.name for p in parameters) + self.map_sites
         with torch.no_grad():
-            self.found: Found = lift(self.probe, refused, self.parameters, seed)
+            self.found: Found = lift_placed(self.probe, refused, self.parameters, seed)
             self.moments = self._moments(parameters)
         self.latents = tuple(s.name for s in prototype.latents if s.name not in self.map_sites)
         for name, reason in self.found.rest.items():

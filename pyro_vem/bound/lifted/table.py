@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .variables import Coding
 
-NEGLIGIBLE = 1e-10  # of the largest coefficient
 ROUNDING = 1e-13  # of the largest value that coefficients were solved from
 
 
@@ -157,9 +156,8 @@ def monomials_of(
     table, names = coefficients(values, factor, codings), [c.variable.name for c in codings]
     if kept is None:
         sizes = {powers: float(table[powers].abs().amax()) for powers in grid_of(codings)}
-        largest = max((size for powers, size in sizes.items() if any(powers)), default=0.0)
         noise = ROUNDING * float(values.abs().amax())
-        kept = [powers for powers, size in sizes.items() if size > max(NEGLIGIBLE * largest, noise)]
+        kept = [powers for powers, size in sizes.items() if size > noise]
     made = [
         Monomial(tuple((n, p - 1) for n, p in zip(names, powers, strict=True) if p), table[powers])
         for powers in kept
