@@ -327,6 +327,55 @@ def test_new_rows_get_factors_and_nothing_else_moves(fit):
     assert "verdict" in str(new)
 
 
+def long_answers(person, item, persons, items, y):
+    with pyro.plate("item", items):
+        b = pyro.sample("b", dist.Normal(0.0, 2.0))
+    with pyro.plate("person", persons):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    with pyro.plate("answers", len(y)):
+        pyro.sample("y", dist.Bernoulli(logits=theta[person] - b[item]), obs=y)
+
+
+def test_members_that_rows_see_by_an_index_are_not_inferred(fit):
+    """Nothing would move, and the old members' factors come back as those of the new ones."""
+    person, item = np.divmod(np.arange(60), 5)
+    data = {"person": person, "item": item, "persons": 12, "items": 5}
+    found = fit(long_answers, {**data, "y": np.arange(60.0) % 2})
+    with pytest.raises(
+        vem.ModelError, match=r"'answers' follows.*'b' in plate 'item', 'theta' in plate 'pers"
+    ) as e:
+        found.infer({**data, "y": np.ones(60)})
+    assert "init=fit" in str(e.value)
+    with pytest.raises(vem.ModelError, match=r"'theta' in plate 'person'"):
+        found.infer({"person": person[:15], "item": item[:15], "persons": 3, "items": 5, "y": np.ones(15)})
+
+
+@pytest.mark.parametrize("is_sized", [False, True])
+def test_what_infer_holds_keeps_its_shape(fit, is_sized):
+    def answers(y, persons=None):
+        with pyro.plate("item", y.shape[1], dim=-1):
+            b = pyro.sample("b", dist.Normal(0.0, 2.0))
+        with pyro.plate("person", len(y) if persons is None else persons, dim=-2):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            with pyro.plate("answer", y.shape[1], dim=-1):
+                pyro.sample("y", dist.Bernoulli(logits=theta - b), obs=y)
+
+    y = np.arange(60.0).reshape(12, 5) % 2
+    if is_sized:
+        with pytest.raises(
+            vem.ModelError, match=r"size it by them, pyro\.plate\('rows', len\(y\)\)"
+        ) as error:
+            fit(answers, {"y": y, "persons": 12}).infer({"y": y[:6], "persons": 6})
+        assert "batch" not in str(error.value)
+        return
+    found = fit(answers, {"y": y})
+    assert found.infer({"y": y[:6]}).sample(2)["theta"].shape == (2, 6, 1)
+    with pytest.raises(
+        vem.ModelError, match=r"the factor of 'b', which has shape \(5,\) in the fit and \(4,\)"
+    ):
+        found.infer({"y": y[:, :4]})
+
+
 def test_new_rows_have_their_own_khat(fit):
     found = fit(factors, {"y": factor_data()}, guide=amortized(Net))
     new = found.infer({"y": factor_data(30)}, refine=True)

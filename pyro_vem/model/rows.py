@@ -154,8 +154,8 @@ def rows_of(source: Source) -> Rows:
         )
     tried = f" ({problems[0]})" if problems else ""
     raise ModelError(
-        f"no plate of the model follows the rows of the data{tried}; in batches of {source.size} one must: "
-        "pyro.plate('rows', len(y))"
+        f"no plate of the model follows the rows of the data{tried}: size it by them, "
+        "pyro.plate('rows', len(y)), not by a number of its own"
     )
 
 

@@ -1,6 +1,7 @@
 """Factors of new rows, with all that was learnt held; and what an encoder loses against them."""
 
 import time
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..model.batches import Source
 from ..model.parameters import Block, Parameter, PartlyHeld
 from ..model.rows import rows_of
 from ..model.runtime import isolated
+from ..model.sites import Latent
 from .sandwich import by_row
 
 LOOKED_AT = 64  # rows on which plates are told apart
@@ -31,6 +33,9 @@ AT_ONCE = 16  # rows whose own factors are found together: more leave the proces
 
 def infer(fit: VEMResult, data: Any, *, refine: bool = False, seed: int = 0) -> VEMResult:
     """The posterior of new rows: an E-step with the parameters and the shared factors held.
+
+    Shared are the factors of all latents outside the plates whose size is that of the data's arrays. (What
+    rows see by an index, as ``theta[person]``, is shared.)
 
     Args:
         fit: the result, of a fit with `pyro_vem.MeanFieldNormal` or `pyro_vem.AmortizedNormal`.
@@ -44,7 +49,8 @@ def infer(fit: VEMResult, data: Any, *, refine: bool = False, seed: int = 0) -> 
         ELBO is that of the new rows.
 
     Raises:
-        ModelError: if the guide has no factors of rows, or no plate follows the rows.
+        ModelError: if the guide has no factors of rows, no plate follows the rows or no latent is in one
+            that does, or what is held has another shape with the new data.
 
     References:
         Kim, Wiseman, Miller, Sontag and Rush (2018), Semi-amortized variational autoencoders, ICML.
@@ -81,8 +87,11 @@ def _held(fit: VEMResult, data: Any, refine: bool, seed: int, options: FitOption
     rows = _row_plates(fit)
     assert isinstance(setup.guide, FactorisedNormal)
     inside = [s.name for s in setup.guide.latents() if any(p.name in rows for p in s.plates)]
+    if not inside:
+        raise _nothing_moves(setup.guide.latents(), rows)
     moving = {n for s in inside for n in (setup.guide.loc_name(s), setup.guide.scale_name(s))}
     known = fit.guide_params
+    _check_shapes(setup, {**known, **fit.params}, moving)
     held = {p.name: known[p.name] for p in setup.phi.parameters if p.name not in moving}
     parameters: tuple[Parameter, ...] = setup.phi.parameters
     if refine and isinstance(guide, AmortizedNormal):
@@ -90,6 +99,36 @@ def _held(fit: VEMResult, data: Any, refine: bool, seed: int, options: FitOption
         parameters = tuple(replace(p, init=start.get(p.name, p.init)) for p in parameters)
     theta = {**setup.held, **fit.params}
     return replace(setup, phi=PartlyHeld(parameters, held), theta=Block(()), held=theta)
+
+
+def _nothing_moves(latents: tuple[Latent, ...], rows: frozenset[str]) -> ModelError:
+    """The error where all latents are shared."""
+    held = [f"{s.name!r}" + "".join(f" in plate {p.name!r}" for p in s.plates) for s in latents]
+    return ModelError(
+        f"infer() has nothing to move: plate {', '.join(map(repr, sorted(rows)))} follows the rows of the "
+        f"data, and no latent is in it; held are {', '.join(held)}. Give each member of a latent's plate "
+        "one row of the data (an array of members x observations, and pyro.plate('members', len(y))), or fit "
+        "anew from here: fit_vem(model, data, init=fit)"
+    )
+
+
+def _check_shapes(setup: Setup, known: Mapping[str, Tensor], moving: Container[str]) -> None:
+    """That whatever is held has the shape that it had in the fit."""
+    guide = setup.guide
+    assert isinstance(guide, FactorisedNormal)
+    for parameter in (*setup.phi.parameters, *setup.theta.parameters):
+        name = parameter.name
+        if name in moving or known[name].shape == parameter.init.shape:
+            continue
+        held = next(
+            (f"the factor of {s.name!r}" for s in guide.latents() if guide.is_of(name, s.name)), repr(name)
+        )
+        old, new = tuple(known[name].shape), tuple(parameter.init.shape)
+        raise ModelError(
+            f"infer() holds {held}, which has shape {old} in the fit and {new} with these data: of plates "
+            "only those that follow the rows of the data may change size. Give the others the sizes that "
+            "they had, or fit anew from here: fit_vem(model, data, init=fit)"
+        )
 
 
 def _row_plates(fit: VEMResult) -> frozenset[str]:
