@@ -92,6 +92,53 @@ def test_a_global_factor_is_an_estimate_too(fit):
     assert 0 < float(found.standard_errors(plate="groups")["sd_u"]) < 1
 
 
+def shared_by_index(group, y):
+    mu = pyro.param("mu", torch.tensor(0.0))
+    tau = pyro.param("tau", torch.tensor(1.0), constraint=constraints.positive)
+    with pyro.plate("group", 8):
+        u = pyro.sample("u", dist.Normal(mu, tau))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(u[group], 0.5), obs=y)
+
+
+def shared_and_learnt(group, y):
+    tau = pyro.param("tau", torch.tensor(1.0), constraint=constraints.positive)
+    u = pyro.sample("u", dist.Normal(torch.zeros(8), tau).to_event(1))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(u[group], 0.5), obs=y)
+
+
+def shared_at_a_map_site(group, y):
+    sd = pyro.param("sd", torch.tensor(1.0), constraint=constraints.positive)
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    u = pyro.sample("u", dist.Normal(torch.zeros(8), tau).to_event(1))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(u[group], sd), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (shared_by_index, ["'u' of plate 'group'", "plate='group'", "standard_errors()"]),
+        (
+            shared_and_learnt,
+            ["'u' is outside plate 'row'", "prior depends on parameters", "standard_errors()"],
+        ),
+        (vem.vem_model(shared_at_a_map_site, map_sites=("tau",)), ["'u' is outside plate 'row'"]),
+    ],
+)
+def test_rows_that_share_a_sample_of_latents_have_no_sandwich(fit, model, told):
+    """Their scores do not hold how the latents vary: errors of mu would be many times too small."""
+    group = torch.arange(80) % 8
+    y = group - 3.5 + 0.3 * torch.sin(torch.arange(80.0))
+    found = fit(model, {"group": group, "y": y})
+    with pytest.raises(vem.ModelError) as error:
+        found.standard_errors(plate="row")
+    for text in told:
+        assert text in str(error.value)
+    assert all(error.isfinite().all() for error in found.standard_errors().values())
+
+
 def test_rows_that_do_not_come_apart_are_refused(fit):
     def model(group, y):
         mu = pyro.param("mu", torch.tensor(0.0))

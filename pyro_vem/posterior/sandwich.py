@@ -4,12 +4,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..bound.dependence import differ, fingerprint
 from ..bound.terms import Part
 from ..errors import ModelError
 from ..fit.result import VEMResult
 from ..model.runtime import isolated
 from ..model.sites import plates_of
 from .arrowhead import Indices, Vector
+from .checks import run_at
 from .linear_response import inverse_hessian
 
 STEP = 1e-4  # of a coordinate's length, for central differences of the scores
@@ -21,17 +23,21 @@ def sandwich(fit: VEMResult, plate: str) -> Vector:
 
     A is minus the Hessian of the bound with the factors inside the plate profiled out, B the sum of
     outer products of the rows' scores. Rows must be independent given the parameters and the
-    factors outside the plate; whether they follow the model does not matter.
+    latents outside the plate; whether they follow the model does not matter. Latents outside of it
+    are estimated from the rows like parameters, which is right for global ones whose priors are fixed;
+    others are refused.
 
     Args:
         fit: the result.
         plate: name of the plate.
 
     Raises:
-        ModelError: if the bound does not come apart by the rows of that plate, or has no covariance.
+        ModelError: if the bound does not come apart by the rows of that plate, if rows share latents of
+            another plate or latents whose priors depend on parameters, or if there is no covariance.
     """
     setup = fit.setup
     setup.prototype.plate(plate)
+    _check_shared(fit, plate)
     inverse, lengths, flat = inverse_hessian(fit, "joint")
     size = setup.phi.size
     outer = _outside(fit, plate)
@@ -46,6 +52,36 @@ def sandwich(fit: VEMResult, plate: str) -> Vector:
     scores = _scores(fit, plate, flat, lengths, psi)
     half = scores @ bread.T  # (rows, parameters)
     return np.outer(lengths[size:], lengths[size:]) * (half.T @ half)
+
+
+def _check_shared(fit: VEMResult, plate: str) -> None:
+    """Refuse latents outside the plate that are a sample themselves: their spread is in no row's score."""
+    shared = [s for s in fit.setup.prototype.latents if plate not in {p.name for p in s.plates}]
+    for site in shared:
+        if site.plates:
+            other = site.plates[0].name
+            raise ModelError(
+                f"rows of plate {plate!r} share latent {site.name!r} of plate {other!r}, so that they are "
+                f"not independent given the parameters: ask for plate={other!r} if plate {plate!r} is nested "
+                "in it (and does not reach it by an index), or for standard_errors() without a plate, which "
+                "believe the model"
+            )
+    for name in _with_moving_priors(fit, [site.name for site in shared]):
+        raise ModelError(
+            f"latent {name!r} is outside plate {plate!r}, and its prior depends on parameters, of which no "
+            "row of the plate tells: ask for standard_errors() without a plate, which believe the model"
+        )
+
+
+def _with_moving_priors(fit: VEMResult, names: list[str]) -> list[str]:
+    """Latents whose priors are others at other parameters (values of MAP sites among them)."""
+    problem, other = fit.setup.problem, fit.setup.objective.elsewhere
+    here = run_at(fit).sites
+    values = {site.name: here[site.name]["value"] for site in fit.setup.prototype.latents}
+    values |= {name: other[name] for name in problem.map_sites}
+    with isolated(torch.float64), torch.no_grad():
+        there = problem.run_model(other, values).sites
+    return [name for name in names if differ(fingerprint(here[name]), fingerprint(there[name]))]
 
 
 def _outside(fit: VEMResult, plate: str) -> Indices:
