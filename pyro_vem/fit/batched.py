@@ -14,9 +14,9 @@ from ..errors import ModelError
 from ..guides.factorised import FactorisedNormal
 from ..model.batches import Batch, Source
 from ..model.data import Arguments
+from ..model.dtypes import default_dtype
 from ..model.parameters import Block
 from ..model.rows import Rows
-from ..model.runtime import default_dtype
 from .locals import Locals
 from .processes import Processes
 from .result import VEMResult

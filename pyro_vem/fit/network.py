@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.data import Arguments
-from ..model.runtime import default_dtype
+from ..model.dtypes import default_dtype
 from .adam import EPSILON, adam
 from .capture import AGREEMENT, Compile, Graph, compiled, gap_between
 

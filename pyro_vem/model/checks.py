@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import ModelError, UnsupportedModelError
 from .data import Arguments
 from .density import lean_log_prob
+from .dtypes import dtype_advice
 from .runtime import Execution, Program, Site, is_summed_out
 from .sites import Plate, plates_of
 
@@ -56,14 +57,9 @@ def run_checked(
             check_parameter(name, param["value"])
         visited = program.latest.visited
         where = f"at or after {visited[-1]!r}" if visited else "before its first site"
-        hint = ""
+        hint = dtype_advice(error)
         if "can require gradients" in str(error):
             hint = " (give the parameter a floating value)"
-        elif "dtype" in str(error) or "scalar type" in str(error):
-            hint = (
-                " (fits run in float64: pass float32 tensors that the model closes over in `data`, "
-                "or make them with torch.get_default_dtype())"
-            )
         raise ModelError(f"the {what} raised {type(error).__name__} {where}: {error}{hint}") from error
     return execution
 

@@ -14,9 +14,10 @@ from ..errors import ModelError, UnsupportedModelError, unknown_names
 from .checks import check_parameter, regular, run_checked
 from .data import Arguments
 from .density import lean_log_prob
+from .dtypes import default_dtype
 from .modules import modules_called
 from .parameters import Parameter, off_boundary
-from .runtime import Execution, Program, Scout, Site, default_dtype, is_summed_out
+from .runtime import Execution, Program, Scout, Site, is_summed_out
 from .sites import (
     Latent,
     Plate,

@@ -20,6 +20,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from .device import generators, on_device, seed_generators, set_generators, wake
+from .dtypes import Widened, default_dtype
 
 Site: TypeAlias = dict[str, Any]
 """A Pyro message of type "sample" or "param" after the run: name, fn, value, scale, mask, ..."""
@@ -134,17 +135,6 @@ def _broadcast_shapes(*shapes: Any) -> torch.Size:
 
 
 @contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Another default dtype inside the block."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
 def repeatable() -> Iterator[None]:
     """Run extra probes of a user's program: validation off, generators put back afterwards.
 
@@ -163,7 +153,7 @@ def repeatable() -> Iterator[None]:
         set_generators(rng)
 
 
-class Execution(Messenger):  # type: ignore[misc]
+class Execution(Widened):
     """One run of a program: substitutes parameters and values, records every site.
 
     Args:
@@ -186,6 +176,7 @@ class Execution(Messenger):  # type: ignore[misc]
             msg["value"] = self.given[msg["name"]]
 
     def _pyro_post_param(self, msg: Site) -> None:
+        super()._pyro_post_param(msg)
         self.params[msg["name"]] = msg
 
     def _pyro_sample(self, msg: Site) -> None:
@@ -201,6 +192,7 @@ class Execution(Messenger):  # type: ignore[misc]
         name = msg["name"]
         if is_subsample(msg):
             return
+        super()._pyro_post_sample(msg)
         self.subsampled += [f.name for f in msg["cond_indep_stack"] if f.full_size not in (None, f.size)]
         if is_deterministic(msg):
             self.deterministic[name] = msg
@@ -368,7 +360,7 @@ class Program:
         """Call the program as Pyro would, with `params` in place of its parameters, in their dtype."""
         stored = {name: value for name, value in params.items() if name not in self._paths}
         run = pyro.poutine.substitute(self.fn, data=stored)
-        with default_dtype(torch.float64), warnings.catch_warnings():
+        with default_dtype(torch.float64), Widened(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=SWAPPED)
             return self._with_weights(params, self._constants, lambda: run(*args, **kwargs))
 

@@ -14,6 +14,7 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
 from ..errors import ModelError, UnsupportedModelError
+from .dtypes import dtype_advice
 from .parameters import off_boundary
 from .runtime import Site
 
@@ -170,7 +171,7 @@ def initial_values(strategy: Strategy, is_enumerated: bool = False) -> Callable[
                 value = strategy(site)
         except Exception as error:
             raise ModelError(
-                f"site {site['name']!r} has no initial value ({error}): "
+                f"site {site['name']!r} has no initial value ({error}){dtype_advice(error)}: "
                 f"give one with init={{{site['name']!r}: ...}}"
             ) from error
         shape = site["fn"].batch_shape + site["fn"].event_shape
