@@ -1,6 +1,8 @@
 """What a fit returns: results as Pyro programs, files, ArviZ data, NUTS beside it, and its verdict."""
 
+import copy
 import dataclasses
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -211,6 +213,19 @@ def test_saving_and_loading(tmp_path, schools):
     with pytest.raises(vem.ModelError, match="loaded without data"):
         bare.sample(3)
     assert "converged" in str(bare)
+
+
+@pytest.mark.parametrize("guide", [None, "auto"])
+def test_a_result_is_copied_but_not_pickled(fit, guide):
+    """Nothing is kept of the runs that were made under vmap, whose tensors have no storage."""
+    found = fit(zoo.eight_schools, zoo.SCHOOLS, guide=guide)
+    for _ in range(2):
+        for twin in (copy.copy(found), copy.deepcopy(found)):
+            assert twin.elbo == found.elbo
+            assert torch.equal(twin.sample(3)["tau"], found.sample(3)["tau"])
+        found.diagnose()  # keeps results of its own
+    with pytest.raises(TypeError, match=r"fit.save\(path\).*VEMResult.load\(path"):
+        pickle.dumps(found)
 
 
 def test_loading_refuses_what_is_no_result(tmp_path, schools):

@@ -15,6 +15,7 @@ from ..errors import ModelError
 from ..model.data import Arguments
 from ..model.device import all_on_its_device, on_device
 from ..model.runtime import isolated
+from .copies import Copied
 from .measure import exact_table, measure
 from .setup import FitOptions, Setup
 from .state import State
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @all_on_its_device
 @dataclass(frozen=True, repr=False)
-class VEMResult:
+class VEMResult(Copied):
     """The result of `fit_vem`.
 
     Attributes:

@@ -43,9 +43,10 @@ def run_checked(
     program: Program, call: Arguments, params: Mapping[str, Tensor], choose: Any, what: str = "model"
 ) -> Execution:
     """One run with validation on; whatever goes wrong names the site."""
+    execution = Execution(params, choose)
     try:
         with pyro.validation_enabled(True):
-            execution = program.run(call.args, call.kwargs, params, choose)
+            program.under(execution, call.args, call.kwargs, params)
             first = program.first_available_dim
             nesting = float("inf") if first is None else -1 - first
             for name, site in execution.sites.items():
@@ -53,9 +54,9 @@ def run_checked(
     except (ModelError, UnsupportedModelError):
         raise
     except Exception as error:
-        for name, param in program.latest.params.items():
+        for name, param in execution.params.items():
             check_parameter(name, param["value"])
-        visited = program.latest.visited
+        visited = execution.visited
         where = f"at or after {visited[-1]!r}" if visited else "before its first site"
         hint = dtype_advice(error)
         if "can require gradients" in str(error):

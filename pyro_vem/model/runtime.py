@@ -291,7 +291,6 @@ class Program:
         self.modules = modules or []
         self.shell = _Shell(self.modules)
         self.weight_paths: dict[int, str] = {id(p): path for path, p in self.shell.named_parameters()}
-        self.latest = Execution({}, lambda site: None)  # the latest run, also one that raised
         self._paths: dict[str, str] = {}
         self._constants: dict[str, Tensor] = {}
 
@@ -331,9 +330,7 @@ class Program:
         choose: Choose,
     ) -> Execution:
         """Run once; the returned record holds every site in program order."""
-        execution = Execution(params, choose)
-        self.latest = execution
-        return self.under(execution, args, kwargs, params)
+        return self.under(Execution(params, choose), args, kwargs, params)
 
     def under(
         self,
