@@ -3,6 +3,7 @@
 import inspect
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -206,6 +207,7 @@ SETTINGS = {
     "data": ({"data": {"yy": Y}}, vem.ModelError, "did you mean 'y'"),
     "missing": ({"data": {}}, vem.ModelError, "missing a required argument"),
     "one array": ({"data": Y}, vem.ModelError, "mapping"),
+    "list": ({"data": {"y": [1.0, 2.0, 4.0]}}, vem.ModelError, "'y': its value is a list: give an array"),
     "strings": ({"data": {"y": np.array(["a", "b"])}}, vem.ModelError, "factorize"),
     "loader": (
         {"data": torch.utils.data.DataLoader(torch.utils.data.TensorDataset(Y))},
@@ -232,6 +234,42 @@ def test_bad_settings_say_what_to_type(case):
     with pytest.raises(error) as caught:
         unchecked(rows, **{"data": {"y": Y}, **settings})
     assert words in str(caught.value), str(caught.value)
+
+
+def test_lists_that_the_model_computes_with_are_named(fit):
+    def model(x, y):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+    with pytest.raises(vem.ModelError, match="data 'x' are lists: give arrays"):
+        fit(model, {"x": [1.0, 2.0, 3.0], "y": Y})
+
+
+def test_lists_may_say_how_the_model_is_built(fit):
+    def model(sizes, y):
+        groups = [pyro.sample(f"z{i}", dist.Normal(0.0, 1.0)).expand(n) for i, n in enumerate(sizes)]
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(torch.cat(groups), 1.0), obs=y)
+
+    assert fit(model, {"sizes": [1, 2], "y": Y}).converged
+
+
+def test_a_data_frame_is_its_columns(fit):
+    """In one step, in batches, and for new rows."""
+
+    def model(x, y=None):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+    frame = pd.DataFrame({"x": np.arange(8.0), "y": np.arange(8.0)})
+    found = fit(model, frame)
+    assert found.elbo == fit(model, {"x": frame["x"], "y": frame["y"]}).elbo
+    assert found.predict(frame[["x"]], num_draws=2)["y"].shape == (2, 8)
+    assert fit(model, frame, batch_size=4, max_iter=2).params == {}
+    with pytest.raises(vem.ModelError, match="unknown name 'w'"):
+        fit(model, frame.assign(w=1.0))
 
 
 def test_bad_options_are_refused():

@@ -67,7 +67,7 @@ def fit_vem(
     Args:
         model: a Pyro model, decorated with `vem_model` or not.
         data: mapping of the model's argument names to tensors, arrays, pandas objects or plain
-            values; a tuple is taken as positional arguments. The fit runs on their device.
+            values, or a data frame; a tuple is taken as positional arguments. The fit runs on their device.
         guide: None for `MeanFieldNormal` (`MeanFieldConjugate` where the model has discrete sites);
             "auto" for conjugate factors where every term has a closed form in them, which the plan
             proves; an `AmortizedNormal`; or any reparameterised guide.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from .data import Arguments, arguments
+from .data import Arguments, arguments, by_column
 from .device import as_outside
 
 FEWEST = 4  # rows of a batch, whose halves must still be plates
@@ -44,6 +44,7 @@ class Source:
         Raises:
             ModelError: if a stream can be read only once, or there is no batch size.
         """
+        data = by_column(data)
         is_batches = isinstance(data, list) and bool(data) and all(isinstance(b, Mapping) for b in data)
         if isinstance(data, tuple | list) and not is_batches:
             target = model.forward if isinstance(model, torch.nn.Module) else model

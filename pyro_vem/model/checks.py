@@ -61,12 +61,18 @@ def run_checked(
         hint = dtype_advice(error)
         if "can require gradients" in str(error):
             hint = " (give the parameter a floating value)"
+        elif call.lists:
+            hint += (
+                f" (data {', '.join(map(repr, call.lists))} are lists: give arrays for what it computes with)"
+            )
         raise ModelError(f"the {what} raised {type(error).__name__} {where}: {error}{hint}") from error
     return execution
 
 
 def _check_site(name: str, site: Site, nesting: float | int) -> None:
     fn, value = site["fn"], site["value"]
+    if not isinstance(value, Tensor):
+        raise ModelError(f"site {name!r}: its value is a {type(value).__name__}: give an array or a tensor")
     if value.is_floating_point() and bool(torch.isnan(value).any()):
         raise ModelError(
             f"site {name!r}: its value has NaN in it; mask missing values with obs_mask=, and fill their "

@@ -52,6 +52,12 @@ class Arguments:
         )
 
     @property
+    def lists(self) -> tuple[str, ...]:
+        """Names (or places) of the arguments that are lists, which stay as they are."""
+        named = {**{str(i): value for i, value in enumerate(self.args)}, **self.kwargs}
+        return tuple(name for name, value in named.items() if isinstance(value, list | tuple))
+
+    @property
     def _values(self) -> tuple[Any, ...]:
         return *self.args, *self.kwargs.values()
 
@@ -64,8 +70,15 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
+def by_column(data: Any) -> Any:
+    """A data frame as a mapping of its columns; everything else unchanged."""
+    is_frame = hasattr(data, "columns") and hasattr(data, "to_numpy")  # of pandas or polars
+    return {name: data[name] for name in data.columns} if is_frame else data
+
+
 def named_values(data: Any) -> Iterable[tuple[Any, Any]]:
     """Names (or places) and values of what a user gives as data, a mapping or a tuple."""
+    data = by_column(data)
     return (
         data.items()
         if isinstance(data, Mapping)
@@ -101,8 +114,9 @@ def arguments(model: Callable[..., Any], data: Any) -> Arguments:
 
     Args:
         model: the callable whose arguments are named.
-        data: a mapping of argument names to tensors, arrays, pandas objects or plain values;
-            a tuple or list is taken as positional arguments; None means no arguments.
+        data: a mapping of argument names to tensors, arrays, pandas objects or plain values, or a
+            data frame with columns of these names; a tuple or list is taken as positional arguments;
+            None means no arguments.
 
     Raises:
         ModelError: for unknown or missing names, an array that holds no numbers, or data of another kind.
@@ -112,8 +126,7 @@ def arguments(model: Callable[..., Any], data: Any) -> Arguments:
         >>> arguments(model, {"x": np.ones(2)}).kwargs["x"]
         tensor([1., 1.], dtype=torch.float64)
     """
-    if data is None:
-        data = {}
+    data = {} if data is None else by_column(data)
     if isinstance(data, Mapping):
         call = Arguments.of((), {str(k): v for k, v in data.items()})
     elif isinstance(data, tuple | list):
