@@ -34,6 +34,23 @@ def test_old_faithful_is_the_fixed_point_of_em(fit):
     assert {row.method for row in result.plan.rows} == {"enumeration", "closed form"}
 
 
+def test_new_rows_of_a_mixture_are_told_apart_by_held_parameters(fit):
+    """What infer() says to do where a model has no factors of rows, held against Bayes' rule."""
+    found = fit(zoo_em.two_waits, {"y": zoo_em.WAITING})
+    with pytest.raises(
+        vem.ModelError, match=r"discrete sites only.*fixed=tuple\(fit.params\).*responsibilities"
+    ):
+        found.infer({"y": zoo_em.WAITING[:5]})
+
+    @vem.vem_model(fixed=tuple(found.params))
+    def held(y):
+        zoo_em.two_waits(y)
+
+    new = fit(held, {"y": zoo_em.WAITING[:5]}, init=found.params)
+    assert all(torch.equal(new.params[name], value) for name, value in found.params.items())
+    torch.testing.assert_close(new.responsibilities()["z"], found.responsibilities()["z"][:5])
+
+
 def test_standard_errors_of_a_mixture_are_those_of_its_likelihood(fit):
     result = fit(zoo_em.two_waits, WAITS)
 

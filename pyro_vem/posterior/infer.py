@@ -79,7 +79,7 @@ def _held(fit: VEMResult, data: Any, refine: bool, seed: int, options: FitOption
     """The problem on new data, in which only factors of rows move."""
     model, guide = fit.setup.problem.model.fn, fit.setup.guide
     if not isinstance(guide, FactorisedNormal):
-        raise ModelError("infer() needs factors of rows: fit with MeanFieldNormal or AmortizedNormal")
+        raise _no_row_factors(fit.setup)
     fresh: Any = guide
     if refine and isinstance(guide, AmortizedNormal):
         fresh = MeanFieldNormal(model, init=guide.init, name=guide.name)
@@ -99,6 +99,20 @@ def _held(fit: VEMResult, data: Any, refine: bool, seed: int, options: FitOption
         parameters = tuple(replace(p, init=start.get(p.name, p.init)) for p in parameters)
     theta = {**setup.held, **fit.params}
     return replace(setup, phi=PartlyHeld(parameters, held), theta=Block(()), held=theta)
+
+
+def _no_row_factors(setup: Setup) -> ModelError:
+    """The error under a guide without Gaussian factors of rows."""
+    if setup.guide is not None:
+        remedy = "fit with MeanFieldNormal(model) or AmortizedNormal, or anew: fit_vem(model, data, init=fit)"
+    elif setup.prototype.summed_out:
+        remedy = (
+            "this model has discrete sites only. Hold its parameters, vem_model(fixed=tuple(fit.params)) on "
+            "a function `held` that calls it, and fit_vem(held, data, init=fit.params).responsibilities()"
+        )
+    else:
+        remedy = "this fit has no latents with a factor; fit.predict() and fit.log_likelihood() take new data"
+    return ModelError(f"infer() needs Gaussian factors of rows: {remedy}")
 
 
 def _nothing_moves(latents: tuple[Latent, ...], rows: frozenset[str]) -> ModelError:
