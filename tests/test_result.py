@@ -121,6 +121,19 @@ def test_warm_start_needs_few_evaluations(fit, pumps):
     assert fit(improper, {"y": torch.ones(3)}, init=first).converged
 
 
+@pytest.mark.parametrize("num_starts", [1, 2])
+def test_warm_starts_hold_parameters_where_they_were_left(fit, pumps, num_starts):
+    """Not where the model's statements start them."""
+
+    @vem.vem_model(fixed=("mu",))
+    def held(hours, failures):
+        zoo.pumps(hours, failures)
+
+    found = fit(held, zoo.PUMPS, init=pumps, num_starts=num_starts)
+    assert torch.equal(found.params["mu"], pumps.params["mu"])
+    assert float(found.params["tau"]) == pytest.approx(float(pumps.params["tau"]), rel=1e-4)
+
+
 def test_callbacks_and_interruption(fit):
     seen = []
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..bound.elbo import AnalyticKL_ELBO
 from ..model.data import named_values
 from ..model.device import as_outside, device_of
+from ..model.roles import roles_of
 from ..model.runtime import isolated, repeatable, reuse_memory
 from ..model.sites import near_median
 from .capture import Compile
@@ -140,7 +141,8 @@ def fit_vem(
     begin = time.perf_counter()
     saved = Checkpoint.at(checkpoint, model, Processes.of(options.sharded))
     warm = saved.left or (init if isinstance(init, VEMResult) else None)
-    given = _warm_strategy(init) if isinstance(init, VEMResult) else init
+    usual = _warm_strategy(init) if isinstance(init, VEMResult) else None
+    given = (_warm_held(model, init) or usual) if isinstance(init, VEMResult) else init
     is_batched = batch_size is not None or _is_stream(data)
     _check_batched(is_batched, schedule, e_step, m_step, num_starts, validation)
     _check_options(options, is_batched, m_step, num_starts, checkpoint)
@@ -157,7 +159,7 @@ def fit_vem(
             )  # fmt: skip
 
         def set_up_at(start: int) -> Setup:
-            others = init_to_sample if start else None
+            others = init_to_sample if start else usual
             with pyro.get_param_store().scope():  # or all would begin at the guide of the first
                 return set_up(model, data, guide, elbo, given, options, seed + start, compile, others=others)
 
@@ -323,6 +325,12 @@ def _warm_strategy(warm: VEMResult) -> Callable[[dict[str, Any]], Tensor]:
         return value.to(torch.get_default_device())
 
     return strategy
+
+
+def _warm_held(model: Callable[..., Any], warm: VEMResult) -> dict[str, Tensor]:
+    """Parameters that the model holds, where an earlier fit has left them; of a module, all its weights."""
+    fixed = roles_of(model).fixed
+    return {n: v for n, v in warm.params.items() if n in fixed or n.split("$$$")[0] in fixed}
 
 
 def _check_settings(
