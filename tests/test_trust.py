@@ -242,6 +242,61 @@ def test_standard_errors_are_those_of_maximum_likelihood(fit):
     assert result.covariance("params", names=["within"]).shape == (1, 1)
 
 
+def steps(y):
+    """A Gaussian random walk seen with noise: its means hang together, under independent factors."""
+    drift = pyro.param("drift", torch.tensor(0.0))
+    size = pyro.param("size", torch.tensor(1.0), constraint=dist.constraints.positive)
+    noise = pyro.param("noise", torch.tensor(1.0), constraint=dist.constraints.positive)
+    walk = torch.ones(len(y), len(y)).tril() * size
+    z = pyro.sample("z", dist.MultivariateNormal(drift * torch.arange(len(y)), scale_tril=walk))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(z, noise), obs=y)
+
+
+def test_parameters_that_a_loose_bound_has_moved_are_named(fit):
+    """The exact likelihood's Newton step, and a verdict that does not pass over it."""
+    generator = torch.Generator().manual_seed(0)
+    n = 25
+    y = 0.3 * torch.randn(n, generator=generator).double().cumsum(0)
+    y = y + torch.randn(n, generator=generator).double()
+    result = fit(steps, {"y": y})
+    names = ("drift", "size", "noise")
+
+    def log_likelihood(theta):
+        drift, size, noise = theta
+        walk = torch.ones(n, n, dtype=torch.float64).tril() * size
+        cov = walk @ walk.T + noise**2 * torch.eye(n)
+        return torch.distributions.MultivariateNormal(drift * torch.arange(n), cov).log_prob(y)
+
+    point = torch.stack([result.params[name] for name in names])
+    evidence = float(log_likelihood(point))
+    gradient = torch.autograd.functional.jacobian(log_likelihood, point)
+    covariance = torch.tensor(result.covariance("params").to_numpy())
+    exact = (covariance @ gradient).abs() / covariance.diagonal().sqrt()
+    verdict = result.diagnose()
+    assert abs(verdict.gap - (evidence - result.elbo)) < 0.05  # of the weights that are believed
+    found = torch.tensor([verdict.drift[name] for name in names], dtype=torch.float64)
+    assert exact.max() > 1
+    assert torch.allclose(found, exact, atol=0.15)
+    worst = names[int(exact.argmax())]
+    assert f"estimates of {worst}" in verdict.headline
+    assert f"{worst!r} by" in verdict.reasons[-1]
+    assert "integrate latents out" in verdict.actions[0]
+    assert "AutoMultivariateNormal" in verdict.actions[0]
+
+
+def test_parameters_of_a_tight_bound_have_not_moved(fit):
+    """Next to no gap: no look; a gap that moves little: a note at most."""
+    exact = fit(zoo.random_effects, {"y": zoo.random_effects_data()}).diagnose()
+    assert not exact.drift
+    verdict = fit(zoo.pumps, zoo.PUMPS).diagnose()
+    assert verdict.gap > 0.1
+    assert max(verdict.drift.values()) < 0.2
+    assert verdict.verdict is vem.Verdict.GOOD
+    assert not verdict.reasons
+    assert not verdict.notes
+
+
 def test_no_covariance_is_made_up(fit):
     def ridge(y):
         a, b = pyro.param("a", torch.tensor(0.0)), pyro.param("b", torch.tensor(0.0))

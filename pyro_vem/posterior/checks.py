@@ -13,7 +13,8 @@ from ..fit.scales import Scales
 from ..fit.smooth import Smooth, newton_step
 from ..fit.starts import merit
 from ..fit.state import State, joint_loss, loss_of
-from ..guides.factorised import FactorisedNormal
+from ..guides.factorised import Factorised, FactorisedNormal
+from ..guides.mean_field import MeanFieldNormal
 from ..model.parameters import PartlyHeld
 from ..model.runtime import Execution, isolated
 
@@ -23,6 +24,7 @@ START_GAP = 0.1  # nats by which another start may be better
 LOC_SCALE = ("Normal", "StudentT", "Laplace", "Cauchy", "Gumbel")
 SCALES = ("scale", "_unbroadcasted_scale_tril", "_unbroadcasted_cov_factor", "_unbroadcasted_cov_diag")
 WRAPPERS = ("Independent", "ExpandedDistribution", "MaskedDistribution")
+FEW_LATENTS = 30  # numbers up to which a full covariance, fitted on draws of all of them, takes seconds
 AGREEMENT = 0.5  # sds by which means of equally good starts may differ
 
 
@@ -93,6 +95,39 @@ def latent_scales(fit: VEMResult) -> dict[str, bool]:
         first, second = (_base(run.sites[name]["fn"]) for run in runs)
         if name in latents and any(_moves(first, second, scale) for scale in SCALES):
             found[name] = type(_base(runs[0].sites[name]["fn"], WRAPPERS)).__name__ in LOC_SCALE
+    return found
+
+
+def reparameterise(fit: VEMResult) -> list[str]:
+    """LocScaleReparam for the sites whose own scale is latent, else the general advice."""
+    scales = latent_scales(fit)
+    sites = [name for name, is_taken in scales.items() if is_taken]
+    if sites:
+        config = ", ".join(f"{name!r}: LocScaleReparam(0.0)" for name in sites)
+        return [
+            f"the scale of {', '.join(map(repr, sites))} is itself latent: "
+            f"pyro.poutine.reparam(model, config={{{config}}}), from pyro.infer.reparam"
+        ]
+    if scales:
+        return [
+            f"the scale of {', '.join(map(repr, scales))} is itself latent: write it as a latent of fixed "
+            "scale, scaled in the model (pyro.deterministic)"
+        ]
+    if fit.setup.lifted is not None:
+        return [
+            "fit with guide=MeanFieldNormal(model): linear response corrects it, and discrete sites are then "
+            "not taken for independent of the rest"
+        ]
+    return ["reparameterise the model (pyro.infer.reparam), or hold the fit against fit.compare_nuts()"]
+
+
+def wider_guides(fit: VEMResult) -> list[str]:
+    """Guides that follow correlations, for a fit whose own guide has independent factors."""
+    guide, found = fit.setup.guide, []
+    if isinstance(guide, MeanFieldNormal):
+        found.append('guide="auto" (full covariances where the model is conjugate)')
+    if isinstance(guide, Factorised) and sum(s.size for s in fit.setup.objective.specs) <= FEW_LATENTS:
+        found.append("guide=pyro.infer.autoguide.AutoMultivariateNormal(model)")
     return found
 
 

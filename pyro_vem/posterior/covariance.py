@@ -91,21 +91,28 @@ def _of_params(fit: VEMResult, names: Sequence[str] | None, plate: str | None) -
     if not theta.size:
         raise ModelError("the model has no free parameters (pyro.param, or map_sites of vem_model)")
     _check_names(names, theta.names)
-    flat = theta.flat(fit.params)
-    matrix = sandwich(fit, plate) if plate is not None else _inverse_of_params(fit)
-    with isolated(torch.float64):
-
-        def constrained(x: Tensor) -> Tensor:
-            return torch.cat([value.reshape(-1) for value in theta.constrained(x).values()])
-
-        jacobian = torch.autograd.functional.jacobian(constrained, flat).numpy()
+    matrix = sandwich(fit, plate) if plate is not None else inverse_of_params(fit)
+    jacobian = jacobian_of_params(fit)
     labels = [label for name in theta.names for label in _labels(name, tuple(fit.params[name].shape))]
     frame = pd.DataFrame(jacobian @ matrix @ jacobian.T, index=labels, columns=labels)
     wanted = [x for n in names or theta.names for x in _labels(n, tuple(fit.params[n].shape))]
     return frame.loc[wanted, wanted]
 
 
-def _inverse_of_params(fit: VEMResult) -> Vector:
+def jacobian_of_params(fit: VEMResult) -> Vector:
+    """Derivatives of the constrained parameters in the unconstrained ones, at the estimates."""
+    theta = fit.setup.theta
+
+    def constrained(x: Tensor) -> Tensor:
+        return torch.cat([value.reshape(-1) for value in theta.constrained(x).values()])
+
+    with isolated(torch.float64):
+        found: Vector = torch.autograd.functional.jacobian(constrained, theta.flat(fit.params)).numpy()
+    return found
+
+
+def inverse_of_params(fit: VEMResult) -> Vector:
+    """Covariance of the unconstrained parameters: the theta block of the inverse joint Hessian."""
     inverse, lengths, flat = inverse_hessian(fit, "joint")
     where = np.arange(len(flat) - fit.setup.theta.size, len(flat))
     return np.outer(lengths[where], lengths[where]) * inverse.covariance(where)

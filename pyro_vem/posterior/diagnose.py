@@ -12,7 +12,8 @@ from torch import Tensor
 from ..errors import ModelError
 from ..fit.result import VEMResult
 from .arrowhead import Vector
-from .checks import latent_scales, one_more_step, other_starts, unmoved
+from .checks import one_more_step, other_starts, reparameterise, unmoved
+from .drift import FAR, SMALL_GAP, drift, of_the_parameters
 from .importance import KHAT_LIMIT, MISSING_LIMIT, NUM_DRAWS, Correction, Pool, at_noise, choose, pools
 from .rows import RowKhat, row_khat
 
@@ -51,12 +52,15 @@ class Diagnosis:
             others are high and the model has 100 rows or more, else nan.
         rows: k-hat of each row of local latents, globals at their medians; None without rows.
         elbo, elbo_se: evidence lower bound in nats and its standard error, from the same draws.
-        gap: importance-weighted bound minus ELBO in nats: about KL(q || p).
+        gap: evidence by the best weighted draws minus ELBO in nats: about KL(q || p).
+        drift: by parameter, the standard errors that a Newton step on the log likelihood would move
+            it by: what a loose bound does to estimates. Empty where the gap is next to nothing, and
+            where there are no weights or standard errors.
         gradient: norm of the bound's gradient in posterior sds, per square root of dimension.
         gain: nats that one more exact E-step would gain.
         verdict: what to do with the fit.
         correction: which draws to use: None (the guide's), "linear_response" or "psis".
-        reasons: why, one sentence each; empty for a good fit.
+        reasons: why, one sentence each; empty for a good fit with good parameters.
         actions: what to do next, one sentence each.
         notes: what else was seen.
         table: for each site the worst scalar: shift of the guide's mean in posterior sds, its sd
@@ -88,6 +92,7 @@ class Diagnosis:
     khat_globals: float = float("nan")
     rows: RowKhat | None = field(default=None, compare=False)
     gap: float = float("nan")
+    drift: Mapping[str, float] = field(default_factory=dict)
     gradient: float = float("nan")
     gain: float = float("nan")
     table: pd.DataFrame | None = field(default=None, compare=False)
@@ -100,6 +105,9 @@ class Diagnosis:
             advice = "Converged. No latent is random: there is no posterior to judge."
         if self.correction:
             advice = advice.replace("draws;", f"draws, correction={self.correction!r};")
+        far = [name for name, move in self.drift.items() if move > FAR]
+        if far and self.verdict is not Verdict.UNRELIABLE:
+            advice += f" That is of the latents given the parameters; estimates of {', '.join(far)} are off."
         return f"{name}. {advice}"
 
     @property
@@ -135,8 +143,9 @@ def diagnose(fit: VEMResult, *, num_draws: int = NUM_DRAWS, restarts: int = 0, s
         seed: of the draws.
 
     Returns:
-        A `Diagnosis`. The parameters theta are held at their estimates: it judges the posterior
-        of the latents given them.
+        A `Diagnosis`. The parameters theta are held at their estimates: the verdict judges the
+        posterior of the latents given them. What a loose bound has done to the estimates is among
+        the reasons from one standard error on, and in the notes below that.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -167,7 +176,7 @@ def diagnose(fit: VEMResult, *, num_draws: int = NUM_DRAWS, restarts: int = 0, s
         )
     elif not best.is_usable:
         reasons += _uncovered(found)
-        actions += _reparameterise(fit)
+        actions += reparameterise(fit)
     elif not reasons:
         table = _moments(fit, guide, best)
         reasons += _unjudged(fit, table)
@@ -175,8 +184,14 @@ def diagnose(fit: VEMResult, *, num_draws: int = NUM_DRAWS, restarts: int = 0, s
             verdict, correction, reasons = _judge(table)
     if guide.no_wider:
         notes.append(f"no wider draws were looked at: {guide.no_wider}")
+    gap = best.log_evidence - float(ratio.mean())
+    moves: Mapping[str, float] = {}
+    if best.is_usable and gap > SMALL_GAP:
+        moves = drift(fit, best)
+        for texts, more in zip((reasons, actions, notes), of_the_parameters(fit, moves, gap), strict=True):
+            texts += more
     rows = row_khat(fit, seed=seed) if finite.all() else None
-    notes += unmoved(fit) + _rows_note(rows)
+    notes += unmoved(fit) + (rows.notes if rows is not None else [])
     if verdict is not Verdict.UNRELIABLE:
         chosen = f"correction={correction!r}" if correction else ""
         actions.append(
@@ -196,7 +211,8 @@ def diagnose(fit: VEMResult, *, num_draws: int = NUM_DRAWS, restarts: int = 0, s
         khat_corrected=khats.get("linear_response", np.nan),
         khat_globals=khats.get("nested", np.nan),
         rows=rows,
-        gap=guide.log_evidence - float(ratio.mean()),
+        gap=gap,
+        drift=moves,
         gradient=gradient,
         gain=gain,
         table=table,
@@ -259,38 +275,6 @@ def _uncovered(found: tuple[Pool, ...]) -> list[str]:
                 f"weights of the {what} rest on {pool.effective:.0f} draws (limit {pool.fewest:.0f})"
             )
     return texts
-
-
-def _reparameterise(fit: VEMResult) -> list[str]:
-    """LocScaleReparam for the sites whose own scale is latent, else the general advice."""
-    scales = latent_scales(fit)
-    sites = [name for name, is_taken in scales.items() if is_taken]
-    if sites:
-        config = ", ".join(f"{name!r}: LocScaleReparam(0.0)" for name in sites)
-        return [
-            f"the scale of {', '.join(map(repr, sites))} is itself latent: "
-            f"pyro.poutine.reparam(model, config={{{config}}}), from pyro.infer.reparam"
-        ]
-    if scales:
-        return [
-            f"the scale of {', '.join(map(repr, scales))} is itself latent: write it as a latent of fixed "
-            "scale, scaled in the model (pyro.deterministic)"
-        ]
-    if fit.setup.lifted is not None:
-        return [
-            "fit with guide=MeanFieldNormal(model): linear response corrects it, and discrete sites are then "
-            "not taken for independent of the rest"
-        ]
-    return ["reparameterise the model (pyro.infer.reparam), or hold the fit against fit.compare_nuts()"]
-
-
-def _rows_note(rows: RowKhat | None) -> list[str]:
-    if rows is None or not rows.num_high:
-        return []
-    row, worst = rows.worst
-    return [
-        f"k-hat above {KHAT_LIMIT} in {rows.num_high} rows of plate {rows.plate!r}: {worst:.2f} in row {row}"
-    ]
 
 
 def _moments(fit: VEMResult, guide: Pool, best: Pool) -> pd.DataFrame:

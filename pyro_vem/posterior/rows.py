@@ -47,6 +47,15 @@ class RowKhat:
         """Rows above the limit."""
         return int(np.nansum(self.khat > KHAT_LIMIT))
 
+    @property
+    def notes(self) -> list[str]:
+        """Which rows are above the limit, in a sentence; nothing where none is."""
+        if not self.num_high:
+            return []
+        row, worst = self.worst
+        plate, limit = self.plate, KHAT_LIMIT
+        return [f"k-hat above {limit} in {self.num_high} rows of plate {plate!r}: {worst:.2f} in row {row}"]
+
 
 def row_khat(fit: VEMResult, num_draws: int = NUM_DRAWS, seed: int = 1) -> RowKhat | None:
     """k-hat of each row of the largest plate with latents inside; None where rows cannot be told apart.
