@@ -344,6 +344,62 @@ def test_loo_of_what_is_summed_out_together(fit):
     assert torch.allclose(pointwise["y"], torch.logaddexp(*parts))
 
 
+@pytest.mark.parametrize("shape", ["changepoint", "chain"])
+def test_loo_refuses_rows_that_a_discrete_site_ties_together(fit, shape):
+    """One density of all rows: no row can be left out."""
+
+    def changepoint(y):
+        early, late = (pyro.sample(name, dist.Exponential(1.0)) for name in ("early", "late"))
+        when = pyro.sample("when", dist.Categorical(torch.ones(6) / 6), infer={"enumerate": "parallel"})
+        with pyro.plate("year", 6):
+            pyro.sample("y", dist.Poisson(torch.where(torch.arange(6) < when, early, late)), obs=y)
+
+    def chain(y):
+        m = pyro.sample("m", dist.Normal(0.0, 3.0))
+        z = torch.tensor(0)
+        for t in pyro.markov(range(6)):
+            prob = torch.tensor([0.2, 0.8])[z.long()]
+            z = pyro.sample(f"z{t}", dist.Bernoulli(prob), infer={"enumerate": "parallel"})
+            pyro.sample(f"y{t}", dist.Normal(m + 4 * z, 1.0), obs=y[t])
+
+    y = torch.tensor([4.0, 5.0, 4.0, 0.0, 1.0, 0.0])
+    result = fit({"changepoint": changepoint, "chain": chain}[shape], {"y": y})
+    name, tie = {"changepoint": ("y", "'when'"), "chain": ("y0", "'z0', .* and 1 more")}[shape]
+    with pytest.raises(vem.ModelError, match=rf"'{name}' hang together .*\({tie}\)"):
+        loo(result, var_name=name)
+
+
+def test_loo_adds_up_sites_of_the_same_rows(fit):
+    """Observed and censored waits: one data set in two sites, the same as in one."""
+    wait = torch.tensor([0.5, 2.0, 1.5, 3.0, 0.2])
+    seen = torch.tensor([True, False, True, False, True])
+
+    def parts(wait, seen):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 2.0))
+        with pyro.plate("rows", 5):
+            with pyro.poutine.mask(mask=seen):
+                pyro.sample("wait", dist.Exponential(rate), obs=wait)
+            pyro.factor("censored", torch.where(seen, 0.0, -rate * wait))
+        pyro.sample("other", dist.Normal(rate, 1.0), obs=torch.tensor(1.0))
+
+    def whole(wait, seen):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 2.0))
+        with pyro.plate("rows", 5):
+            pyro.factor("row", seen * rate.log() - rate * wait)
+        pyro.sample("other", dist.Normal(rate, 1.0), obs=torch.tensor(1.0))
+
+    data = {"wait": wait, "seen": seen}
+    both, one = fit(parts, data), fit(whole, data)
+    found = loo(both, var_name=["wait", "censored"])
+    exact = loo(one, var_name="row")
+    assert found.n_data_points == 5
+    assert abs(float(pointwise(found).sum() - pointwise(exact).sum())) < 0.02
+    with pytest.raises(ValueError, match="several in the same plates"):
+        loo(both)
+    with pytest.raises(ValueError, match="'wait' and 'other' are in different plates"):
+        loo(both, var_name=["wait", "other"])
+
+
 def test_psis_finds_the_tail_index():
     """Ratios with an exact Pareto tail of index k."""
     uniform = np.random.default_rng(0).random(20_000)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bound.lifted.marginal import seats
+from ..bound.lifted.marginal import seats, tied_rows
 from ..errors import ModelError, unknown_names
 from ..fit.result import VEMResult
 from .checks import run_at
@@ -115,7 +115,7 @@ def nuts_data(
 def loo(
     fit: VEMResult,
     *,
-    var_name: str | None = None,
+    var_name: str | Sequence[str] | None = None,
     num_draws: int = 4000,
     seed: int = 0,
     correction: Correction = None,
@@ -128,7 +128,8 @@ def loo(
 
     Args:
         fit: the result.
-        var_name: the observed site; may be left out if there is only one.
+        var_name: the observed site; may be left out if there is only one. Several sites in the same
+            plates are added up row by row: a row is left out at all of them.
         num_draws: draws from the posterior.
         seed: of the draws.
         correction: as in ``fit.sample``: where k-hats are high, better draws lower them.
@@ -139,7 +140,8 @@ def loo(
     Raises:
         ValueError: if ``var_name`` is needed, or not an observed site.
         ModelError: if the fit has no observed site, or no latent with a posterior; for a site that
-            shares discrete sites with another one, at which the likelihood of both stands.
+            shares discrete sites with another one, at which the likelihood of both stands; and
+            where a discrete site ties the rows, which have one joint density then.
 
     References:
         Magnusson, Riis Andersen, Jonasson and Vehtari (2019), Bayesian leave-one-out
@@ -161,20 +163,43 @@ def loo(
     if not sites or fit.setup.problem.guide is None:
         raise ModelError("nothing to leave out: the fit has no observed site, or no latent with a posterior")
     if var_name is None and len(sites) > 1:
-        raise ValueError(f"var_name: several sites are observed, choose one of {sites}")
-    name = sites[0] if var_name is None else var_name
-    message = unknown_names("var_name", [name], sites)
+        raise ValueError(
+            f"var_name: several sites are observed, choose one of {sites}, or several in the same plates "
+            "whose rows are to be left out together (var_name=[...])"
+        )
+    names = sites if var_name is None else [var_name] if isinstance(var_name, str) else list(var_name)
+    message = unknown_names("var_name", names, sites) or ("" if names else "var_name: no site is named")
     if message:
         raise ValueError(message)
-    place = seats(run_at(fit)).get(name, name)
-    if place != name:
-        raise ModelError(
-            f"site {name!r} shares discrete sites with {place!r}, where the likelihood of both stands: "
-            f"loo(var_name={place!r}) leaves out their rows together"
-        )
+    _check_rows(fit, names)
     needed = ("sample_stats", "log_likelihood")
     data = to_arviz(fit, groups=needed, num_draws=num_draws, seed=seed, correction=correction)
-    return approximate_loo(data, name)
+    return approximate_loo(data, names)
+
+
+def _check_rows(fit: VEMResult, names: Sequence[str]) -> None:
+    """Raise unless each site has rows of its own, and all of them the same ones."""
+    run, plates = run_at(fit), fit.setup.prototype.observed
+    places, tied = seats(run), tied_rows(run)
+    for name in names:
+        if name in tied:
+            by, rest = ", ".join(map(repr, tied[name][:5])), len(tied[name]) - 5
+            by += f" and {rest} more" if rest > 0 else ""
+            raise ModelError(
+                f"rows of site {name!r} hang together through what is summed out ({by}): they have one joint "
+                "density, and none can be left out; fit.diagnose() and fit.predict() look at such models"
+            )
+        place = places.get(name, name)
+        if place != name:
+            raise ModelError(
+                f"site {name!r} shares discrete sites with {place!r}, where the likelihood of both stands: "
+                f"loo(var_name={place!r}) leaves out their rows together"
+            )
+        if {p.name for p in plates[name]} != {p.name for p in plates[names[0]]}:
+            raise ValueError(
+                f"var_name: sites {names[0]!r} and {name!r} are in different plates, their rows are not the "
+                "same; name one of them"
+            )
 
 
 def _drawn(

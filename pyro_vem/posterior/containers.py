@@ -151,7 +151,7 @@ def psis(log_ratio: Vector) -> tuple[Vector, float]:
     return np.asarray(log_weights, dtype=np.float64), float(khat)
 
 
-def approximate_loo(data: Any, name: str) -> Any:
+def approximate_loo(data: Any, names: Sequence[str]) -> Any:
     """Leave-one-out predictive densities from draws of an approximate posterior.
 
     Row i has the weights exp(log p - log q) / p(y_i | draw), Pareto-smoothed. ArviZ 1.x has a
@@ -159,14 +159,16 @@ def approximate_loo(data: Any, name: str) -> Any:
 
     Args:
         data: what `container` made, with ``sample_stats`` (``lp``, ``log_q``) and ``log_likelihood``.
-        name: the observed site.
+        names: the observed sites; rows of several are added up (in `data`, at the first).
 
     Returns:
         ArviZ's ``ELPDData`` with pointwise values and k-hats.
     """
     import arviz as az
 
-    stats, variable = data.sample_stats, _plain(name)
+    stats, (variable, *others) = data.sample_stats, map(_plain, names)
+    for other in others:
+        data.log_likelihood[variable] = data.log_likelihood[variable] + data.log_likelihood[other]
     if has_trees():
         return az.loo_approximate_posterior(data, stats["lp"], stats["log_q"], True, variable)
     rows = data.log_likelihood[variable].stack(__sample__=("chain", "draw"))

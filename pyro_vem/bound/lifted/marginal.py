@@ -60,6 +60,27 @@ def seats(run: Execution) -> dict[str, str]:
     return {member.name: seat(members, observed) for members in components(factors) for member in members}
 
 
+def tied_rows(run: Execution) -> dict[str, list[str]]:
+    """Observed sites whose rows have one joint density only, and the discrete sites that tie them.
+
+    Those lie outside a plate of the site, or tie it to other observed sites (a chain) as a whole.
+    """
+    if not any(is_summed_out(site) for site in run.sites.values()):
+        return {}
+    found, observed = pieces(run, _depth(run)).items(), _observed(run)
+    factors = [_factor(name, piece) for name, piece in found if piece.discrete]
+    rows = marginal_rows(run)
+    tied: dict[str, list[str]] = {}
+    for members in components(factors):
+        seen = [member for member in members if member.name in observed]
+        size = rows[seat(members, observed)].numel()
+        most = max((member.value.shape[len(member.discrete) :].numel() for member in seen), default=1)
+        if most > size or (size == 1 and len(seen) > 1):
+            sites = [member.name for member in members if is_summed_out(run.sites[member.name])]
+            tied |= {member.name: sites for member in seen}
+    return tied
+
+
 def with_own_rows(run: Execution) -> list[str]:
     """Observed sites whose log density stands at themselves, not at a site summed out together with them."""
     places = seats(run)
