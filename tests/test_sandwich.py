@@ -193,6 +193,22 @@ def test_rows_are_those_that_are_observed(fit):
     assert found.criteria().num_rows == 4 + 3 + 2
 
 
+def test_one_row_has_no_bic(fit):
+    """A marginal Gaussian process: all data are one vector, and log n would be no penalty at all."""
+    x = torch.linspace(0.0, 1.0, 8)
+
+    def process(y):
+        sd = pyro.param("sd", torch.tensor(1.0), constraint=constraints.positive)
+        cov = sd**2 * ((-((x[:, None] - x) ** 2)).exp() + 0.1 * torch.eye(8))
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(8), cov), obs=y)
+
+    criteria = fit(process, {"y": x.sin()}).criteria()
+    assert criteria.num_rows == 1
+    assert np.isnan(criteria.bic)
+    assert np.isfinite(criteria.aic)
+    assert "independent rows" in str(criteria)
+
+
 def test_criteria_say_that_they_are_bounds(fit):
     found = fit(intercepts, {"y": groups_data()})
     assert found.criteria().num_rows == 240

@@ -14,6 +14,8 @@ from ..model.runtime import Site
 from .checks import run_at
 from .linear_response import is_simplex, is_unused
 
+FEWEST_ROWS = 2  # log n, the penalty of the BIC, is zero for one
+
 
 @dataclass(frozen=True)
 class Criteria:
@@ -21,7 +23,8 @@ class Criteria:
 
     Attributes:
         aic: Akaike's (1974), -2 log likelihood + 2 k.
-        bic: Schwarz's (1978), -2 log likelihood + k log n.
+        bic: Schwarz's (1978), -2 log likelihood + k log n; nan where n is one: it is an approximation
+            for many independent rows.
         num_parameters: k, free numbers in the parameters.
         num_rows: n.
         is_bound: whether latents are averaged over by factors: the ELBO stands for the log
@@ -37,10 +40,10 @@ class Criteria:
 
     def __str__(self) -> str:
         sign = "<=" if self.is_bound else "="
-        return (
-            f"AIC {sign} {self.aic:.2f}, BIC {sign} {self.bic:.2f} "
-            f"({self.num_parameters} parameters, {self.num_rows} rows)"
-        )
+        aic = f"AIC {sign} {self.aic:.2f}"
+        if self.num_rows < FEWEST_ROWS:
+            return f"{aic}, no BIC, which needs independent rows: the model has one"
+        return f"{aic}, BIC {sign} {self.bic:.2f} ({self.num_parameters} parameters, {self.num_rows} rows)"
 
 
 def criteria(fit: VEMResult, plate: str | None = None) -> Criteria:
@@ -79,7 +82,8 @@ def criteria(fit: VEMResult, plate: str | None = None) -> Criteria:
         raise ModelError("the model has no free parameters: fit.loo() compares models by their posteriors")
     k = sum(_free(parameter) for parameter in setup.theta.parameters)
     n = _rows(fit, plate)
-    aic, bic = -2 * fit.elbo + 2 * k, -2 * fit.elbo + k * math.log(n)
+    penalty = k * math.log(n) if n >= FEWEST_ROWS else math.nan
+    aic, bic = -2 * fit.elbo + 2 * k, -2 * fit.elbo + penalty
     return Criteria(aic, bic, k, n, setup.phi.size > 0)
 
 
