@@ -17,7 +17,7 @@ import pyro_vem as vem
 from pyro_vem.fit.driver import restart
 from pyro_vem.posterior import checks, plots
 from pyro_vem.posterior.arrowhead import Arrowhead, Layout, NotDefinite, Solver, dense
-from pyro_vem.posterior.checks import latent_scales, other_starts
+from pyro_vem.posterior.checks import latent_scales, other_starts, reparameterise
 from pyro_vem.posterior.containers import psis
 from pyro_vem.posterior.importance import as_pool, at_noise, guide_pool, response_pool
 from pyro_vem.posterior.nested import nested_pool
@@ -735,6 +735,47 @@ def test_points_are_no_posterior(fit):
         assert "a point, not a posterior" in verdict.reasons[0]
     both = vem.vem_model(map_sites=("s", "z"))(model)
     assert "no posterior to judge" in str(fit(both, data).diagnose())
+
+
+def test_what_weights_cannot_mend_has_a_remedy(fit):
+    """A bent posterior: the refusal and the card name guides that follow correlations."""
+
+    def banana():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x[0] ** 2 * x[1], 0.01), obs=torch.tensor(1.0))
+
+    result = fit(banana)
+    with pytest.raises(vem.ModelError, match=r"effective draws .*; follow correlations: .*reparameterise"):
+        result.sample(10, correction="psis")
+    with pytest.raises(vem.ModelError, match=r"follow correlations"):
+        result.covariance(method="psis")
+    actions = result.diagnose().actions
+    assert 'guide="auto"' in actions[0]
+    assert "AutoMultivariateNormal(model)" in actions[1]
+    assert "reparameterise" in actions[2]
+
+
+def test_an_encoder_is_not_told_to_be_reparameterised(fit):
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.1), obs=y)
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 2)
+
+        def forward(self, y):
+            loc, scale = (0.0 * self.layer(y[:, None])).unbind(-1)
+            return loc, scale.exp()
+
+    data = {"y": torch.linspace(-3, 3, 60)}
+    guide = vem.AmortizedNormal(model, {"z": Encoder()}, inputs="y")
+    result = fit(model, data, guide=guide, max_iter=3)
+    (action,) = reparameterise(result)
+    assert "amortization_gap()" in action
+    assert "epochs" in action
 
 
 def test_moments_that_overflow_are_not_dropped(fit):

@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..bound.lifted.variables import MOST_MEMBERS
 from ..fit.driver import restart
 from ..fit.result import VEMResult
 from ..fit.scales import Scales
 from ..fit.smooth import Smooth, newton_step
 from ..fit.starts import merit
 from ..fit.state import State, joint_loss, loss_of
+from ..guides.amortized import AmortizedNormal
 from ..guides.factorised import Factorised, FactorisedNormal
 from ..guides.mean_field import MeanFieldNormal
 from ..model.parameters import PartlyHeld
@@ -100,6 +102,13 @@ def latent_scales(fit: VEMResult) -> dict[str, bool]:
 
 def reparameterise(fit: VEMResult) -> list[str]:
     """LocScaleReparam for the sites whose own scale is latent, else the general advice."""
+    if isinstance(fit.setup.guide, AmortizedNormal):
+        return [
+            "fit.amortization_gap() tells what the encoder loses, row by row: where that is much, fit for "
+            "more epochs (init=fit) or widen the encoder; fit.infer(data, refine=True) gives rows factors "
+            "of their own"
+        ]
+    wider = [f"follow correlations: {guide}" for guide in wider_guides(fit)]
     scales = latent_scales(fit)
     sites = [name for name, is_taken in scales.items() if is_taken]
     if sites:
@@ -116,17 +125,24 @@ def reparameterise(fit: VEMResult) -> list[str]:
     if fit.setup.lifted is not None:
         return [
             "fit with guide=MeanFieldNormal(model): linear response corrects it, and discrete sites are then "
-            "not taken for independent of the rest"
+            "not taken for independent of the rest",
+            *wider,
         ]
-    return ["reparameterise the model (pyro.infer.reparam), or hold the fit against fit.compare_nuts()"]
+    return [
+        *wider,
+        "reparameterise the model (pyro.infer.reparam), or hold the fit against fit.compare_nuts()",
+    ]
 
 
 def wider_guides(fit: VEMResult) -> list[str]:
     """Guides that follow correlations, for a fit whose own guide has independent factors."""
     guide, found = fit.setup.guide, []
-    if isinstance(guide, MeanFieldNormal):
-        found.append('guide="auto" (full covariances where the model is conjugate)')
-    if isinstance(guide, Factorised) and sum(s.size for s in fit.setup.objective.specs) <= FEW_LATENTS:
+    lengths = [n for site in fit.setup.prototype.latents for n in site.init.shape]
+    if isinstance(guide, MeanFieldNormal) and any(1 < n <= MOST_MEMBERS for n in lengths):
+        found.append(f'guide="auto" (full covariances of up to {MOST_MEMBERS} elements in conjugate models)')
+    has_others = fit.setup.prototype.summed_out or fit.setup.problem.map_sites  # not for that guide
+    size = sum(spec.size for spec in fit.setup.objective.specs)
+    if isinstance(guide, Factorised) and size <= FEW_LATENTS and not has_others:
         found.append("guide=pyro.infer.autoguide.AutoMultivariateNormal(model)")
     return found
 

@@ -14,7 +14,7 @@ from ..fit.result import VEMResult
 from ..model.runtime import isolated
 from ..model.sites import Latent, plain_parts
 from .arrowhead import Vector
-from .importance import at_noise, best_pool
+from .importance import at_noise, usable_pool
 from .linear_response import inverse_hessian
 from .sandwich import sandwich
 
@@ -120,9 +120,7 @@ def inverse_of_params(fit: VEMResult) -> Vector:
 
 def _weighted(fit: VEMResult, names: Sequence[str] | None) -> pd.DataFrame:
     """Importance-weighted covariance."""
-    pool = best_pool(fit)
-    if not pool.is_usable:
-        raise ModelError(f"no importance weights for this fit: k-hat {pool.khat:.2f}")
+    pool = usable_pool(fit)
     values = at_noise(fit, pool.noise, "values")["values"]
     latents = [site.name for site in fit.setup.prototype.latents if site.name not in fit.params]
     _check_names(names, latents)

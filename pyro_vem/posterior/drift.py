@@ -69,7 +69,7 @@ def of_the_parameters(
         if max(moves.values()) <= FAR:
             return [], [], [text]
         advice = " or ".join([*wider_guides(fit), "integrate latents out in the model"])
-        return [text], [f"for better parameters a guide with less of a gap: {advice}"], []
+        return [text], [f"for better parameters close the gap: {advice}"], []
     if fit.setup.theta.size and not moves and gap > LARGE_GAP:
         return [], [], [f"{below}: {', '.join(fit.setup.theta.names[:5])} may be off"]
     return [], [], []

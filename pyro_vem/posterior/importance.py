@@ -17,6 +17,7 @@ from ..errors import ModelError
 from ..fit.result import VEMResult
 from ..model.runtime import isolated
 from .arrowhead import Vector
+from .checks import latent_scales, reparameterise
 from .containers import psis
 from .linear_response import LinearResponse, as_noise
 
@@ -209,12 +210,7 @@ def corrected(
             groups["densities"]["log_q"] = groups["densities"]["log_q"] + torch.as_tensor(log_q)
         return groups
     if correction == "psis":
-        pool = best_pool(fit)
-        if not pool.is_usable:
-            raise ModelError(
-                f"no importance weights for this fit: k-hat {pool.khat:.2f} (limit {pool.limit}), "
-                f"{pool.effective:.0f} effective draws (limit {pool.fewest:.0f})"
-            )
+        pool = usable_pool(fit)
         groups = at_noise(fit, pool.resampled(num, seed), *keep)
         if "densities" in groups:
             groups["densities"]["log_q"] = groups["densities"]["log_p"] - pool.log_evidence
@@ -233,6 +229,22 @@ def best_pool(fit: VEMResult) -> Pool:
     return choose(fit._pools)
 
 
+def usable_pool(fit: VEMResult) -> Pool:
+    """The best pool.
+
+    Raises:
+        ModelError: if its weights cannot be believed; the message names a remedy.
+    """
+    pool = best_pool(fit)
+    if not pool.is_usable:
+        remedy = "; or ".join(reparameterise(fit))
+        raise ModelError(
+            f"no importance weights for this fit: k-hat {pool.khat:.2f} (limit {pool.limit}), "
+            f"{pool.effective:.0f} effective draws (limit {pool.fewest:.0f}); {remedy}"
+        )
+    return pool
+
+
 def choose(found: tuple[Pool, ...]) -> Pool:
     """The best of some pools."""
     return min(found, key=lambda pool: (not pool.is_usable, pool.khat))
@@ -240,7 +252,6 @@ def choose(found: tuple[Pool, ...]) -> Pool:
 
 def pools(fit: VEMResult, num_draws: int = NUM_DRAWS, seed: int = 1) -> tuple[Pool, ...]:
     """Weighted draws from the guide, its linear response, and last, if none is usable, nested ones."""
-    from .checks import latent_scales
     from .nested import nested_pool
 
     limit = FUNNEL_LIMIT if latent_scales(fit) else KHAT_LIMIT
