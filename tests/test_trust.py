@@ -778,6 +778,39 @@ def test_an_encoder_is_not_told_to_be_reparameterised(fit):
     assert "epochs" in action
 
 
+def test_cards_without_a_posterior_say_what_to_do_next(fit):
+    """Maximum likelihood and MAP: nothing is sampled, there is no verdict, and there is a next step."""
+
+    def waits(y):
+        mu = pyro.param("mu", torch.tensor(0.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.StudentT(4.0, mu, 1.0), obs=y)
+
+    @vem.vem_model(map_sites=("mu",))
+    def point(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def mixture(y):
+        mu = pyro.param("mu", torch.tensor([0.0, 4.0]))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(0.4), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(mu[z.long()], 1.0), obs=y)
+
+    data = {"y": torch.tensor([0.1, -0.4, 0.3, 4.2, 3.6])}
+    one = fit(waits, data)
+    assert one.plan["y"].method == "point"
+    for text in (str(one), str(fit(point, data))):
+        assert "exact    none" not in text
+        assert "sampled  none" in text
+        assert "verdict" not in text
+    assert "next     fit.standard_errors(), fit.criteria() to compare models" in str(one)
+    assert "criteria" not in str(fit(point, data))
+    assert "num_starts=8" in str(fit(mixture, data))
+    assert "num_starts=8" not in str(fit(mixture, data, num_starts=2))
+
+
 def test_moments_that_overflow_are_not_dropped(fit):
     def model(y):
         x = pyro.sample("x", dist.Gamma(0.01, 0.01))

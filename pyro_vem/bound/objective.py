@@ -98,7 +98,9 @@ class Objective:
         on_grid = {name: batch for batch in self._batches or () if batch.nodes for name in batch.names}
         rows = []
         for row in self.plan.rows:
-            if row.site in on_grid:
+            if not self.is_random and row.method == "draws":
+                row = replace(row, method="point", proof="no latent is random: one run of the model")
+            elif row.site in on_grid:
                 batch = on_grid[row.site]
                 proof = f"sees {', '.join(batch.scope)} only: a grid of {batch.nodes} nodes each"
                 proof += f" ({refused[row.site]})" if row.site in refused else ""

@@ -39,7 +39,8 @@ class PlanRow:
     Attributes:
         kind: "likelihood", "KL", "auxiliary" or "prior of a MAP site".
         method: "closed form", "quadrature" (doubled until it stands still), "upper bound" (of a KL),
-            "draws", "score function" (draws of a site that is not reparameterised) or "enumeration".
+            "draws", "score function" (draws of a site that is not reparameterised), "enumeration" or
+            "point" (nothing random enters).
         proof: the proof of a closed form, or why the site is sampled.
     """
 

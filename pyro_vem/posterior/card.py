@@ -10,7 +10,12 @@ from ..fit.result import VEMResult
 
 LABEL, WIDTH = 9, 100  # columns
 AGREEMENT = 0.1  # nats within which starts count as one optimum
-EXACT = ("closed form", "quadrature", "enumeration")  # quadratures are doubled until they stand still to 1e-9
+EXACT = (
+    "closed form",
+    "quadrature",
+    "enumeration",
+    "point",
+)  # quadratures are doubled until they stand still to 1e-9
 
 
 def card(fit: VEMResult) -> str:
@@ -58,8 +63,22 @@ def _lines(fit: VEMResult) -> list[tuple[str, str]]:
     if diagnosis is not None:
         lines.append(("verdict", diagnosis.headline))
         lines += [("", f"- {text}") for text in (*diagnosis.reasons, *diagnosis.notes)]
-        lines += [("next" if i == 0 else "", text) for i, text in enumerate(diagnosis.actions)]
-    return lines
+    actions = diagnosis.actions if diagnosis is not None else _actions(fit)
+    return lines + [("next" if i == 0 else "", text) for i, text in enumerate(actions)]
+
+
+def _actions(fit: VEMResult) -> list[str]:
+    """What to do next with a fit that has no posterior to judge: maximum likelihood or MAP."""
+    setup = fit._setup
+    if setup is None or setup.problem.guide is not None or not fit.converged:
+        return []
+    actions = []
+    if setup.prototype.summed_out and not fit.starts:
+        actions.append("fit_vem(..., num_starts=8) to look for better optima")
+    if setup.theta.size:
+        criteria = "" if setup.problem.map_sites else ", fit.criteria() to compare models"
+        actions.append(f"fit.standard_errors(){criteria}")
+    return actions
 
 
 def _wrapped(label: str, text: str) -> str:
