@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..bound.objective import AT_ONCE
 from ..bound.terms import Part
 from ..errors import ModelError
 from ..fit.result import VEMResult
@@ -78,7 +79,7 @@ def of_the_parameters(
 def _scores(fit: VEMResult, pool: Pool) -> Vector:
     """Means of d log p(y, z) / d theta over parts of the weighted draws, (parts, unconstrained theta)."""
     setup = fit.setup
-    noise = pool.resampled(NUM_DRAWS, 0)
+    noise = pool.resampled(PARTS * min(NUM_DRAWS // PARTS, setup.objective.draws_for(AT_ONCE)), 0)
     flat = setup.theta.flat(fit.params).requires_grad_()
     found = []
     with isolated(torch.float64):
