@@ -43,6 +43,7 @@ def global_state():
             "settings": pyro.settings.get(),  # Pyro's validation flags among them
             "handlers": list(pyro.poutine.runtime._PYRO_STACK),
             "threads": torch.get_num_threads(),
+            "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         }
 
     def same(before):

@@ -20,6 +20,14 @@ from pyro_vem.fit.state import State
 ROOT = Path(__file__).parent.parent
 
 
+def saturated(y):
+    """A likelihood that is sampled, with a parameter."""
+    scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+    z = pyro.sample("z", dist.Normal(0.0, 10.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.StudentT(3.0, 4 * torch.tanh(z / 4), scale), obs=y)
+
+
 def test_each_step_leaves_the_other_block_bitwise_unchanged(fit, monkeypatch):
     from pyro_vem.fit import run
 
@@ -101,6 +109,58 @@ def test_handlers_of_the_caller_see_nothing(fit):
     with pyro.poutine.trace() as outer:
         fit(zoo.eight_schools, zoo.SCHOOLS, max_iter=1)
     assert list(outer.trace.nodes) in ([], ["_INPUT"], ["_INPUT", "_RETURN"])
+
+
+GRADIENTS = [torch.no_grad, torch.inference_mode]
+
+
+@pytest.mark.parametrize("mode", GRADIENTS)
+@pytest.mark.parametrize("model", [zoo.random_effects, saturated])
+def test_a_fit_sees_nothing_of_the_callers_gradient_mode(fit, global_state, mode, model):
+    snapshot, same = global_state
+    y = zoo.random_effects_data() if model is zoo.random_effects else torch.linspace(-3.0, 4.0, 12).double()
+    plain = fit(model, {"y": y})
+    with mode():
+        before = snapshot()
+        there = fit(model, {"y": y.clone()})  # in inference mode data that autograd keeps no part of
+        same(before)
+    assert there.status is plain.status
+    assert there.elbo == plain.elbo
+
+
+def test_tensors_of_inference_mode_in_a_closure_are_named(fit):
+    with torch.inference_mode():
+        x = torch.ones(3, dtype=torch.float64)
+
+    def model():
+        scale = pyro.param("scale", torch.tensor(1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(scale * x, 1.0), obs=torch.ones(3))
+
+    with pytest.raises(vem.ModelError, match="pass tensors of inference mode"):
+        fit(model)
+
+
+@pytest.mark.parametrize("mode", GRADIENTS)
+def test_results_see_nothing_of_the_callers_gradient_mode(fit, mode):
+    def asked():
+        result = fit(saturated, {"y": torch.linspace(-3.0, 4.0, 12)})
+        return [
+            result.standard_errors()["scale"],
+            result.standard_errors(plate="rows")["scale"],
+            result.covariance().to_numpy(),
+            result.sample(5, correction="linear_response")["z"],
+            result.sample(5, correction="psis")["z"],
+            result.log_likelihood()["y"],
+            result.predict(num_draws=3)["y"],
+            result.infer({"y": torch.linspace(-2.0, 5.0, 12, dtype=torch.float64)}).elbo,
+        ]
+
+    plain = asked()
+    with mode():
+        there = asked()
+    for one, other in zip(plain, there, strict=True):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
 
 
 def test_modules_of_the_caller_are_untouched(fit):

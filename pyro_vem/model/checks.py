@@ -61,6 +61,10 @@ def run_checked(
         hint = dtype_advice(error)
         if "can require gradients" in str(error):
             hint = " (give the parameter a floating value)"
+        elif "inference tensor" in str(error).lower():
+            hint = (
+                " (pass tensors of inference mode that the model closes over in `data`, or clone them before)"
+            )
         elif call.lists:
             hint += (
                 f" (data {', '.join(map(repr, call.lists))} are lists: give arrays for what it computes with)"

@@ -95,7 +95,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 def _as_tensor(name: str, value: Any) -> Any:
     """Arrays and pandas objects become tensors; everything else passes unchanged."""
     if isinstance(value, Tensor):
-        return value
+        return value.clone() if value.is_inference() else value  # what autograd could not keep
     if hasattr(value, "to_numpy"):  # pandas and polars objects, without importing either
         value = value.to_numpy()
     if not isinstance(value, np.ndarray | np.generic):

@@ -48,8 +48,8 @@ def isolated(
     """Run pyro code without a trace in global state.
 
     Inside: an empty parameter store, seeded generators, validation off, no handler of the
-    caller in sight, `dtype` as default, torch on `threads` and `device` if given. On the way
-    out, also after an exception, all of it is as it was.
+    caller in sight, gradients on, `dtype` as default, torch on `threads` and `device` if given.
+    On the way out, also after an exception, all of it is as it was.
 
     Example:
         >>> import pyro
@@ -72,6 +72,8 @@ def isolated(
             default_dtype(dtype or torch.get_default_dtype()),
             on_device(device or torch.get_default_device()),
             light_shapes(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
             warnings.catch_warnings(),
         ):
             warnings.filterwarnings("ignore", message=SWAPPED)
