@@ -15,7 +15,8 @@ from torch.distributions.transforms import Transform
 
 from ..guides.factorised import Factorised, normal_through
 from ..model.runtime import Site
-from ..model.sites import bijector, plates_of
+from ..model.sites import plates_of
+from ..model.support import bijector
 from .dependence import Dependence, Graph, is_point, leaves_of, point_of
 from .kl import canonical, divergence, kind_of, leaf_of, lookup
 from .weights import equal

@@ -4,17 +4,15 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
 from torch import distributions as td
 from torch.distributions import constraints
 
 from ..errors import ModelError
-from ..model.sites import plain_parts
+from ..model.support import Interval, element_of, image_of, interval_of, support_of
 from .dependence import is_point
 from .kl import canonical, kind_of
 from .kl.forms import CorrCholeskyNormal, LogitNormal, StickBreakingNormal
 
-Interval = tuple[Tensor, Tensor]
 # Continuous by name, discrete in their values.
 STRAIGHT_THROUGH = (dist.RelaxedBernoulliStraightThrough, dist.RelaxedOneHotCategoricalStraightThrough)
 
@@ -33,19 +31,22 @@ def check_support(name: str, q: Any, p: Any) -> None:
     if is_point(q) or isinstance(canonical(q), STRAIGHT_THROUGH) or not _leaves(q, p):
         return
     raise ModelError(
-        f"site {name!r}: the guide's {kind_of(q)} leaves the support {p.support} of the prior {kind_of(p)}, "
-        "where its KL is infinite; use MeanFieldNormal, or push a Normal into the support with "
-        "dist.TransformedDistribution(dist.Normal(loc, scale), biject_to(prior.support))"
+        f"site {name!r}: the guide's {kind_of(q)} leaves the support {support_of(p)} of the prior "
+        f"{kind_of(p)}, where its KL is infinite; use MeanFieldNormal, or push a Normal into the support "
+        "with dist.TransformedDistribution(dist.Normal(loc, scale), biject_to(prior.support))"
     )
 
 
 def _leaves(q: Any, p: Any) -> bool:
-    inner_q, inner_p = _inner(_support(q)), _inner(_support(p))
+    inner_q, inner_p = element_of(_support(q)), element_of(_support(p))
     if inner_p is None or inner_q is None:
         return False
     if inner_q.is_discrete != inner_p.is_discrete:
         return True
-    ours, theirs = _image(q, inner_q), _interval(inner_p)
+    try:
+        ours, theirs = _image(q, inner_q), _image(p, inner_p)
+    except NotImplementedError:  # not known, and a fit refuses such a prior
+        return False
     if ours is not None and theirs is not None:
         slack = 1e-6 * (1 + torch.nan_to_num(theirs[1] - theirs[0], posinf=0.0, neginf=0.0))
         return bool(((ours[0] < theirs[0] - slack) | (ours[1] > theirs[1] + slack)).any())
@@ -73,42 +74,10 @@ def _support(fn: Any) -> Any:
         return None
 
 
-def _inner(support: Any) -> Any:
-    """The constraint of one element; None if it is not known."""
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return None if support is None or support is constraints.dependent else support
-
-
-def _image(q: Any, support: Any) -> Interval | None:
-    """The interval that q fills; affine parts move it, which torch's `support` does not show."""
-    form = canonical(q)
-    if type(form).__name__ == "TransformedDistribution":
-        base = _interval(_inner(form.base_dist.support))
-        parts = plain_parts(form.transforms)
-        if base is None or any(part.domain.event_dim for part in parts):
-            return _interval(support) if not parts or parts[-1].codomain.event_dim == 0 else None
-        ends = [torch.as_tensor(end) for end in base]
-        for part in parts:
-            ends = [part(end) for end in ends]
-        return torch.minimum(*ends), torch.maximum(*ends)
-    return _interval(support)
-
-
-def _interval(support: Any) -> Interval | None:
-    """Ends of an elementwise constraint, or None for a curved set."""
-    infinity = torch.tensor(torch.inf)
-    if support is constraints.boolean:
-        return torch.tensor(0.0), torch.tensor(1.0)
-    if isinstance(support, type(constraints.real)):
-        return -infinity, infinity
-    low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
-    if low is None and high is None:
-        return None
-    return (
-        torch.as_tensor(low).double() if low is not None else -infinity.double(),
-        torch.as_tensor(high).double() if high is not None else infinity.double(),
-    )
+def _image(fn: Any, inner: Any) -> Interval | None:
+    """The interval that a distribution fills, which torch's `support` does not always show."""
+    is_moved = type(canonical(fn)).__name__ == "TransformedDistribution"
+    return image_of(fn) if is_moved else interval_of(inner)
 
 
 def _drawn_outside(q: Any, p: Any) -> bool:

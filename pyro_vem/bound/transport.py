@@ -11,7 +11,7 @@ from torch import distributions as td
 
 from ..errors import UnsupportedModelError
 from ..model.runtime import Site
-from ..model.sites import unwrapped
+from ..model.support import unwrapped
 
 
 class _GammaQuantile(torch.autograd.Function):

@@ -22,11 +22,11 @@ from .sites import (
     Latent,
     Plate,
     Strategy,
-    bijector,
     init_strategy,
     initial_values,
     latent_of,
     plates_of,
+    support_and_bijector,
 )
 
 GOLDEN = 0.6180339887498949  # fractional parts of its multiples are all different
@@ -253,9 +253,9 @@ def _check_static(
                 "that is no pyro.sample site"
             )
     for latent in latents:
-        support = bijector(moved.sites[latent.name]["fn"].support)
+        _, transform = support_and_bijector(moved.sites[latent.name])
         probe = latent.unconstrained + 0.1
-        if not torch.equal(support(probe), latent.transform(probe)):
+        if not torch.equal(transform(probe), latent.transform(probe)):
             raise UnsupportedModelError(
                 f"site {latent.name!r}: its support {latent.support} depends on other sites or parameters; "
                 "sample it on a fixed support and move it there with pyro.deterministic"

@@ -1,22 +1,21 @@
 """Sites of a model: latents with their bijectors, plates, initial values."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.infer.autoguide.initialization import init_to_median, init_to_value
 from torch import Tensor
-from torch import distributions as td
-from torch.distributions import biject_to, constraints
-from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
+from torch.distributions import constraints
+from torch.distributions.transforms import Transform
 
 from ..errors import ModelError, UnsupportedModelError
 from .dtypes import dtype_advice
 from .parameters import off_boundary
 from .runtime import Site
+from .support import bijector, support_of, unwrapped
 
 Strategy: TypeAlias = Callable[[Site], Tensor]
 
@@ -66,47 +65,21 @@ class Latent:
         return self.transform.inv(self.init)
 
 
-def bijector(support: Any) -> Transform:
-    """The bijector from the unconstrained scale onto a support, without idle affine parts.
+def support_and_bijector(site: Site) -> tuple[Any, Transform]:
+    """Where a latent's values are, and the bijector there.
 
-    Example:
-        >>> bijector(constraints.nonnegative)  # torch adds AffineTransform(0, 1)
-        ExpTransform()
+    Raises:
+        UnsupportedModelError: where none is known.
     """
-    transform = biject_to(support)
-    if isinstance(transform, IndependentTransform):
-        base = bijector(support.base_constraint)
-        return IndependentTransform(base, transform.reinterpreted_batch_ndims)
-    if isinstance(transform, ComposeTransform):
-        parts = [part for part in transform.parts if not _is_idle(part)]
-        return parts[0] if len(parts) == 1 else ComposeTransform(parts)
-    return transform
-
-
-def _is_idle(transform: Transform) -> bool:
-    if not isinstance(transform, AffineTransform):
-        return False
-    if isinstance(transform.loc, Tensor) or isinstance(transform.scale, Tensor):
-        return False  # its value is not looked at: it may be part of a graph or a batch
-    return bool(transform.loc == 0 and transform.scale == 1)
-
-
-def plain_parts(transforms: Iterable[Transform]) -> list[Transform]:
-    """The transforms one after another, without compositions, reinterpreted dimensions and idle parts.
-
-    Example:
-        >>> plain_parts([biject_to(constraints.independent(constraints.nonnegative, 1))])
-        [ExpTransform()]
-    """
-    parts: list[Transform] = []
-    for part in transforms:
-        if isinstance(part, IndependentTransform):
-            parts += plain_parts([part.base_transform])
-        elif isinstance(part, ComposeTransform):
-            parts += plain_parts(part.parts)
-        elif not _is_idle(part):
-            parts.append(part)
-    return parts
+    try:
+        support = support_of(site["fn"])
+        return support, bijector(support)
+    except NotImplementedError as error:
+        kind = type(unwrapped(site["fn"])).__name__
+        raise UnsupportedModelError(
+            f"site {site['name']!r}: no bijector onto the support of its {kind} is known; sample what it is "
+            "made of, and compute its value with pyro.deterministic"
+        ) from error
 
 
 def plates_of(site: Site) -> tuple[Plate, ...]:
@@ -133,7 +106,7 @@ def near_median(site: Site) -> Tensor:
         spread = QUANTILES["rows" if any(plate.size > 1 for plate in plates_of(site)) else "globals"]
         with contextlib.suppress(Exception):  # a distribution of the caller's may have anything there
             value = fn.icdf((0.5 + spread * torch.randn(shape)).clamp(0.02, 0.98))
-            if value.shape == shape and bool(site["fn"].support.check(value).all()):
+            if value.shape == shape and bool(support_of(site["fn"]).check(value).all()):
                 return value
     return init_to_median(site, num_samples=MEDIAN_DRAWS if shape.numel() <= MOST_MANY else 15)
 
@@ -166,6 +139,7 @@ def initial_values(strategy: Strategy, is_enumerated: bool = False) -> Callable[
                 f"site {site['name']!r} is discrete ({type(site['fn']).__name__}): sum it out with "
                 'infer={"enumerate": "parallel"} at the site, or pyro.infer.config_enumerate(model)'
             )
+        support, transform = support_and_bijector(site)
         try:
             with torch.no_grad():
                 value = strategy(site)
@@ -186,9 +160,9 @@ def initial_values(strategy: Strategy, is_enumerated: bool = False) -> Callable[
             raise ModelError(
                 f"init[{site['name']!r}] has shape {tuple(value.shape)}, the site {tuple(shape)}"
             ) from error
-        if not bool(site["fn"].support.check(value).all()):
-            raise ModelError(f"init[{site['name']!r}] lies outside the site's support {site['fn'].support}")
-        off_boundary(site["name"], biject_to(site["fn"].support), value)
+        if not bool(support.check(value).all()):
+            raise ModelError(f"init[{site['name']!r}] lies outside the site's support {support}")
+        off_boundary(site["name"], transform, value)
         return value.detach().clone()
 
     return choose
@@ -199,29 +173,11 @@ def _is_discrete(site: Site) -> bool:
     return bool(fn.support.is_discrete) or bool(getattr(fn, "has_enumerate_support", False))
 
 
-def unwrapped(fn: Any) -> Any:
-    """A distribution without what leaves its family as it is.
-
-    Example:
-        >>> import pyro.distributions as dist
-        >>> type(unwrapped(dist.Normal(0.0, 1.0).expand([2]).to_event(1).mask(True))).__name__
-        'Normal'
-    """
-    while isinstance(fn, td.Independent | MaskedDistribution | ExpandedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
 def latent_of(site: Site) -> Latent:
     """The latent site of a record."""
     fn = site["fn"]
-    try:
-        transform = bijector(fn.support)
-    except NotImplementedError as error:
-        raise UnsupportedModelError(
-            f"site {site['name']!r}: no bijector onto the support {fn.support} of {type(fn).__name__}"
-        ) from error
+    support, transform = support_and_bijector(site)
     return Latent(
-        site["name"], site["value"], transform, fn.support, plates_of(site), fn.event_dim,
+        site["name"], site["value"], transform, support, plates_of(site), fn.event_dim,
         prior=type(unwrapped(fn)).__name__,
     )  # fmt: skip

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..errors import ModelError, unknown_names
 from ..fit.result import VEMResult
 from ..model.runtime import isolated
-from ..model.sites import Latent, plain_parts
+from ..model.sites import Latent
+from ..model.support import plain_parts
 from .arrowhead import Vector
 from .importance import at_noise, usable_pool
 from .linear_response import inverse_hessian

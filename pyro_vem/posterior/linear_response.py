@@ -24,7 +24,8 @@ from ..fit.state import State, joint_loss, loss_of
 from ..guides.factorised import FactorisedNormal
 from ..model.parameters import Parameter
 from ..model.runtime import isolated
-from ..model.sites import Latent, plain_parts
+from ..model.sites import Latent
+from ..model.support import plain_parts
 from .arrowhead import MOST_PRODUCTS, Arrowhead, Layout, NotDefinite, Product, Solver, Vector, dense
 
 # Bijectors of triangular matrices, and the diagonal from which on they do not look.

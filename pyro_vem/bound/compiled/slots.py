@@ -20,7 +20,8 @@ from torch import Tensor
 from torch import distributions as td
 
 from ...model.runtime import Site
-from ...model.sites import Latent, plain_parts
+from ...model.sites import Latent
+from ...model.support import plain_parts
 from ..kl.quadrature import softplus
 from ..kl.table import is_same_density, leaf_of
 from ..weights import element_weight

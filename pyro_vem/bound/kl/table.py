@@ -12,7 +12,7 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch import distributions as td
 
-from ...model.sites import plain_parts
+from ...model.support import plain_parts
 from .forms import gaussian_form
 
 Divergence: TypeAlias = Callable[[Any, Any], Tensor]
