@@ -16,6 +16,7 @@ from .contraction import Factor, components, log_sum, seat
 from .coupled import Coupled, coupled_of
 from .elements import identities, pieces
 from .lift import Found, Pieces, Probe, grid_values, misfits
+from .masked import Masked
 from .moments import Moments, Total, mean_of, moments_of
 from .placing import lift_placed
 from .table import Table, monomials_of
@@ -50,8 +51,7 @@ class Lifted:
         depth: int,
         seed: int,
     ) -> None:
-        self.map_sites = tuple(map_sites)
-        self.observed = frozenset(prototype.observed)
+        self.map_sites, self.observed = tuple(map_sites), frozenset(prototype.observed)
         latent_names = {site.name for site in prototype.latents}
         start = {p.name: p.init.double() for p in parameters} | {s.name: s.init for s in prototype.latents}
 
@@ -92,6 +92,7 @@ class Lifted:
             self.found: Found = lift_placed(self.probe, refused, self.parameters, seed)
             self.moments = self._moments(parameters)
         self.latents = tuple(s.name for s in prototype.latents if s.name not in self.map_sites)
+        self.masked = Masked.of(first, depth, self.plates) if self.latents else Masked()
         for name, reason in self.found.rest.items():
             if pieces(first, depth)[name].discrete:
                 raise UnsupportedModelError(
@@ -168,7 +169,7 @@ class Lifted:
         table = self.found.tables[name]
         families = {n: self.found.codings[n].family.name for n in table.index}
         seen = ", ".join(f"{n} ({family})" for n, family in families.items()) or "no variable"
-        text = f"affine in the statistics of {seen}"
+        text = f"affine in the statistics of {seen}{self.masked.note(name)}"
         if isinstance(table, Coupled):
             text = f"quadratic in the means of {seen}, whose elements have factors of their own"
         return f"{text}; coefficients move with parameters" if name in self.found.live else text
@@ -321,6 +322,7 @@ class Lifted:
         value = table.value(statistics).expand(table.shape) if known is None else known
         if table.inner and known is None:
             value = value.sum(list(range(-table.inner, 0)))
+        value = self.masked.out(table, value)
         if kept is not None:
             kept[table.name] = value
         if self._noise:
