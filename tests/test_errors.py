@@ -160,12 +160,25 @@ def nan_parameter(y):
         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
 
+def point(y):
+    pyro.sample("z", dist.Delta(torch.tensor(1.0)))
+
+
+def logits(y):
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Bernoulli(logits=b), obs=y)
+
+
 CASES = {
     "model raises": (raising, Y, vem.ModelError, ["at or after 'z'", "RuntimeError", "no such file"]),
     "nothing to fit": (nothing, Y, vem.ModelError, ["neither latent sites nor parameters", "obs="]),
     "wrong plate size": (wrong_plate, Y, vem.ModelError, ["'y'", "'rows'", "5", "3"]),
     "no plate": (no_plate, Y, vem.ModelError, ["'y'", "pyro.plate", "to_event"]),
     "discrete latent": (discrete, Y, vem.UnsupportedModelError, ["'k'", "Bernoulli", "sum it out"]),
+    "point": (point, Y, vem.UnsupportedModelError, ["'z'", "Delta", "pyro.deterministic"]),
+    "whole numbers": (logits, Y.long().clamp(0, 1), vem.ModelError, ["'y'", "floating numbers"]),
+    "booleans": (logits, Y > 0, vem.ModelError, ["'y'", "floating numbers"]),
     "site twice": (twice, Y, vem.ModelError, ["'z'", "twice"]),
     "subsample": (subsampled, Y, vem.UnsupportedModelError, ["'rows'", "batch_size="]),
     "given subsample": (given_subsample, Y, vem.UnsupportedModelError, ["'rows'", "batch_size="]),

@@ -111,6 +111,17 @@ def test_handlers_of_the_caller_see_nothing(fit):
     assert list(outer.trace.nodes) in ([], ["_INPUT"], ["_INPUT", "_RETURN"])
 
 
+def test_plates_of_the_caller_take_no_dimension(fit, global_state):
+    snapshot, same = global_state
+    plain = fit(zoo.pumps, zoo.PUMPS, max_iter=2)
+    with pyro.plate("pump", 5) as rows:
+        before = snapshot()
+        there = fit(zoo.pumps, zoo.PUMPS, max_iter=2)
+        same(before)
+        assert pyro.sample("after", dist.Normal(0.0, 1.0)).shape == rows.shape
+    assert there.elbo == plain.elbo
+
+
 GRADIENTS = [torch.no_grad, torch.inference_mode]
 
 

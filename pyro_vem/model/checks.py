@@ -90,7 +90,9 @@ def _check_site(name: str, site: Site, nesting: float | int) -> None:
             log_prob = lean_log_prob(fn, value)
         except Exception as error:
             observed = "observed value" if site["is_observed"] else "value"
-            raise ModelError(f"site {name!r}: its {observed} does not fit {fn}: {error}") from error
+            is_count = isinstance(error, RuntimeError) and not value.is_floating_point()
+            hint = " (give it as floating numbers)" if is_count else ""
+            raise ModelError(f"site {name!r}: its {observed} does not fit {fn}: {error}{hint}") from error
     site["log_prob"] = log_prob
     try:
         check_site_shape(site, max_plate_nesting=nesting)

@@ -17,6 +17,7 @@ from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistributionMixin
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _DIM_ALLOCATOR
 from torch import Tensor, nn
 
 from .device import generators, on_device, seed_generators, set_generators, wake
@@ -47,8 +48,8 @@ def isolated(
 ) -> Iterator[None]:
     """Run pyro code without a trace in global state.
 
-    Inside: an empty parameter store, seeded generators, validation off, no handler of the
-    caller in sight, gradients on, `dtype` as default, torch on `threads` and `device` if given.
+    Inside: an empty parameter store, seeded generators, validation off, no handler and no plate
+    of the caller in sight, gradients on, `dtype` as default, torch on `threads` and `device` if given.
     On the way out, also after an exception, all of it is as it was.
 
     Example:
@@ -62,6 +63,7 @@ def isolated(
     rng = generators()
     torch_validation = torch.distributions.Distribution._validate_args
     usual_threads = torch.get_num_threads()
+    taken, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []  # dimensions of plates
     try:
         if threads is not None and threads != usual_threads:
             torch.set_num_threads(threads)
@@ -82,6 +84,7 @@ def isolated(
     finally:
         if torch.get_num_threads() != usual_threads:
             torch.set_num_threads(usual_threads)
+        _DIM_ALLOCATOR._stack = taken
         torch.distributions.Distribution._validate_args = torch_validation
         set_generators(rng)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from pyro.distributions import Delta
 from pyro.infer.autoguide.initialization import init_to_median, init_to_value
 from torch import Tensor
 from torch.distributions import constraints
@@ -138,6 +139,10 @@ def initial_values(strategy: Strategy, is_enumerated: bool = False) -> Callable[
             raise UnsupportedModelError(
                 f"site {site['name']!r} is discrete ({type(site['fn']).__name__}): sum it out with "
                 'infer={"enumerate": "parallel"} at the site, or pyro.infer.config_enumerate(model)'
+            )
+        if isinstance(unwrapped(site["fn"]), Delta):
+            raise UnsupportedModelError(
+                f"site {site['name']!r} is a Delta, which has no density: write pyro.deterministic"
             )
         support, transform = support_and_bijector(site)
         try:
