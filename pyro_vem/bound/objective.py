@@ -1,8 +1,9 @@
 """The plan assembled into one differentiable function of (phi, theta)."""
 
 import copy
+import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -197,6 +198,24 @@ class Objective:
             return {name: values.mean(0) for name, values in self._each(one, self.noise).items()}
         noise, weights = grid(self.specs, batch.scope, batch.nodes)
         return {name: weights @ values for name, values in self._each(one, noise).items()}
+
+    def slopes(
+        self, phi: Values, theta: Values, noise: Values
+    ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """Each term that runs the model, at each draw of given noise, and its derivatives in the noise."""
+        for batch in self.batches if self.specs else ():
+            if not batch.scope:
+                continue
+            leaves = {name: value.clone().requires_grad_() for name, value in noise.items()}
+            once = functools.partial(self._once, batch.plan, phi, theta)
+            for name, values in self._each(once, leaves).items():
+                if not values.requires_grad:
+                    yield name, values, {site: torch.zeros_like(leaf) for site, leaf in leaves.items()}
+                    continue
+                slopes = torch.autograd.grad(
+                    values.sum(), list(leaves.values()), retain_graph=True, materialize_grads=True
+                )
+                yield name, values.detach(), dict(zip(leaves, slopes, strict=True))
 
     def row_parts(self, phi: Values, theta: Values, of: Callable[[list[Part]], Tensor]) -> Tensor:
         """Something made of the pieces of one draw's terms, at each of the fixed draws: (draws, ...)."""

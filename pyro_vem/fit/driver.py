@@ -13,6 +13,7 @@ from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
 from ..bound.elbo import AnalyticKL_ELBO
+from ..errors import warn
 from ..model.data import named_values
 from ..model.device import as_outside, device_of
 from ..model.roles import roles_of
@@ -20,6 +21,7 @@ from ..model.runtime import isolated, repeatable, reuse_memory
 from ..model.sites import near_median
 from .capture import Compile
 from .checkpoint import Checkpoint
+from .jumps import jumping
 from .minibatch import fit_batches
 from .processes import Processes
 from .result import VEMResult
@@ -303,7 +305,7 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
             return Status.diverged
         if run.is_converged() and not run.is_reopened():
             run.polish()
-            return Status.converged
+            return _ended(run)
         if run.is_stalled():
             return Status.stalled
         if run.schedule_of(iteration + 1, schedule) in ("alternate", "accelerated"):
@@ -312,6 +314,19 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
     if schedule != "joint":
         run.step("E", max_iter)
     return Status.max_iterations
+
+
+def _ended(run: Run) -> Status:
+    """How a fit has ended whose gradient has vanished."""
+    name = run.setup.processes.first(jumping(run.setup, run.state))
+    if name is None:
+        return Status.converged
+    reason = (
+        f"{name}: it changes with latents where its gradient is zero (a jump, or values that leave torch)"
+    )
+    run.setup.objective.add_note(reason)
+    warn(f"site {reason}: {Status.stalled.value}")
+    return Status.stalled
 
 
 def _warm_strategy(warm: VEMResult) -> Callable[[dict[str, Any]], Tensor]:

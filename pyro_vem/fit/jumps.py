@@ -1,0 +1,47 @@
+"""A last look at terms that run the model: does the gradient that was followed tell how they change?"""
+
+import torch
+from torch import Tensor
+
+from ..bound.draws import independent_noise
+from .measure import MOST_NUMBERS
+from .setup import Setup
+from .state import State
+
+PAIRS, SEED = 256, 15_485_867  # of draws; of their noise
+LIMIT = 6.0  # standard errors, in each coordinate
+LEAST = 0.3  # nats a posterior sd: about the sds that an optimum would move by
+MOST_SHARE = 0.25  # of one draw in the variance: beyond it the standard error says little
+MOST_TERMS = 64
+
+
+def jumping(setup: Setup, state: State) -> str | None:
+    """Name of a term that changes with a latent where its gradient does not show it, or None.
+
+    Of a continuous function of Gaussian noise e, E[e f(e)] and E[f'(e)] are equal (Stein's identity). Through
+    a jump, or where values leave torch, f' is zero and E[e f(e)] is not: no step of the fit has seen it.
+    """
+    objective = setup.objective
+    rows = objective.rest.rows
+    if not rows or len(rows) > MOST_TERMS or objective.draws_for(MOST_NUMBERS) < 2 * PAIRS:
+        return None
+    generator = torch.Generator().manual_seed(SEED)
+    noise = independent_noise(objective.specs, PAIRS, generator)
+    both = {name: torch.cat([value, -value]) for name, value in noise.items()}
+    phi = setup.phi.constrained(torch.as_tensor(state.phi))
+    theta = setup.theta_values(torch.as_tensor(state.theta))
+    for name, values, slopes in objective.slopes(phi, theta, both):
+        odd = (values[:PAIRS] - values[PAIRS:]) / 2
+        for site, one in noise.items():
+            followed = (slopes[site][:PAIRS] + slopes[site][PAIRS:]) / 2
+            if _differ(odd.reshape(-1, *(1,) * (one.dim() - 1)) * one - followed):
+                return name
+    return None
+
+
+def _differ(gap: Tensor) -> bool:
+    """True if draws of something, (draws, ...), have a mean that is not zero in some coordinate."""
+    mean, square = gap.mean(0).abs(), gap.square()
+    error = gap.std(0) / len(gap) ** 0.5
+    is_even = square.amax(0) < MOST_SHARE * square.sum(0)
+    return bool(((mean > LIMIT * error) & (mean > LEAST) & is_even).any())
