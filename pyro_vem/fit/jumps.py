@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..bound.draws import independent_noise
+from ..guides.factorised import FactorisedNormal
 from .measure import MOST_NUMBERS
 from .setup import Setup
 from .state import State
@@ -23,6 +24,10 @@ def jumping(setup: Setup, state: State) -> str | None:
     """
     objective = setup.objective
     rows = objective.rest.rows
+    if not isinstance(
+        setup.guide, FactorisedNormal
+    ):  # a Gamma's draws have derivatives in its parameters only
+        return None
     if not rows or len(rows) > MOST_TERMS or objective.draws_for(MOST_NUMBERS) < 2 * PAIRS:
         return None
     generator = torch.Generator().manual_seed(SEED)
