@@ -1,6 +1,7 @@
 """E- and M-steps in closed form: coordinate ascent in expected statistics."""
 
 import time
+from collections.abc import Collection
 
 import torch
 
@@ -17,7 +18,7 @@ INNER = 3  # updates of mixture weights before those of what is mixed
 
 
 class ClosedForm:
-    """The closed-form part of both steps of a lifted problem.
+    """The closed-form part of both steps of a lifted problem; parameters in `still` stay where they are.
 
     Attributes:
         latents: sites that the E-step updates in closed form.
@@ -25,7 +26,7 @@ class ClosedForm:
         moments: priors of vectors whose parameters it matches with their factors.
     """
 
-    def __init__(self, setup: Setup, terms: LiftedTerms) -> None:
+    def __init__(self, setup: Setup, terms: LiftedTerms, still: Collection[str] = ()) -> None:
         self.setup, self.terms, lifted = setup, terms, terms.lifted
         latents = lifted.closed(lifted.latents)
         weights = [name for name in latents if name in lifted.inner]
@@ -37,14 +38,15 @@ class ClosedForm:
         codings = lifted.found.codings
         simplexes = all(codings[name].variable.support == "simplex" for name in weights)
         self.is_restarting = bool(weights and others) and simplexes
-        self.parameters = lifted.batches(lifted.closed(setup.theta.names))
-        self.moments = lifted.moments
+        moving = [name for name in setup.theta.names if name not in still]
+        self.parameters = lifted.batches(lifted.closed(moving))
+        self.moments = tuple(m for m in lifted.moments if set(m.names).isdisjoint(still))
         self._last: tuple[State, Sweep] | None = None  # where the last step has led
         matched = [m.names for m in self.moments]
         closed = {name for batch in (*self.latents, *self.parameters, *matched) for name in batch}
         self.is_all_of = {
             "E": closed >= set(lifted.latents),
-            "M": closed >= set(setup.theta.names),
+            "M": closed >= set(moving),
         }
 
     @property

@@ -82,8 +82,8 @@ def fit_vem(
             "lbfgs", or "auto".
         m_step: optimiser of the M-step, likewise; or a mapping from names of parameters to
             functions ``(latents, params) -> value`` that give them their next value, from draws of
-            the latents, shaped ``(draws, *site)``, and the present parameters. A value that lowers the
-            bound is not taken, and the history says so.
+            the latents, shaped ``(draws, *site)``, and the present parameters. Nothing else moves these;
+            a value that lowers the bound is not taken, and the history says so.
         tol: predicted remaining gain of the joint problem, in nats, at which the fit stops.
         max_iter: most E/M rounds.
         num_starts: fits from different starts, of which the best is returned; ``fit.starts`` says

@@ -89,7 +89,7 @@ class Run:
         settle_nodes(setup, phi, theta)
         self.state = State(phi, theta, finite_elbo(setup, phi, theta))
         if setup.lifted is not None:
-            self.closed = ClosedForm(setup, setup.lifted)
+            self.closed = ClosedForm(setup, setup.lifted, self.hooks)
             if warm is None:
                 is_level = theta.size > 0 and not phi.size and self.closed.is_level(self.state)
                 if is_level:
@@ -100,7 +100,7 @@ class Run:
         if not (phi.size and theta.size):
             self.gtol = self._final_gtol()  # no other block to wait for
         self.iterations = 0
-        self.scales = Scales(setup)
+        self.scales = Scales(setup, self.hooks)
         if not setup.is_our_code:
             check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
         if warm is None:
@@ -123,11 +123,11 @@ class Run:
         self.iterations = iteration
         if not size:
             return
-        if block == "M" and isinstance(self.methods[1], Mapping):
-            for name, hook in self.methods[1].items():
+        if block == "M":
+            for name, hook in self.hooks.items():
                 self.state, made = hooked(self.setup, self.state, name, hook, iteration)
                 self.record(made)
-            if set(self.methods[1]) >= set(self.setup.theta.names):
+            if set(self.hooks) >= set(self.setup.theta.names):
                 return
         if self.closed is not None and block != "joint":
             if block == "E" and self.is_expected:  # the extrapolation has taken this step
@@ -157,8 +157,8 @@ class Run:
             return "profile" if iteration >= PROFILE_FROM and self.setup.theta.size else "alternate"
         if schedule != "auto":
             return schedule
-        if isinstance(self.methods[1], Mapping):  # joint and profile steps would pass by its functions
-            return "accelerated" if self.closed is not None and self.closed.is_complete else "alternate"
+        if self.hooks:  # other steps would pass them by
+            return "alternate"
         if self.closed is None or not self.closed.is_complete:
             return "joint" if self.is_slow() else "alternate"
         if self.closed.is_exact and has_both and self.setup.theta.size <= MOST_PROFILED:
@@ -170,6 +170,11 @@ class Run:
         self.iterations = iteration
         self.state, row = self.profiled.step(self.state, iteration)
         self.record(row)
+
+    @property
+    def hooks(self) -> Mapping[str, Hook]:
+        """The caller's functions for parameters, which nothing else moves."""
+        return self.methods[1] if isinstance(self.methods[1], Mapping) else {}
 
     @functools.cached_property
     def profiled(self) -> Profile:
@@ -210,8 +215,7 @@ class Run:
     def extrapolation(self) -> Extrapolation:
         """Of theta where the E-step is exact (or the M-step has hooks), else of phi."""
         assert self.closed is not None
-        has_hooks = self.setup.theta.size > 0 and isinstance(self.methods[1], Mapping)
-        return Extrapolation(self.setup, self.scales, self.closed.is_led_by_theta or has_hooks)
+        return Extrapolation(self.setup, self.scales, self.closed.is_led_by_theta or bool(self.hooks))
 
     def _extrapolate(self, iteration: int) -> bool:
         """Go on from where the rounds seem to lead, if the bound is higher there; whether it is."""
@@ -241,7 +245,8 @@ class Run:
         is_solved = not has_both or self.gtol <= final
         # Inexact at first: a block need not be solved far beyond what a round gains.
         self.gtol = float(np.clip(0.1 * max(gain, 0.0) ** 0.5, final, max(final, self.gtol)))
-        is_slow = gain > (10 if self.closed is not None else 1e3 if has_both else np.inf) * tol
+        most = 1 if self.hooks else 10 if self.closed is not None else 1e3 if has_both else np.inf
+        is_slow = gain > most * tol  # no gradient tells what functions of the caller have left
         if not is_solved or is_slow or (self.iterations < self.next_check and not self.is_stalled()):
             return False
         scale = self.scales.of(self.state, "joint", self.iterations)
@@ -320,7 +325,7 @@ class Run:
         self.setup.captures.forget()
         self._forget_rounds()
         if self.setup.lifted is not None:
-            self.closed = ClosedForm(self.setup, self.setup.lifted)
+            self.closed = ClosedForm(self.setup, self.setup.lifted, self.hooks)
         before = self.state.elbo
         elbo = elbo_at(self.setup, self.state.phi, self.state.theta)
         self.state = replace(self.state, elbo=elbo)

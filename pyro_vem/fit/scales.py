@@ -1,6 +1,7 @@
 """Lengths of the coordinates, so that a step of one is about a nat or a posterior sd."""
 
 import functools
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -19,16 +20,22 @@ class Scales:
     Free Gaussian factors have the Fisher information diag(1/sigma^2, 2) in (mu, log sigma).
     Everything else takes its lengths from the curvature of the bound, which is probed anew in
     rounds 1, 2, 4, 8, ...: lengths only shape the steps, and late rounds change little.
+
+    Args:
+        setup: the problem.
+        still: parameters of the model that no step moves: their lengths are zero.
     """
 
-    def __init__(self, setup: Setup) -> None:
-        self._setup = setup
+    def __init__(self, setup: Setup, still: Collection[str] = ()) -> None:
+        self._setup, self._still = setup, still
         self._probed: dict[str, tuple[int, Vector]] = {}
 
     def of(self, state: State, block: str, iteration: int) -> Vector:
         """Lengths of a block ("E" or "M"), or of both ("joint")."""
         phi = self._phi(state, iteration) if block in ("E", "joint") else np.zeros(0)
         theta = self._curvature(state, "M", iteration) if block in ("M", "joint") else np.zeros(0)
+        if self._still and theta.size:
+            theta = np.where(self._setup.theta.where(self._still), 0.0, theta)
         return np.concatenate([phi, theta])
 
     def log_sds(self, size: int) -> NDArray[np.bool_]:
