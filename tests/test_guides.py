@@ -159,6 +159,27 @@ def test_amortized_guide_leaves_other_sites_mean_field(fit):
     assert drawn["m"].shape == (4, 1)  # as Predictive shapes sites outside of plates
 
 
+def test_under_svi_a_guide_sees_the_data_of_each_step():
+    """Another number of rows, another mask, other bounds than at the first call."""
+
+    def model(y, seen, width):
+        with pyro.plate("rows", len(y)), pyro.poutine.mask(mask=seen):
+            z = pyro.sample("z", dist.Uniform(torch.zeros_like(width), width))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    guide = vem.AmortizedNormal(model, {"z": Encoder()}, inputs="y")
+    y, seen = torch.linspace(-3, 3, 20), torch.arange(20) % 3 != 1
+    width = torch.linspace(9, 1, 20)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), vem.AnalyticKL_ELBO())
+    for rows in (slice(0, 8), slice(8, 16), slice(16, 20), slice(0, 8)):
+        batch = (y[rows], seen[rows], width[rows])
+        assert math.isfinite(svi.step(*batch))
+        drawn = pyro.poutine.trace(guide).get_trace(*batch).nodes["z"]
+        assert torch.equal(drawn["mask"], seen[rows])
+        assert bool((drawn["value"] < width[rows]).all())
+        assert torch.equal(guide.latents(*batch)[0].support.upper_bound, width[rows])
+
+
 @pytest.mark.parametrize(
     ("kind", "words"), [("shape", "of shape"), ("negative", "not positive"), ("single", "return a tuple")]
 )

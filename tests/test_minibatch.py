@@ -223,6 +223,54 @@ def test_factors_of_rows_in_a_plate_that_scales_itself_count_as_its_rows_do(fit)
     assert found.elbo == pytest.approx(evidence, abs=0.05)
 
 
+def missing(x, y, seen, width):
+    b = pyro.sample("b", dist.Normal(0.0, 10.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(b * x, 1.0), obs=y, obs_mask=seen)
+
+
+def left_out(x, y, seen, width):
+    b = pyro.sample("b", dist.Normal(0.0, 10.0))
+    with pyro.plate("rows", len(y)), pyro.poutine.mask(mask=seen):
+        u = pyro.sample("u", dist.Normal(b * x, 1.0))
+        pyro.sample("y", dist.Normal(u, 1.0), obs=y)
+
+
+def within(x, y, seen, width):
+    b = pyro.sample("b", dist.Normal(0.0, 10.0))
+    with pyro.plate("rows", len(y)):
+        u = pyro.sample("u", dist.Uniform(torch.zeros_like(width), width))
+        pyro.sample("y", dist.Normal(b * x + u, 0.5), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "site", "is_used"),
+    [
+        (missing, "y_unobserved", lambda seen: ~seen),
+        (left_out, "u", lambda seen: seen),
+        (within, "u", torch.ones_like),
+    ],
+)
+def test_masks_and_bounds_are_those_of_a_batch(fit, model, site, is_used):
+    """Rows take part where they do in the full fit, with its factors; batches differ in what they mask."""
+    rng = np.random.default_rng(0)
+    x, seen, width = rng.normal(size=160), torch.tensor(rng.random(160) > 0.3), 3 + rng.random(160)
+    y = 0.5 * x + width * rng.random(160) + 0.5 * rng.normal(size=160)
+    data = {"x": x, "y": y, "seen": seen, "width": width}
+    full = fit(model, data, guide=vem.MeanFieldNormal(model))
+    found = fit(model, data, batch_size=20, max_iter=200)
+    rows = is_used(seen)
+    for name, value in full.guide_params.items():
+        other = found.guide_params[name]
+        keep = rows if name.endswith(site) else ...
+        if ".scale." in name:
+            torch.testing.assert_close(other[keep], value[keep], rtol=0.1, atol=0)
+        else:
+            sd = full.guide_params[name.replace(".loc.", ".scale.")]
+            assert float(((other - value) / sd)[keep].abs().max()) < 0.2, name
+    assert abs(found.elbo - full.elbo) < 5 * (found.elbo_se + full.elbo_se) + 0.05
+
+
 class Net(nn.Module):
     def __init__(self, size=6, inner=2, bias=True):
         super().__init__()

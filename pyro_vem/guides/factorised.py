@@ -2,8 +2,8 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import pyro
@@ -15,7 +15,7 @@ from torch.distributions.transforms import Transform
 from ..errors import unknown_names
 from ..model.data import Arguments
 from ..model.parameters import is_identity
-from ..model.prototype import discover_modules, prototype
+from ..model.prototype import discover_modules, on_other_data, prototype
 from ..model.roles import roles_of
 from ..model.runtime import Program, isolated
 from ..model.sites import Latent
@@ -61,16 +61,18 @@ class Factorised(ABC):
         self.init = init
         self.name = name
         self._latents: tuple[Latent, ...] | None = None
-        self._bound_to: Shapes | None = None  # of the data that a fit has bound the guide to
+        self._bound_to: Shapes | None = None  # of the data that the latents are known from
         self._relearnt: dict[Shapes, tuple[Latent, ...]] = {}  # latents on data of other shapes
+        self._seen: list[tuple[tuple[Any, ...], tuple[Latent, ...]]] = []  # on the first data, and the latest
 
     def bind(self: Guide, latents: tuple[Latent, ...], call: Arguments | None = None) -> Guide:
         """A copy whose factors are those of `latents`, on data as in `call`; the guide stays as it is."""
         bound = copy.copy(self)
-        bound._bound_to = None if call is None else _shapes(call.args, call.kwargs)
-        bound._relearnt = {}
         left_out = roles_of(self.model).map_sites
         bound._latents = tuple(site for site in latents if site.name not in left_out)
+        bound._bound_to, bound._relearnt, bound._seen = None, {}, []
+        if call is not None:
+            bound._know_from(call.args, call.kwargs)
         bound._check()
         return bound
 
@@ -81,24 +83,52 @@ class Factorised(ABC):
         """The latent sites with a factor, learnt from the model at the first call.
 
         A guide with encoders learns them anew on data of other shapes: its rows are those of the data.
+        Masks and bounds of supports, where they are tensors, are those of the data at hand.
         """
         if self._latents is None:
             self._latents = self._learnt(args, kwargs)
-        if self.encoded and self._bound_to is not None and (args or kwargs):
+            self._know_from(args, kwargs)
+        latents = self._latents
+        if self._bound_to is None or not (args or kwargs):
+            return latents
+        if self.encoded:
             shapes = _shapes(args, kwargs)
             if shapes != self._bound_to:
                 if shapes not in self._relearnt:
                     self._relearnt[shapes] = self._learnt(args, kwargs)
-                return self._relearnt[shapes]
-        return self._latents
+                latents = self._relearnt[shapes]
+        return self._on(latents, args, kwargs) if any(s.follows_data for s in latents) else latents
+
+    def _know_from(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self._latents is not None
+        self._bound_to = _shapes(args, kwargs)
+        self._seen = [((*args, *kwargs.values()), self._latents)]
+
+    def _on(self, latents: tuple[Latent, ...], args: Any, kwargs: Any) -> tuple[Latent, ...]:
+        """Latents with the masks and bounds of some data; those of the first and the latest data are kept."""
+        values = (*args, *kwargs.values())
+        for others, known in self._seen:
+            if len(others) == len(values) and all(a is b for a, b in zip(others, values, strict=True)):
+                return known
+        with self._ready(args, kwargs) as (program, call):
+            program.own_weights({}, torch.get_default_dtype() if program.modules else None)
+            found = on_other_data(program, call, latents)
+        self._seen = [*self._seen[:1], (values, found)]
+        return found
 
     def _learnt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Latent, ...]:
-        with isolated(torch.get_default_dtype()):
-            call = Arguments(args, kwargs).cast(torch.get_default_dtype())
-            found = prototype(discover_modules(Program(self.model), call), call, self.init)
+        with self._ready(args, kwargs) as (program, call):
+            found = prototype(program, call, self.init)
         latents = self.bind(found.latents)._latents
         assert latents is not None
         return latents
+
+    @contextmanager
+    def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Program, Arguments]]:
+        """The model and its call, to be run without a trace in global state."""
+        with isolated(torch.get_default_dtype()):
+            call = Arguments(args, kwargs).cast(torch.get_default_dtype())
+            yield discover_modules(Program(self.model), call), call
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site; an ordinary Pyro guide with the model's signature."""

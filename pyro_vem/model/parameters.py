@@ -67,6 +67,11 @@ class Parameter:
         """The initial value on the unconstrained scale."""
         return transform_to(self.constraint).inv(self.init).detach()
 
+    def moved(self, by: Tensor | float) -> Tensor:
+        """The constrained value at a distance from the start on the unconstrained scale."""
+        value: Tensor = transform_to(self.constraint)(self.unconstrained + by)
+        return value
+
     @property
     def is_real(self) -> bool:
         """True if the parameter is its own unconstrained value."""

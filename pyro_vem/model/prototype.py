@@ -228,16 +228,8 @@ def _check_static(
     parameters: tuple[Parameter, ...],
 ) -> tuple[Latent, ...]:
     """Run again at the same values, then at others: what must not change, must not change."""
-
-    def at(by: Mapping[str, Tensor]) -> Execution:
-        moved = {s.name: s.transform(s.unconstrained + by.get(s.name, 0.0)) for s in latents}
-        params = {
-            p.name: transform_to(p.constraint)(p.unconstrained + by.get(p.name, 0.0)) for p in parameters
-        }
-        with torch.no_grad():
-            return program.run(call.args, call.kwargs, params, lambda site: moved[site["name"]])
-
-    generic = _generic((*latents, *parameters))
+    at = _runs(program, call, latents, parameters)
+    generic = generic_moves((*latents, *parameters))
     try:
         base, again, moved = at({}), at({}), at(generic)
     except KeyError as error:
@@ -263,7 +255,46 @@ def _check_static(
     return tuple(_with_idle(latent, (base, moved), ({}, generic), at) for latent in latents)
 
 
-def _generic(variables: Sequence[Latent | Parameter]) -> dict[str, Tensor]:
+def _runs(
+    program: Program, call: Arguments, latents: Sequence[Latent], parameters: Sequence[Parameter]
+) -> Callable[[Mapping[str, Tensor]], Execution]:
+    """Runs the model with some variables moved from where they start, on the unconstrained scale."""
+
+    def at(by: Mapping[str, Tensor]) -> Execution:
+        moved = {s.name: s.transform(s.unconstrained + by.get(s.name, 0.0)) for s in latents}
+        params = {p.name: p.moved(by.get(p.name, 0.0)) for p in parameters}
+        with torch.no_grad():
+            return program.run(call.args, call.kwargs, params, lambda site: moved[site["name"]])
+
+    return at
+
+
+def on_other_data(program: Program, call: Arguments, latents: tuple[Latent, ...]) -> tuple[Latent, ...]:
+    """The same latents on other data of the same shapes: their supports, and what the model masks there.
+
+    A latent that the model does not have here, or has in another shape, stays as it is.
+    """
+    known = {site.name: site for site in latents}
+
+    def start(site: Site) -> Tensor | None:
+        latent, fn = known.get(site["name"]), site["fn"]
+        if latent is None or latent.init.shape != fn.batch_shape + fn.event_shape:
+            return None
+        return bijector(fn.support)(latent.unconstrained)
+
+    with torch.no_grad():
+        first = program.run(call.args, call.kwargs, {}, start)
+    met = {n: latent_of(s) for n, s in first.sites.items() if not (s["is_observed"] or is_summed_out(s))}
+    here = {n: site for n, site in met.items() if n in known and site.init.shape == known[n].init.shape}
+    if any(_off(first, name) is not None for name in here):
+        every, parameters = tuple(met.values()), parameters_of(program, first)
+        at, generic = _runs(program, call, every, parameters), generic_moves((*every, *parameters))
+        runs = (at({}), at(generic))
+        here = {name: _with_idle(site, runs, ({}, generic), at) for name, site in here.items()}
+    return tuple(here.get(site.name, site) for site in latents)
+
+
+def generic_moves(variables: Sequence[Latent | Parameter]) -> dict[str, Tensor]:
     """Moves of up to 0.1, all different: at the start a coefficient, or a sum of them, may be zero."""
     found, start = {}, 1
     for variable in variables:
@@ -293,13 +324,8 @@ def _with_idle(
     at: Callable[..., Execution],
 ) -> Latent:
     """Find masked elements that nothing else uses (as obs_mask= makes them), at the start and elsewhere."""
-    base = runs[0]
-    mask = base.sites[latent.name]["mask"]
-    if mask is None or (isinstance(mask, bool) and mask):
-        return latent
-    off = ~torch.as_tensor(mask)
-    off = off.expand(base.sites[latent.name]["fn"].batch_shape)
-    if not bool(off.any()):
+    base, off = runs[0], _off(runs[0], latent.name)
+    if off is None:
         return latent
     shape = off.shape + (1,) * (latent.unconstrained.dim() - off.dim())
     step = 0.1 * off.reshape(shape).to(latent.init.dtype)
@@ -308,6 +334,15 @@ def _with_idle(
         if any(not torch.equal(_masked(before, name), _masked(after, name)) for name in base.sites):
             return latent
     return replace(latent, idle=off)
+
+
+def _off(run: Execution, name: str) -> Tensor | None:
+    """The elements of a site that are masked out; None if there are none."""
+    mask = run.sites[name]["mask"]
+    if mask is None or (isinstance(mask, bool) and mask):
+        return None
+    off = (~torch.as_tensor(mask)).expand(run.sites[name]["fn"].batch_shape)
+    return off if bool(off.any()) else None
 
 
 def _masked(run: Execution, name: str) -> Tensor:

@@ -49,6 +49,7 @@ class Latent:
         event_dim: number of event dimensions of the value.
         idle: elements (batch shape) that the model masks out and never uses; None if none.
         prior: name of the prior's distribution without wrappers.
+        follows_data: its mask, or the bounds of its support, are tensors that may be others on other data.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Latent:
     event_dim: int
     idle: Tensor | None = None
     prior: str = ""
+    follows_data: bool = False
 
     @property
     def unconstrained(self) -> Tensor:
@@ -87,6 +89,19 @@ def plates_of(site: Site) -> tuple[Plate, ...]:
     """The vectorised plates round a site, outermost (leftmost dimension) first."""
     frames = [f for f in site["cond_indep_stack"] if f.vectorized]
     return tuple(Plate(f.name, f.dim, f.size) for f in sorted(frames, key=lambda f: f.dim))
+
+
+def has_bounds(transform: Transform) -> bool:
+    """True for a bijector with bounds that differ from element to element, as data's may.
+
+    Example:
+        >>> has_bounds(biject_to(constraints.interval(0.0, 1.0)))
+        False
+        >>> has_bounds(biject_to(constraints.interval(torch.zeros(3), torch.ones(3))))
+        True
+    """
+    held = [value for part in plain_parts([transform]) for value in vars(part).values()]
+    return any(isinstance(value, Tensor) and value.dim() > 0 for value in held)
 
 
 def near_median(site: Site) -> Tensor:
@@ -185,4 +200,5 @@ def latent_of(site: Site) -> Latent:
     return Latent(
         site["name"], site["value"], transform, support, plates_of(site), fn.event_dim,
         prior=type(unwrapped(fn)).__name__,
+        follows_data=isinstance(site["mask"], Tensor) or has_bounds(transform),
     )  # fmt: skip
