@@ -118,6 +118,18 @@ def centred(x, y):
         pyro.sample("y", dist.Normal(b * (x - x.mean()), 1.0), obs=y)
 
 
+def centred_later(x, y):
+    a, b = pyro.sample("a", dist.Normal(0.0, 1.0)), pyro.param("b", torch.tensor(0.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(a + b * (x - x.mean()), 1.0), obs=y)
+
+
+def indexed(x, y):
+    a, b = pyro.sample("a", dist.Normal(0.0, 1.0)), pyro.param("b", torch.zeros(1000))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(a + b[: len(y)], 1.0), obs=y)
+
+
 def fixed_size(x, y):
     b = pyro.sample("b", dist.Normal(0.0, 1.0))
     with pyro.plate("rows", 1000):
@@ -149,6 +161,8 @@ def test_too_few_rows_to_tell_their_plates(fit):
         (told_wrongly, ["'rows'", "1,200 rows", "1,000"]),
         (scaled_twice, ["'y'", "'rows'", "do not average"]),
         (centred, ["'y'", "'rows'", "do not average"]),
+        (centred_later, ["'y'", "'rows'", "do not average"]),
+        (indexed, ["'y'", "'rows'", "do not average"]),
         (fixed_size, ["no plate of the model follows", "1000"]),
         (own_rows, ["parameter 'b'", "plate 'rows'"]),
     ],

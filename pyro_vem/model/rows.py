@@ -12,12 +12,14 @@ import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import transform_to
 
 from ..errors import ModelError
 from .batches import FEWEST, Source
 from .data import Arguments
 from .density import lean_log_prob
-from .prototype import discover_modules
+from .parameters import off_boundary
+from .prototype import discover_modules, generic_moves, parameters_of
 from .runtime import Execution, Program, Site, is_summed_out
 
 UNBIASED = 1e-8  # of a site's log density, that halves of a batch may be off its whole
@@ -159,11 +161,28 @@ def rows_of(source: Source) -> Rows:
     )
 
 
-def _run(program: Program, call: Arguments, values: Mapping[str, Tensor] | None = None) -> Execution:
+def _run(
+    program: Program,
+    call: Arguments,
+    values: Mapping[str, Tensor] | None = None,
+    params: Mapping[str, Tensor] | None = None,
+) -> Execution:
     given = values or {}
     with pyro.validation_enabled(True), torch.no_grad(), pyro.get_param_store().scope():
         torch.manual_seed(0)
-        return program.run(call.args, call.kwargs, {}, lambda site: given.get(site["name"]))
+        return program.run(call.args, call.kwargs, params or {}, lambda site: given.get(site["name"]))
+
+
+def _generic_parameters(program: Program, call: Arguments) -> dict[str, Tensor]:
+    """Values away from the start, where what a parameter multiplies may vanish."""
+    with torch.no_grad(), pyro.get_param_store().scope():
+        torch.manual_seed(0)
+        run = program.run(call.args, call.kwargs, {}, lambda site: None)
+        parameters = parameters_of(program, run)
+    for parameter in parameters:
+        off_boundary(parameter.name, transform_to(parameter.constraint), parameter.init)
+    moves = generic_moves(parameters)
+    return {p.name: p.moved(moves[p.name]) for p in parameters}
 
 
 def _frames(run: Execution) -> dict[str, tuple[int, int]]:
@@ -210,12 +229,12 @@ def _check_unbiased(program: Program, call: Arguments, rows: Rows, whole: Execut
     """Halves of a batch, each scaled to all rows, must average to the batch, site by site."""
     size = rows.size(call)
     values = {n: s["value"] for n, s in whole.sites.items() if not s["is_observed"] and not is_summed_out(s)}
-    parts = []
+    params, parts = _generic_parameters(program, call), []
     for where in (slice(0, size), slice(0, size // 2), slice(size // 2, size)):
         here = {n: rows_of_value(v, whole.sites[n], rows, where) for n, v in values.items()}
         part = rows.taken(call, where)
         with rows.scaling(part):
-            parts.append({n: _density(s) for n, s in _run(program, part, here).sites.items()})
+            parts.append({n: _density(s) for n, s in _run(program, part, here, params).sites.items()})
     for name, value in parts[0].items():
         error = abs(0.5 * (parts[1][name] + parts[2][name]) - value)
         if not error <= UNBIASED * (1 + abs(value)):
