@@ -130,6 +130,14 @@ def indexed(x, y):
         pyro.sample("y", dist.Normal(a + b[: len(y)], 1.0), obs=y)
 
 
+@vem.vem_model(map_sites=["m"])
+def mapped(x, y):
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        m = pyro.sample("m", dist.Normal(b * x, 1.0))
+        pyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+
 def fixed_size(x, y):
     b = pyro.sample("b", dist.Normal(0.0, 1.0))
     with pyro.plate("rows", 1000):
@@ -163,6 +171,7 @@ def test_too_few_rows_to_tell_their_plates(fit):
         (centred, ["'y'", "'rows'", "do not average"]),
         (centred_later, ["'y'", "'rows'", "do not average"]),
         (indexed, ["'y'", "'rows'", "do not average"]),
+        (mapped, ["map site 'm'", "map_sites=", "batch_size="]),
         (fixed_size, ["no plate of the model follows", "1000"]),
         (own_rows, ["parameter 'b'", "plate 'rows'"]),
     ],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..bound.tables import ElboTerms, TermRow
-from ..errors import ModelError
+from ..errors import ModelError, UnsupportedModelError
 from ..guides.factorised import FactorisedNormal
 from ..model.batches import Batch, Source
 from ..model.data import Arguments
@@ -20,7 +20,7 @@ from ..model.rows import Rows
 from .locals import Locals
 from .processes import Processes
 from .result import VEMResult
-from .setup import Setup, encoded_moments
+from .setup import FitOptions, Setup, encoded_moments
 from .starts import initial_values
 from .status import Status, Step
 
@@ -161,6 +161,45 @@ class BatchFit:
                     f"a batch has {sorted(lengths)} rows in {', '.join(self.rows.names)}: they must agree"
                 )
             yield index, call
+
+
+def check_batches(fit: BatchFit, is_validated: bool, options: FitOptions) -> None:
+    """Refuse what batches cannot be fitted with.
+
+    Raises:
+        UnsupportedModelError: for closed forms, and for factors of rows beside a network.
+        ModelError: for values of single rows that no batch would keep, and settings that do not fit.
+    """
+    if fit.first.lifted is not None:
+        raise UnsupportedModelError(
+            "closed forms and discrete sites are fitted on all rows at once: leave batch_size= out"
+        )
+    for site in fit.first.prototype.latents:
+        if site.name in fit.first.problem.map_sites and any(
+            p.name in fit.rows.all_plates for p in site.plates
+        ):
+            raise ModelError(
+                f"map site {site.name!r} has a value for each row, which batches do not keep: give it "
+                "a factor (leave it out of map_sites=), or fit all rows at once (leave batch_size= out)"
+            )
+    apart = set(fit.processes.axes) - fit.locals.names
+    if apart:
+        raise ModelError(
+            f"{', '.join(sorted(apart))} belong to a plate of FitOptions(sharded=) that is not over the "
+            "rows of batches: leave batch_size= out"
+        )
+    if options.encoder_steps > 1 and not (fit.has_network and fit.is_amortized):
+        raise ModelError("FitOptions(encoder_steps=) needs an encoder for every latent (AmortizedNormal)")
+    names = ", ".join(site.name for site in fit.locals.sites)
+    if names and is_validated:
+        raise ModelError(f"validation= needs an encoder for {names}: held-out rows have no factors")
+    if names and fit.source.stream is not None:
+        raise ModelError(
+            f"latent {names} has a factor for each row, and a stream of batches does not say which rows they "
+            "are: give the data as a mapping, or an encoder (AmortizedNormal)"
+        )
+    if names and fit.has_network:
+        raise UnsupportedModelError(f"latent {names} needs an encoder where a network is trained on batches")
 
 
 @dataclass

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from ..bound.elbo import AnalyticKL_ELBO
-from ..errors import ModelError, UnsupportedModelError
+from ..errors import ModelError
 from ..guides.factorised import FactorisedNormal
 from ..model.batches import Source
 from ..model.data import Arguments
 from ..model.rows import Rows, rows_of
 from .averaging import AveragedAdam
-from .batched import ENCODER_EPOCHS, BatchFit, held_out_bound, measured, mutual_information
+from .batched import ENCODER_EPOCHS, BatchFit, check_batches, held_out_bound, measured, mutual_information
 from .capture import Compile
 from .checkpoint import Checkpoint
 from .locals import natural_step
@@ -86,7 +86,7 @@ def fit_batches(
     )
     fit = BatchFit(source, rows, make, first, warm)
     held_out = Source.of(model, validation, source.size, seed) if validation is not None else None
-    _check(fit, held_out is not None, options)
+    check_batches(fit, held_out is not None, options)
     climb: _Climb = (
         _Network(fit, max_iter, held_out, mode, options)
         if fit.has_network
@@ -140,32 +140,6 @@ def _shared_rows(rows: Rows, processes: Processes, validation: Any) -> Rows:
     if len(set(processes.gathered(validation is None))) > 1:
         raise ModelError("validation= is missing in some processes: give each some rows of its own")
     return replace(rows, count=processes.count)
-
-
-def _check(fit: BatchFit, is_validated: bool, options: FitOptions) -> None:
-    """What batches cannot be fitted with."""
-    if fit.first.lifted is not None:
-        raise UnsupportedModelError(
-            "closed forms and discrete sites are fitted on all rows at once: leave batch_size= out"
-        )
-    apart = set(fit.processes.axes) - fit.locals.names
-    if apart:
-        raise ModelError(
-            f"{', '.join(sorted(apart))} belong to a plate of FitOptions(sharded=) that is not over the "
-            "rows of batches: leave batch_size= out"
-        )
-    if options.encoder_steps > 1 and not (fit.has_network and fit.is_amortized):
-        raise ModelError("FitOptions(encoder_steps=) needs an encoder for every latent (AmortizedNormal)")
-    names = ", ".join(site.name for site in fit.locals.sites)
-    if names and is_validated:
-        raise ModelError(f"validation= needs an encoder for {names}: held-out rows have no factors")
-    if names and fit.source.stream is not None:
-        raise ModelError(
-            f"latent {names} has a factor for each row, and a stream of batches does not say which rows they "
-            "are: give the data as a mapping, or an encoder (AmortizedNormal)"
-        )
-    if names and fit.has_network:
-        raise UnsupportedModelError(f"latent {names} needs an encoder where a network is trained on batches")
 
 
 class _Climb(ABC):
