@@ -500,9 +500,31 @@ def test_a_sampler_says_how_many_rows_there_are():
     }
     for number, sampler in samplers.items():
         loader = data.DataLoader(rows, batch_size=10, sampler=sampler)
-        assert Source.of(model, loader, None, 0).total == number
+        assert Source.of(model, loader, None, 0).total(("y",)) == number
     batches = [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
-    assert Source.of(model, data.DataLoader(rows, batch_sampler=batches), None, 0).total == 9
+    assert Source.of(model, data.DataLoader(rows, batch_sampler=batches), None, 0).total(("y",)) == 9
+
+
+def test_arguments_of_a_stream_that_hold_no_rows_may_be_longer_than_a_batch(fit):
+    """Levels, which a plate of their own follows: by hand, a normal mean of 400 rows."""
+
+    def model(y, level, effect):
+        a = pyro.sample("a", dist.Normal(0.0, 10.0))
+        with pyro.plate("levels", len(effect)):
+            u = pyro.sample("u", dist.Normal(effect, 1e-3))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(a + u[level], 1.0), obs=y)
+
+    rng = np.random.default_rng(0)
+    effect, level = torch.tensor(rng.normal(size=30)), torch.tensor(rng.integers(30, size=400))
+    y = 1 + effect[level] + torch.tensor(rng.normal(size=400))
+    batches = [{"y": y[i : i + 20], "level": level[i : i + 20], "effect": effect} for i in range(0, 400, 20)]
+    found = fit(model, batches)
+    assert any("batches of 20 of 400 rows (y, level): plate rows" in note for note in found.plan.notes)
+    assert float(found.guide_params["guide.scale.a"]) == pytest.approx(400**-0.5, rel=0.05)
+    assert float(found.guide_params["guide.loc.a"]) == pytest.approx(
+        float((y - effect[level]).mean()), abs=0.01
+    )
 
 
 def test_a_fit_on_a_stream_is_loaded_with_any_rows(fit, tmp_path):

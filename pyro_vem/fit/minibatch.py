@@ -71,6 +71,7 @@ def fit_batches(
     begin = time.perf_counter()
     source, processes = Source.of(model, data, batch_size, seed), Processes.of(options.sharded)
     rows = _shared_rows(rows_of(source), processes, validation)
+    source = source.by(rows.names)
     guide = None if guide == "auto" else guide  # closed forms are of all rows
     problem = partial(set_up, model, guide=guide, elbo=elbo, init=init, seed=seed, compile=False)
 

@@ -1,8 +1,9 @@
 """Batches of a user's data: rows of arrays in memory or on disk, or what a DataLoader yields."""
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ class Source:
         arrays: whole data by argument name; tensors, arrays, memory maps, pandas columns. Of a
             stream, its first batch.
         stream: an iterable of mappings instead, one pass an epoch.
-        size: rows of a batch.
+        size: rows of a batch; of a stream's first one.
         seed: of the order of rows.
+        repeated: arguments that are the same in the first two batches of a stream.
     """
 
     model: Callable[..., Any]
@@ -36,6 +38,7 @@ class Source:
     stream: Iterable[Mapping[str, Any]] | None
     size: int
     seed: int
+    repeated: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: Callable[..., Any], data: Any, batch_size: int | None, seed: int) -> "Source":
@@ -62,10 +65,10 @@ class Source:
                 "data is an iterator, which ends after one epoch: give a DataLoader, a list of mappings, or "
                 "an object whose __iter__ starts anew"
             )
-        first = next(as_outside(data), None)
-        if first is None:
+        batches = [*itertools.islice(as_outside(data), 2)]
+        if not batches:
             raise ModelError("data has no batch: give a DataLoader or a list with rows in it")
-        return cls(model, first, data, _length(first), seed)
+        return cls(model, batches[0], data, max(_lengths(batches[0])), seed, _repeated(*batches))
 
     @property
     def lengths(self) -> dict[int, list[str]]:
@@ -76,17 +79,21 @@ class Source:
                 found.setdefault(int(value.shape[0]), []).append(name)
         return found
 
-    @property
-    def total(self) -> int | None:
-        """Rows of all data, if a stream knows; None for arrays, whose lengths tell."""
+    def by(self, names: tuple[str, ...]) -> "Source":
+        """The same, once it is known which arguments hold the rows: others of a stream may be longer."""
+        return self if self.stream is None else replace(self, size=int(self.arrays[names[0]].shape[0]))
+
+    def total(self, names: tuple[str, ...]) -> int:
+        """Rows of all data, which these arguments hold; a stream that does not know is read once."""
         if self.stream is None:
-            return None
+            return int(self.arrays[names[0]].shape[0])
         if hasattr(self.stream, "batch_sampler"):  # the sampler may leave rows to others
             batches: Any = self.stream.batch_sampler
             known = batches.sampler if type(batches) is torch.utils.data.BatchSampler else None
         else:
             known = getattr(self.stream, "dataset", None)
-        return len(known) if isinstance(known, Sized) else sum(map(_length, as_outside(self.stream)))
+        counts = (_lengths(batch, names)[0] for batch in as_outside(self.stream))
+        return len(known) if isinstance(known, Sized) else sum(counts)
 
     def head(self, names: Iterable[str], num: int) -> Arguments:
         """The call with the first rows."""
@@ -129,13 +136,26 @@ def _has_rows(value: Any) -> bool:
     return bool(getattr(value, "shape", ()))
 
 
-def _length(batch: Any) -> int:
+def _lengths(batch: Any, names: tuple[str, ...] | None = None) -> list[int]:
+    """Rows of the arguments of a batch, or of some of them."""
     if not isinstance(batch, Mapping):
         raise ModelError(
             f"a batch is a {type(batch).__name__}: let the DataLoader yield mappings of the model's argument "
             "names to tensors (collate_fn=)"
         )
-    sizes = [int(v.shape[0]) for v in batch.values() if _has_rows(v)]
+    sizes = [int(v.shape[0]) for n, v in batch.items() if _has_rows(v) and (names is None or n in names)]
     if not sizes:
-        raise ModelError("a batch holds no tensor with rows")
-    return max(sizes)
+        raise ModelError(f"a batch holds no tensor with rows{f' in {names}' if names else ''}")
+    return sizes
+
+
+def _repeated(first: Mapping[str, Any], second: Any = None) -> frozenset[str]:
+    """Arguments that are the same in two batches, and so hold no rows."""
+    others = second if isinstance(second, Mapping) else {}
+    return frozenset(n for n, v in first.items() if n in others and _has_rows(v) and _equal(v, others[n]))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return np.array_equal(one, other)

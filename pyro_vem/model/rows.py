@@ -134,10 +134,10 @@ def rows_of(source: Source) -> Rows:
         Program(source.model), source.head(next(iter(lengths.values()), []), source.size)
     )
     program.own_weights({}, torch.float64 if program.modules else None)
-    for length in sorted(lengths, reverse=True):
+    for length in sorted(lengths, key=lambda n: (source.repeated.issuperset(lengths[n]), -n)):
         if length < FEWEST:
             continue
-        rows = Rows(tuple(lengths[length]), source.total or length, frozenset())
+        rows = Rows(tuple(lengths[length]), length, frozenset())
         size = min(source.size, length) // 4 * 4
         call = source.head(rows.names, size)
         try:
@@ -145,8 +145,9 @@ def rows_of(source: Source) -> Rows:
         except Exception as error:
             problems.append(f"with {size} of {length} rows of {', '.join(rows.names)}: {error}")
             continue
-        found = _plates(whole, less, rows, size)
-        if found is not None:
+        follow = _following(whole, less, size)
+        if follow:
+            found = _plates(whole, replace(rows, total=source.total(rows.names)), follow)
             _check_alignment(whole, less, found)
             _check_unbiased(program, call, found, whole)
             return found
@@ -195,11 +196,14 @@ def _frames(run: Execution) -> dict[str, tuple[int, int]]:
     }
 
 
-def _plates(whole: Execution, less: Execution, rows: Rows, size: int) -> Rows | None:
+def _following(whole: Execution, less: Execution, size: int) -> frozenset[str]:
+    """Plates that are as long as a batch of `size` rows, and as one with two rows fewer."""
     first, second = _frames(whole), _frames(less)
-    follow = {n for n, (s, _) in first.items() if s == size and second.get(n, (0, 0))[0] == size - 2}
-    if not follow:
-        return None
+    return frozenset(n for n, (s, _) in first.items() if s == size and second.get(n, (0, 0))[0] == size - 2)
+
+
+def _plates(whole: Execution, rows: Rows, follow: frozenset[str]) -> Rows:
+    first = _frames(whole)
     scaled = {n for n in follow if first[n][1] != first[n][0]}
     for name in scaled:
         if first[name][1] != rows.total:
@@ -207,7 +211,7 @@ def _plates(whole: Execution, less: Execution, rows: Rows, size: int) -> Rows | 
                 f"plate {name!r} is scaled to {first[name][1]:,} rows, but the data have {rows.total:,}: "
                 "leave the scale to fit_vem, pyro.plate(name, len(y))"
             )
-    return Rows(rows.names, rows.total, frozenset(follow - scaled), frozenset(scaled))
+    return replace(rows, plates=follow - scaled, scaled=frozenset(scaled))
 
 
 def _check_alignment(whole: Execution, less: Execution, rows: Rows) -> None:
