@@ -527,6 +527,35 @@ def test_arguments_of_a_stream_that_hold_no_rows_may_be_longer_than_a_batch(fit)
     )
 
 
+@pytest.mark.parametrize("has_encoder", [False, True])
+def test_rows_of_a_stream_count_alike_in_small_batches_and_in_large_ones(fit, has_encoder):
+    """The maximum-likelihood mean is that of all rows; the batches' own means are 1.5 apart."""
+
+    def level(y):
+        mean = pyro.param("mean", torch.tensor(0.0))
+        if has_encoder:
+            with pyro.plate("rows", len(y)):
+                z = pyro.sample("z", dist.Normal(mean, 1.0))
+                pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+            return
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    class Shrunk(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.tensor(0.0))
+
+        def forward(self, y):
+            return self.shift + 0.8 * y, torch.full_like(y, 0.2**0.5)
+
+    guide = vem.AmortizedNormal(level, {"z": Shrunk()}, inputs="y") if has_encoder else None
+    large, small = torch.linspace(-1, 1, 1000), torch.linspace(0.5, 2.5, 100)
+    found = fit(level, [{"y": large}, {"y": small}], guide=guide, max_iter=1500 if has_encoder else 1000)
+    assert float(found.params["mean"]) == pytest.approx(150 / 1100, abs=0.01)
+
+
 def test_a_fit_on_a_stream_is_loaded_with_any_rows(fit, tmp_path):
     y = factor_data(90)
     model, guide = autoencoder()

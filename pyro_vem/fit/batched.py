@@ -84,6 +84,14 @@ class BatchFit:
             self.setups[size] = self.make(call, True)
         return self.setups[size]
 
+    def weight(self, call: Arguments) -> float:
+        """What a step on a batch counts for.
+
+        A stream may give the same rows in a small batch each time, so that they would count for more than
+        the rows of a large one. Rows of arrays change places, and a short last batch is as good as another.
+        """
+        return self.rows.size(call) / self.source.size if self.source.stream is not None else 1.0
+
     def value(
         self, x: Tensor, rows: Mapping[str, Tensor], call: Arguments, noise: Mapping[str, Tensor]
     ) -> Tensor:

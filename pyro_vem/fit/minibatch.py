@@ -249,7 +249,7 @@ class _Global(_Climb):
     def _epoch(self, rule: AveragedAdam) -> Iterator[float]:
         for index, call in self.fit.epoch(self.epochs):
             value, gradient = self.gradient(rule.x, index, call, PAIRS)
-            rule.step(-gradient)
+            rule.step(-gradient * self.fit.weight(call))
             yield value
             if rule.is_done:
                 return

@@ -102,7 +102,8 @@ class NetworkStep:
         It gives the bound, the largest entry of x and the moments; in several processes the bound and its
         gradient, which are then summed over them.
         """
-        names, draws, total, dtype = list(_tensors(call)), list(noise), self.fit.total, self.dtype
+        names, draws, dtype = list(_tensors(call)), list(noise), self.dtype
+        total = self.fit.total / self.fit.weight(call)
 
         def gradient(x: Tensor, weight: Tensor, rest: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             cast = [value.to(dtype) if value.is_floating_point() else value for value in rest]
