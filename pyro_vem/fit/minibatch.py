@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..bound.elbo import AnalyticKL_ELBO
 from ..errors import ModelError
-from ..guides.factorised import FactorisedNormal
 from ..model.batches import Source
 from ..model.data import Arguments
 from ..model.rows import Rows, rows_of
@@ -29,11 +28,11 @@ from .averaging import AveragedAdam
 from .batched import ENCODER_EPOCHS, BatchFit, check_batches, held_out_bound, measured, mutual_information
 from .capture import Compile
 from .checkpoint import Checkpoint
-from .locals import natural_step
 from .network import NetworkStep
 from .processes import Processes
 from .result import VEMResult
-from .scales import Scales, free_sites
+from .scales import Scales
+from .settling import settled
 from .setup import FitOptions, Setup, set_up
 from .state import State
 from .status import Status, Step, progress_bar
@@ -42,9 +41,7 @@ PAIRS = 4  # antithetic pairs of draws a step; one draw where only encoders draw
 PATIENCE, LEAST_RATE = 10, 1e-5  # epochs without a rise after which a network's rate falls, and its end
 FADING = 0.2  # share of the epochs over which it falls where no rows are held out
 STILL = 3  # epochs without a rise of the mutual information: its estimate is noisy
-FINAL_PAIRS = 2048  # for a last pass over all rows: shared among its batches, 16 to 256 each
 ROUNDS = 3  # natural-gradient steps of the rows of a batch in the first epoch, one later
-LAST_ROUNDS, FINAL_PASSES = 4, 2
 Pilot = Callable[[Setup], State]
 """Fits a batch by the deterministic engine."""
 
@@ -99,7 +96,7 @@ def fit_batches(
         first.objective.add_note(f"went on from a checkpoint after {saved.left.n_iter} epochs")
         climb.epochs = saved.left.n_iter
     x, status = _climbed(climb, callbacks)
-    x = _settled(fit, x)
+    x = settled(fit, x)
     terms = measured(fit, x)
     if status is not Status.interrupted:
         saved.remove()
@@ -330,39 +327,3 @@ class _Network(_Climb):
             self.encoder_steps = 1
             note += " (the last time)"
         return f"{note}, mutual information {found:.3g}"
-
-
-def _settled(fit: BatchFit, x: Tensor) -> Tensor:
-    """All rows twice more, on many draws: E-steps of their factors, then of those that they share.
-
-    The natural-gradient step of a shared factor takes the gradient of all rows, so that its sd does
-    not carry the noise of the last batches.
-    """
-    guide = fit.first.guide
-    shared = [s for s in free_sites(guide) if s not in {site.name for site in fit.locals.sites}]
-    if not isinstance(guide, FactorisedNormal) or not (shared or fit.locals.sites):
-        return x
-    generator = torch.Generator().manual_seed(1)
-    pairs = min(256, max(16, FINAL_PAIRS * fit.source.size // fit.rows.total))
-    for _ in range(FINAL_PASSES):
-        values = {n: v.detach() for n, v in fit.block.constrained(x).items()}
-        total = {
-            n: torch.zeros_like(values[n]) for s in shared for n in (guide.loc_name(s), guide.scale_name(s))
-        }
-        for index, call in fit.epoch(0, is_shuffled=False):
-            noise = fit.noise(call, pairs, generator)
-            rows: dict[str, Tensor] = {}
-            if fit.locals.sites:
-                assert index is not None
-                rows = fit.locals.e_step(fit, x, index, call, noise, LAST_ROUNDS)
-            leaves = {n: values[n].clone().requires_grad_() for n in total}
-            bound = fit.bound({**values, **rows, **leaves}, call, noise)
-            found = torch.autograd.grad(bound, list(leaves.values())) if leaves else ()
-            for name, gradient in zip(total, found, strict=True):
-                total[name] += gradient * fit.rows.size(call) / fit.rows.total
-        for site in shared:
-            loc, scale = guide.loc_name(site), guide.scale_name(site)
-            slopes = (fit.processes.total(total[name]) for name in (loc, scale))
-            values[loc], values[scale] = natural_step(values[loc], values[scale], *slopes)
-        x = fit.block.flat(values)
-    return x
