@@ -4,6 +4,8 @@ A batch stands for all rows if every plate over them is scaled by rows / batch, 
 alike, and if rows are independent given the rest. Both are tested before a fit starts.
 """
 
+import contextlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +20,7 @@ from ..errors import ModelError
 from .batches import FEWEST, Source
 from .data import Arguments
 from .density import lean_log_prob
-from .parameters import off_boundary
+from .parameters import Parameter, off_boundary
 from .prototype import discover_modules, generic_moves, parameters_of
 from .runtime import Execution, Program, Site, is_summed_out
 
@@ -174,16 +176,15 @@ def _run(
         return program.run(call.args, call.kwargs, params or {}, lambda site: given.get(site["name"]))
 
 
-def _generic_parameters(program: Program, call: Arguments) -> dict[str, Tensor]:
-    """Values away from the start, where what a parameter multiplies may vanish."""
+def _parameters(program: Program, call: Arguments) -> tuple[Parameter, ...]:
+    """Those of the model; from here on weights of modules are given by name."""
     with torch.no_grad(), pyro.get_param_store().scope():
         torch.manual_seed(0)
         run = program.run(call.args, call.kwargs, {}, lambda site: None)
         parameters = parameters_of(program, run)
     for parameter in parameters:
         off_boundary(parameter.name, transform_to(parameter.constraint), parameter.init)
-    moves = generic_moves(parameters)
-    return {p.name: p.moved(moves[p.name]) for p in parameters}
+    return parameters
 
 
 def _frames(run: Execution) -> dict[str, tuple[int, int]]:
@@ -231,14 +232,8 @@ def _check_alignment(whole: Execution, less: Execution, rows: Rows) -> None:
 
 def _check_unbiased(program: Program, call: Arguments, rows: Rows, whole: Execution) -> None:
     """Halves of a batch, each scaled to all rows, must average to the batch, site by site."""
-    size = rows.size(call)
     values = {n: s["value"] for n, s in whole.sites.items() if not s["is_observed"] and not is_summed_out(s)}
-    params, parts = _generic_parameters(program, call), []
-    for where in (slice(0, size), slice(0, size // 2), slice(size // 2, size)):
-        here = {n: rows_of_value(v, whole.sites[n], rows, where) for n, v in values.items()}
-        part = rows.taken(call, where)
-        with rows.scaling(part):
-            parts.append({n: _density(s) for n, s in _run(program, part, here, params).sites.items()})
+    parts = _parts(program, call, rows, whole, values)
     for name, value in parts[0].items():
         error = abs(0.5 * (parts[1][name] + parts[2][name]) - value)
         if not error <= UNBIASED * (1 + abs(value)):
@@ -248,6 +243,30 @@ def _check_unbiased(program: Program, call: Arguments, rows: Rows, whole: Execut
                 f"of {abs(value):.3g}): its rows in plate {plates} depend on each other, or on how many "
                 "there are (a scale of the model's own?)"
             )
+
+
+def _parts(
+    program: Program, call: Arguments, rows: Rows, whole: Execution, values: Mapping[str, Tensor]
+) -> list[dict[str, float]]:
+    """Densities of a batch and of its halves, by site; at starting parameters where no others will do."""
+    size = rows.size(call)
+
+    def at(params: Mapping[str, Tensor]) -> list[dict[str, float]]:
+        found = []
+        for where in (slice(0, size), slice(0, size // 2), slice(size // 2, size)):
+            here = {n: rows_of_value(v, whole.sites[n], rows, where) for n, v in values.items()}
+            part = rows.taken(call, where)
+            with rows.scaling(part):
+                found.append({n: _density(s) for n, s in _run(program, part, here, params).sites.items()})
+        return found
+
+    parameters = _parameters(program, call)
+    moves = generic_moves(parameters)  # where they start, what they multiply may vanish
+    with contextlib.suppress(ValueError, ArithmeticError, RuntimeError):  # the model may end near its start
+        parts = at({p.name: p.moved(moves[p.name]) for p in parameters})
+        if all(math.isfinite(value) for part in parts for value in part.values()):
+            return parts
+    return at({p.name: p.init for p in parameters})
 
 
 def _density(site: Site) -> float:
