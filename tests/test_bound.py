@@ -173,6 +173,43 @@ def test_elbo_refuses_what_it_cannot_do():
         vem.AnalyticKL_ELBO().loss(decorated, lambda: None)
 
 
+@pytest.mark.parametrize("is_learning", [True, False])
+def test_a_plan_is_kept_only_while_sites_depend_on_the_same_others(is_learning):
+    """By an integer; by an attribute while gradients are taken."""
+
+    def model(flag):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(a, 1.0))
+        pyro.sample("y", dist.Normal(b, 1.0), obs=torch.tensor(1.0))
+
+    class Guide:
+        is_coupled = 0
+
+        def __call__(self, flag):
+            m = pyro.param("m", torch.full((3,), 0.5))
+            b = pyro.sample("b", dist.Normal(m[1], 1.0))
+            other = b if flag or self.is_coupled else m[2]
+            pyro.sample("a", dist.Normal(m[0] + 2 * other, 0.5))
+
+    def methods():
+        step(model, guide, flag)
+        return {row.site: row.method for row in next(reversed(elbo._proved.values()))[0].rows}
+
+    guide, elbo, flag = Guide(), vem.AnalyticKL_ELBO(), 0
+    step = elbo.loss_and_grads if is_learning else elbo.loss
+    assert methods()["b"] == "closed form"
+    flag = 1
+    assert methods()["b"] == "draws"
+    assert methods()["b"] == "draws"
+    assert len(elbo._proved) == 2
+    if is_learning:
+        guide.is_coupled, elbo, flag = 0, vem.AnalyticKL_ELBO(), 0
+        step = elbo.loss_and_grads
+        assert methods()["b"] == "closed form"
+        guide.is_coupled = 1
+        assert methods()["b"] == "draws"
+
+
 def test_svi_learns_with_it():
     y = torch.tensor([1.0, 2.0, 6.0])
     guide = vem.MeanFieldNormal(zoo.normal_mean)

@@ -212,6 +212,49 @@ def leaves_of(values: Iterable[Tensor], stop: Any = None) -> list[Tensor]:
     return found
 
 
+def sites_behind(values: Mapping[str, Tensor], arguments: Iterable[Iterable[Tensor]]) -> list[int]:
+    """Which of some values each group of tensors was computed from, by the graph of its gradients: as bits.
+
+    The search ends at a value, so that what is behind it does not count.
+
+    Example:
+        >>> z = torch.ones(2, requires_grad=True)
+        >>> w = 2 * z
+        >>> sites_behind({"z": z, "w": w}, [[z.sum()], [w + 1], [z * w], [torch.ones(2)]])
+        [1, 2, 3, 0]
+    """
+    known: dict[Any, int] = {}  # by node; leaves by their identity
+    for place, value in enumerate(values.values()):
+        key = value.grad_fn or id(value)
+        known[key] = known.get(key, 0) | 1 << place
+
+    def bits(root: Any) -> int:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            if node in known:
+                stack.pop()
+                continue
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+            missing = [parent for parent in parents if parent not in known]
+            if missing:
+                stack += missing
+                continue
+            found = known.get(id(node.variable), 0) if hasattr(node, "variable") else 0
+            for parent in parents:
+                found |= known[parent]
+            known[stack.pop()] = found
+        return known[root]
+
+    rows = []
+    for tensors in arguments:
+        row = 0
+        for tensor in tensors:
+            row |= bits(tensor.grad_fn) if tensor.grad_fn is not None else known.get(id(tensor), 0)
+        rows.append(row)
+    return rows
+
+
 def point_of(fn: Any) -> Any:
     """The distribution under any wrappers."""
     while hasattr(fn, "base_dist") and not isinstance(fn, torch.distributions.TransformedDistribution):

@@ -11,6 +11,7 @@ from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
+from torch.distributions import Distribution
 
 from ..errors import ModelError
 from ..model.device import seed_generators
@@ -23,7 +24,7 @@ from ..model.runtime import (
     is_subsample,
     repeatable,
 )
-from .dependence import Pair, leaves_of
+from .dependence import Pair, leaves_of, sites_behind, tensors_of
 from .enumerated import enumerated_elbo, enumerated_terms, enumerating, is_enumerated
 from .plans import make_plan
 from .score import score_surrogate
@@ -204,6 +205,7 @@ class AnalyticKL_ELBO(ELBO):  # type: ignore[misc]
         key = (
             _identity(model), _identity(guide), _flags(args, kwargs),
             _structure(guide_sites, model_sites), _structure(model_sites, guide_sites),
+            _parents(guide_sites, model_sites),
         )  # fmt: skip
         known = self._proved.get(key)
         if known is None or not _views_hold(known[0], guide_sites, model_sites):
@@ -257,8 +259,9 @@ def _identity(program: Program) -> tuple[int, ...]:
 
 
 def _flags(args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """Arguments that switch rather than measure."""
-    return tuple(value for value in (*args, *kwargs.values()) if isinstance(value, bool | str | None))
+    """Arguments that switch rather than measure; integers too, where no graph shows what they do."""
+    kinds = bool | str | None if torch.is_grad_enabled() else int | str | None
+    return tuple(value for value in (*args, *kwargs.values()) if isinstance(value, kinds))
 
 
 def _structure(sites: dict[str, Site], others: dict[str, Site]) -> tuple[Any, ...]:
@@ -280,6 +283,29 @@ def _kinds(fn: Any) -> list[type]:
         fn = fn.base_dist
         found.append(type(fn))
     found += [type(value.grad_fn) for value in vars(fn).values() if isinstance(value, Tensor)]
+    return found
+
+
+def _parents(guide_sites: dict[str, Site], model_sites: dict[str, Site]) -> tuple[int, ...]:
+    """What sites' distributions were made from, as far as gradients show it: a flag may couple others."""
+    if not torch.is_grad_enabled():
+        return ()
+    values = {name: site["value"] for name, site in guide_sites.items()}
+    sites = (*guide_sites.values(), *model_sites.values())
+    return tuple(sites_behind(values, (_held(site["fn"]) for site in sites)))
+
+
+def _held(fn: Any) -> list[Tensor]:
+    """Tensors of a distribution that take part in gradients."""
+    found: list[Tensor] = []
+    while fn is not None:
+        for part in vars(fn).values():
+            if isinstance(part, Tensor):
+                if part.requires_grad:
+                    found.append(part)
+            elif isinstance(part, list | Distribution) and part is not vars(fn).get("base_dist"):
+                found += [v for v in tensors_of(part).values() if v.requires_grad]
+        fn = vars(fn).get("base_dist")
     return found
 
 
