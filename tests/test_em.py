@@ -656,23 +656,26 @@ def test_starts_at_once_may_be_interrupted(fit, monkeypatch, where):
     assert (len(rounds) == 4) == (where == "in a round")
 
 
+def far_groups():
+    """Groups whose means are far apart: EM is fast there, and hardly adds to the noise of draws."""
+    noise = torch.randn(72, generator=torch.Generator().manual_seed(0), dtype=D)
+    group = torch.arange(60) % 12
+    return {"group": group, "y": 2 + 1.2 * noise[60:][group] + 0.7 * noise[:60]}
+
+
 def test_the_caller_may_give_an_m_step(fit):
     """The sd of a random effect from draws: the root of the mean square."""
 
     def between(latents, params):
         return (latents["theta"] - params["mu"]).square().mean().sqrt()
 
-    data = zoo_em.slow_em_data(1)
-    result = fit(
-        zoo_em.random_intercept,
-        data,
-        guide="auto",
-        schedule="alternate",
-        max_iter=300,
-        m_step={"between": between},
-    )
-    exact = fit(zoo_em.random_intercept, data, guide="auto")
-    assert result.elbo == pytest.approx(exact.elbo, abs=0.05)
+    settings = {"guide": "auto", "max_iter": 200}
+    result = fit(zoo_em.random_intercept, far_groups(), m_step={"between": between}, **settings)
+    exact = fit(zoo_em.random_intercept, far_groups(), **settings)
+    assert result.converged
+    # Of 512 draws of 12 groups the standard error is 0.5 %, of which the rounds make 0.6 %; three of them.
+    assert float(result.params["between"]) == pytest.approx(float(exact.params["between"]), rel=0.018)
+    assert result.elbo == pytest.approx(exact.elbo, abs=12 * 0.018**2)
 
 
 def test_an_m_step_that_lowers_the_bound_is_rolled_back(fit):
@@ -693,9 +696,7 @@ def test_an_m_step_that_lowers_the_bound_is_rolled_back(fit):
 @pytest.mark.parametrize("guide", ["auto", None])
 @pytest.mark.parametrize("hooked", [("t",), ("t", "mu")])
 def test_nothing_else_moves_what_a_function_gives(fit, guide, hooked):
-    noise = torch.randn(72, generator=torch.Generator().manual_seed(0), dtype=D)
-    group = torch.arange(60) % 12
-    y = 2 + 1.2 * noise[60:][group] + 0.7 * noise[:60]
+    group, y = far_groups().values()
 
     def model(y):
         mu = pyro.param("mu", torch.tensor(3.0))

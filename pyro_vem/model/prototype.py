@@ -280,7 +280,7 @@ def on_other_data(program: Program, call: Arguments, latents: tuple[Latent, ...]
         latent, fn = known.get(site["name"]), site["fn"]
         if latent is None or latent.init.shape != fn.batch_shape + fn.event_shape:
             return None
-        return bijector(fn.support)(latent.unconstrained)
+        return support_and_bijector(site)[1](latent.unconstrained)
 
     with torch.no_grad():
         first = program.run(call.args, call.kwargs, {}, start)

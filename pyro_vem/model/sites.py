@@ -16,7 +16,7 @@ from ..errors import ModelError, UnsupportedModelError
 from .dtypes import dtype_advice
 from .parameters import off_boundary
 from .runtime import Site
-from .support import bijector, support_of, unwrapped
+from .support import bijector, plain_parts, support_of, unwrapped
 
 Strategy: TypeAlias = Callable[[Site], Tensor]
 
