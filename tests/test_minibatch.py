@@ -156,6 +156,40 @@ def local(x, y):
         pyro.sample("y", dist.Normal(z * x, 1.0), obs=y)
 
 
+def test_a_saved_inference_holds_what_it_held(fit, tmp_path):
+    def model(y):
+        tau = pyro.param("tau", torch.tensor(1.0), constraint=dist.constraints.positive)
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    y, rows = torch.linspace(-2, 8, 40), {"y": torch.tensor([1.0, 5.0, 2.0, 9.0, 3.0])}
+    new = fit(model, {"y": y}, guide=vem.MeanFieldNormal(model)).infer(rows)
+    new.save(tmp_path / "new.vem")
+    back = vem.VEMResult.load(tmp_path / "new.vem", model, rows, guide=vem.MeanFieldNormal(model))
+    for one in (new, back):
+        with pytest.raises(vem.ModelError, match="no free parameters"):
+            one.standard_errors()
+        with pytest.raises(vem.ModelError, match="held"):
+            one.sample(10, correction="linear_response")
+    assert torch.equal(back.sample(10)["z"], new.sample(10)["z"])
+
+
+def test_inference_refuses_to_hold_map_values_of_rows(fit):
+    def model(y):
+        mu = pyro.param("mu", torch.tensor(0.0))
+        with pyro.plate("rows", len(y)):
+            m = pyro.sample("m", dist.Normal(mu, 1.0))
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z + m, 1.0), obs=y)
+
+    y = torch.tensor([1.0, 2, 4, 5, 3, 2])
+    found = fit(vem.vem_model(model, map_sites=["m"]), {"y": y})
+    with pytest.raises(vem.ModelError, match="'m' has one for each row"):
+        found.infer({"y": y + 10})
+
+
 def test_too_few_rows_to_tell_their_plates(fit):
     found = fit(local, {"x": torch.ones(3), "y": torch.arange(3.0)})
     with pytest.raises(vem.ModelError, match="3 rows are too few"):

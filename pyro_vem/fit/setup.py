@@ -1,7 +1,7 @@
 """From a user's model, data and guide to a problem with its blocks of parameters."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..guides.mean_field import MeanFieldNormal
 from ..model.checks import run_checked
 from ..model.data import Arguments, arguments
 from ..model.modules import copied
-from ..model.parameters import Block, Parameter
+from ..model.parameters import Block, Parameter, PartlyHeld
 from ..model.prototype import Prototype, discover_modules, parameters_of, prototype
 from ..model.roles import roles_of
 from ..model.rows import Rows, Share
@@ -144,6 +144,21 @@ class Setup:
             if total is not None:
                 return total
         return self.objective.value(self.phi.constrained(phi), self.theta_values(theta))
+
+
+def partly_held(
+    setup: Setup, parameters: Iterable[Parameter], held: Mapping[str, Tensor], params: Mapping[str, Tensor]
+) -> Setup:
+    """The problem in which only parameters of the guide that are not held move.
+
+    Args:
+        setup: the problem.
+        parameters: all of the guide's.
+        held: values of those that stand still.
+        params: values of all of the model's, which stand still.
+    """
+    held_params = {**setup.held, **params}
+    return replace(setup, phi=PartlyHeld(parameters, held), theta=Block(()), held=held_params)
 
 
 def encoded_moments(

@@ -18,10 +18,11 @@ from ..bound.tables import ElboTerms, Plan, PlanRow, TermRow
 from ..errors import ModelError
 from ..model.data import named_values
 from ..model.device import device_of
+from ..model.parameters import PartlyHeld
 from ..model.runtime import isolated
 from .exactness import compile_terms, settle
 from .result import VEMResult
-from .setup import FitOptions, Setup, set_up
+from .setup import FitOptions, Setup, partly_held, set_up
 from .starts import Start
 from .state import State
 from .status import Status, Step
@@ -52,6 +53,7 @@ def save(fit: VEMResult, path: str | Path) -> None:
         "num_draws": draws,
         "on_batches": fit._whole is not None or is_of_batch,
         "processes": setup.processes.count if setup is not None else 1,
+        "held": sorted(setup.phi.held) if setup is not None and isinstance(setup.phi, PartlyHeld) else None,
         "compiled": setup is not None and setup.objective.exact is not None,
         "analytic": setup.analytic if setup is not None else "auto",
         "bounds": setup.bounds if setup is not None else False,
@@ -88,7 +90,8 @@ def load(
     setup = None
     if data is not None:
         try:
-            setup = _set_up_again(model, data, guide, summary, {**_group(tensors, "init/"), **params}, device)
+            init = {**_group(tensors, "init/"), **params}
+            setup = _set_up_again(model, data, guide, summary, init, params, guide_params, device)
         except ModelError as error:
             raise ModelError(f"{path} does not fit this model and data: {error}") from error
         _check_same(path, setup, params, guide_params)
@@ -141,12 +144,17 @@ def _set_up_again(
     guide: Any,
     summary: dict[str, Any],
     init: dict[str, Tensor],
+    params: dict[str, Tensor],
+    guide_params: dict[str, Tensor],
     device: torch.device,
 ) -> Setup:
     options = FitOptions(num_draws=summary["num_draws"] or FitOptions.num_draws, compiled=summary["compiled"])
     with isolated(torch.float64, summary["seed"], device=device):
         elbo = AnalyticKL_ELBO(analytic=summary["analytic"], bounds=summary["bounds"])
         setup = set_up(model, data, guide, elbo, init, options, summary["seed"])
+        if summary.get("held") is not None:  # the result of infer()
+            held = {name: guide_params[name] for name in summary["held"]}
+            setup = partly_held(setup, setup.phi.parameters, held, params)
         phi = setup.phi.constrained(setup.phi.initial())
         compile_terms(setup, options)
         setup.objective.prepare(phi, setup.theta_values(setup.theta.initial()))

@@ -14,12 +14,12 @@ from torch import Tensor
 from ..errors import ModelError
 from ..fit.driver import climb
 from ..fit.result import VEMResult
-from ..fit.setup import FitOptions, Setup, encoded_moments, set_up
+from ..fit.setup import FitOptions, Setup, encoded_moments, partly_held, set_up
 from ..guides.amortized import AmortizedNormal
 from ..guides.factorised import FactorisedNormal
 from ..guides.mean_field import MeanFieldNormal
 from ..model.batches import Source
-from ..model.parameters import Block, Parameter, PartlyHeld
+from ..model.parameters import Parameter
 from ..model.rows import rows_of
 from ..model.runtime import isolated
 from ..model.sites import Latent
@@ -87,6 +87,7 @@ def _held(fit: VEMResult, data: Any, refine: bool, seed: int, options: FitOption
     rows = _row_plates(fit)
     assert isinstance(setup.guide, FactorisedNormal)
     inside = [s.name for s in setup.guide.latents() if any(p.name in rows for p in s.plates)]
+    _check_map_sites(setup, rows)
     if not inside:
         raise _nothing_moves(setup.guide.latents(), rows)
     moving = {n for s in inside for n in (setup.guide.loc_name(s), setup.guide.scale_name(s))}
@@ -97,8 +98,7 @@ def _held(fit: VEMResult, data: Any, refine: bool, seed: int, options: FitOption
     if refine and isinstance(guide, AmortizedNormal):
         start = _encoded(fit, guide, data)
         parameters = tuple(replace(p, init=start.get(p.name, p.init)) for p in parameters)
-    theta = {**setup.held, **fit.params}
-    return replace(setup, phi=PartlyHeld(parameters, held), theta=Block(()), held=theta)
+    return partly_held(setup, parameters, held, fit.params)
 
 
 def _no_row_factors(setup: Setup) -> ModelError:
@@ -124,6 +124,17 @@ def _nothing_moves(latents: tuple[Latent, ...], rows: frozenset[str]) -> ModelEr
         "one row of the data (an array of members x observations, and pyro.plate('members', len(y))), or fit "
         "anew from here: fit_vem(model, data, init=fit)"
     )
+
+
+def _check_map_sites(setup: Setup, rows: frozenset[str]) -> None:
+    """That no value of a row is held."""
+    for name in setup.problem.map_sites:
+        site = setup.prototype.latent(name)
+        if any(plate.name in rows for plate in site.plates):
+            raise ModelError(
+                f"infer() holds values of map_sites, and {name!r} has one for each row: leave it out of "
+                "map_sites, or fit anew from here: fit_vem(model, data, init=fit)"
+            )
 
 
 def _check_shapes(setup: Setup, known: Mapping[str, Tensor], moving: Container[str]) -> None:
