@@ -229,7 +229,7 @@ def test_saving_and_loading(tmp_path, schools):
 
 
 @pytest.mark.parametrize("guide", [None, "auto"])
-def test_a_result_is_copied_but_not_pickled(fit, guide):
+def test_a_result_is_copied_but_not_pickled(fit, guide, tmp_path):
     """Nothing is kept of the runs that were made under vmap, whose tensors have no storage."""
     found = fit(zoo.eight_schools, zoo.SCHOOLS, guide=guide)
     for _ in range(2):
@@ -239,6 +239,11 @@ def test_a_result_is_copied_but_not_pickled(fit, guide):
         found.diagnose()  # keeps results of its own
     with pytest.raises(TypeError, match=r"fit.save\(path\).*VEMResult.load\(path"):
         pickle.dumps(found)
+    found.save(tmp_path / "fit.vem")
+    alone = vem.VEMResult.load(
+        tmp_path / "fit.vem", zoo.eight_schools
+    )  # without data, and so without a model
+    assert pickle.loads(pickle.dumps(alone)).elbo == found.elbo
 
 
 def test_loading_refuses_what_is_no_result(tmp_path, schools):

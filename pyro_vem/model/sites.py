@@ -95,6 +95,7 @@ def has_bounds(transform: Transform) -> bool:
     """True for a bijector with bounds that differ from element to element, as data's may.
 
     Example:
+        >>> from torch.distributions import biject_to, constraints
         >>> has_bounds(biject_to(constraints.interval(0.0, 1.0)))
         False
         >>> has_bounds(biject_to(constraints.interval(torch.zeros(3), torch.ones(3))))
