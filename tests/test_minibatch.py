@@ -156,6 +156,30 @@ def local(x, y):
         pyro.sample("y", dist.Normal(z * x, 1.0), obs=y)
 
 
+def test_steps_of_rows_do_not_overshoot_where_the_bound_is_flat(fit, monkeypatch):
+    """Supports of very different widths; a factor beyond the limit of sds is told."""
+    generator = torch.Generator().manual_seed(0)
+    u = 0.5 + 4 * torch.rand(200, generator=generator)
+    y = 1 + u * torch.rand(200, generator=generator) + 0.5 * torch.randn(200, generator=generator)
+
+    def model(u, y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Uniform(torch.zeros_like(u), u))
+            pyro.sample("y", dist.Normal(mu + z, 0.5), obs=y)
+
+    data = {"u": u, "y": y}
+    whole = fit(model, data, guide=vem.MeanFieldNormal(model))
+    found = fit(model, data, batch_size=20, max_iter=200)
+    mean, sd = (whole.guide_params[f"guide.{name}.mu"] for name in ("loc", "scale"))
+    assert abs(float(found.guide_params["guide.loc.mu"] - mean)) < 0.5 * float(sd)
+    assert found.elbo == pytest.approx(whole.elbo, abs=1.0)
+    monkeypatch.setattr("pyro_vem.fit.batched.RUNAWAY", 3.0)
+    with pytest.warns(UserWarning, match="has run away"):
+        found = vem.fit_vem(model, data, batch_size=20, max_iter=60, progress=False)
+    assert found.status is vem.Status.diverged
+
+
 def test_a_saved_inference_holds_what_it_held(fit, tmp_path):
     def model(y):
         tau = pyro.param("tau", torch.tensor(1.0), constraint=dist.constraints.positive)

@@ -23,6 +23,7 @@ from .result import VEMResult
 from .setup import FitOptions, Setup, encoded_moments
 from .starts import initial_values
 from .status import Status, Step
+from .stopping import RUNAWAY
 
 ENCODER_EPOCHS = 1_000_000  # from here on are the orders of rows for steps of the encoder alone
 INFORMED = 512  # rows on which mutual information is estimated
@@ -260,6 +261,18 @@ def _apart(setup: Setup, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
     """Parameters of the guide, and those of the model with what is held."""
     phi = {name: values[name] for name in setup.phi.names}
     return phi, {**{name: values[name] for name in setup.theta.names}, **setup.held}
+
+
+def run_away(fit: BatchFit, guide_params: Mapping[str, Tensor]) -> str | None:
+    """The site of a factor that has collapsed or exploded, or None."""
+    guide = fit.first.guide
+    if not isinstance(guide, FactorisedNormal):
+        return None
+    for site in guide.latents():
+        scale = guide_params.get(guide.scale_name(site.name), torch.ones(1))
+        if not bool((scale.log().abs() < RUNAWAY).all()):
+            return site.name
+    return None
 
 
 def held_out_bound(fit: BatchFit, x: Tensor, source: Source, dtype: torch.dtype = torch.float64) -> float:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .batched import BatchFit
 
 MOST_CHANGE = 16.0  # of a precision in one step, and its inverse
+MOST_SDS = 1.0  # that a mean moves in one step: where the bound is flat far out, whole ones overshoot
 
 
 @dataclass
@@ -149,7 +150,7 @@ class Locals:
 
 
 def natural_step(loc: Tensor, scale: Tensor, by_loc: Tensor, by_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """A whole natural-gradient step of Gaussian factors, from the bound's slopes in mean and sd.
+    """A natural-gradient step of Gaussian factors from the bound's slopes in mean and sd, whole if short.
 
     The slope in the sd is the expected curvature (Price 1958), so this is the optimum where the
     posterior is Gaussian, and a Newton step elsewhere.
@@ -158,10 +159,11 @@ def natural_step(loc: Tensor, scale: Tensor, by_loc: Tensor, by_scale: Tensor) -
         Khan and Lin (2017), Conjugate-computation variational inference, AISTATS.
 
     Example:
-        >>> m, s = torch.tensor(0.0), torch.tensor(1.0)  # bound -2 (m - 3)^2 - 2 s^2 + log s
-        >>> natural_step(m, s, -4 * (m - 3), 1 / s - 4 * s)
-        (tensor(3.), tensor(0.5000))
+        >>> m, s = torch.tensor(0.0), torch.tensor(1.0)  # bound -2 (m - 1)^2 - 2 s^2 + log s
+        >>> natural_step(m, s, -4 * (m - 1), 1 / s - 4 * s)
+        (tensor(1.), tensor(0.5000))
     """
     before = scale.square().reciprocal()
     precision = (before - by_scale / scale).clamp(before / MOST_CHANGE, before * MOST_CHANGE)
-    return loc + by_loc / precision, precision.rsqrt()
+    most = MOST_SDS * torch.maximum(scale, precision.rsqrt())
+    return loc + (by_loc / precision).clamp(-most, most), precision.rsqrt()

@@ -20,12 +20,20 @@ import torch
 from torch import Tensor
 
 from ..bound.elbo import AnalyticKL_ELBO
-from ..errors import ModelError
+from ..errors import ModelError, warn
 from ..model.batches import Source
 from ..model.data import Arguments
 from ..model.rows import Rows, rows_of
 from .averaging import AveragedAdam
-from .batched import ENCODER_EPOCHS, BatchFit, check_batches, held_out_bound, measured, mutual_information
+from .batched import (
+    ENCODER_EPOCHS,
+    BatchFit,
+    check_batches,
+    held_out_bound,
+    measured,
+    mutual_information,
+    run_away,
+)
 from .capture import Compile
 from .checkpoint import Checkpoint
 from .network import NetworkStep
@@ -97,12 +105,17 @@ def fit_batches(
         climb.epochs = saved.left.n_iter
     x, status = _climbed(climb, callbacks)
     x = settled(fit, x)
+    params, guide_params = fit.found(x)
+    name = run_away(fit, guide_params)
+    if name is not None and status is not Status.interrupted:
+        warn(f"site {name!r} has run away: {Status.diverged.value}")
+        status = Status.diverged
     terms = measured(fit, x)
     if status is not Status.interrupted:
         saved.remove()
     is_whole = source.stream is None and processes.count == 1
     return VEMResult(
-        *fit.found(x), terms.elbo, terms.elbo_se, status, climb.epochs, tuple(climb.history),
+        params, guide_params, terms.elbo, terms.elbo_se, status, climb.epochs, tuple(climb.history),
         time.perf_counter() - begin, first.objective.shown_plan, terms, seed,
         None if is_whole else first,
         _whole=partial(problem, dict(source.arrays), options=options) if is_whole else None,
