@@ -400,6 +400,23 @@ def test_loo_adds_up_sites_of_the_same_rows(fit):
         loo(both, var_name=["wait", "other"])
 
 
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")  # of few persons
+def test_loo_of_rows_with_a_discrete_site_each(fit):
+    """Latent classes: the answers of a person count together."""
+    x = (torch.rand(30, 4, generator=torch.Generator().manual_seed(0)) < 0.6).double()
+
+    def model(x):
+        w = pyro.sample("w", dist.Dirichlet(torch.ones(2)))
+        with pyro.plate("classes", 2, dim=-1), pyro.plate("each", 4, dim=-2):
+            p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        with pyro.plate("persons", len(x), dim=-2):
+            z = pyro.sample("z", dist.Categorical(w), infer={"enumerate": "parallel"})
+            with pyro.plate("items", 4, dim=-1) as j:
+                pyro.sample("x", dist.Bernoulli(p[j, z]), obs=x)
+
+    assert loo(fit(model, {"x": x})).n_data_points == 30
+
+
 def test_psis_finds_the_tail_index():
     """Ratios with an exact Pareto tail of index k."""
     uniform = np.random.default_rng(0).random(20_000)

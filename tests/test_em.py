@@ -716,6 +716,28 @@ def test_nothing_else_moves_what_a_function_gives(fit, guide, hooked):
     assert result.elbo == pytest.approx(there.elbo, abs=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["auto", "accelerated", "alternate"])
+def test_no_extrapolation_moves_what_a_function_gives(fit, schedule):
+    """The function keeps mu on quarters."""
+    seen = []
+
+    def rounded(latents, params):
+        seen.append(float(params["mu"]))
+        return (latents["b"].mean() * 4).round() / 4
+
+    def model(y):
+        mu = pyro.param("mu", torch.tensor(0.0))
+        t, s = (pyro.param(name, torch.tensor(2.0), constraint=constraints.positive) for name in "ts")
+        with pyro.plate("rows", len(y)):
+            b = pyro.sample("b", dist.Normal(mu, t))
+            pyro.sample("y", dist.Normal(b, s), obs=y)
+
+    y = 3.33 + 0.3 * torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=D)
+    result = fit(model, {"y": y}, guide="auto", m_step={"mu": rounded}, schedule=schedule, max_iter=60)
+    assert all(value * 4 % 1 == 0 for value in seen)
+    assert float(result.params["mu"]) == 3.25
+
+
 def test_every_round_calls_the_functions_of_an_m_step(fit):
     """Joint and profile steps would move the parameter without them."""
     seen = []

@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from torch import distributions as td
 from torch.distributions.transforms import (
     AffineTransform,
@@ -148,3 +149,19 @@ def test_what_torch_says_of_other_supports_stands():
 )
 def test_the_image_of_an_interval(base, transforms, told):
     assert str(support_of(td.TransformedDistribution(base, transforms))) == told
+
+
+def test_a_logistic_prior_is_on_the_whole_line(fit):
+    """torch clamps the inverse of a sigmoid at its ends, which are not those of its values."""
+    parts = [td.SigmoidTransform().inv, AffineTransform(0.0, 2.0)]
+    prior = dist.TransformedDistribution(dist.Uniform(0.0, 1.0), parts)
+    assert support_of(prior) is td.constraints.real
+
+    def model(y):
+        b = pyro.sample("b", dist.TransformedDistribution(dist.Uniform(0.0, 1.0), parts))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(b, 1.0), obs=y)
+
+    plain, auto = fit(model, {"y": Y}), fit(model, {"y": Y}, guide=AutoNormal(model))
+    assert plain.plan["y"].method == "closed form"
+    assert auto.elbo == pytest.approx(plain.elbo, abs=0.02)

@@ -1,5 +1,6 @@
 """Extrapolation of rounds of closed forms: from where they have led to where they seem to end."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,6 +73,7 @@ class Extrapolation:
         setup: the problem.
         scales: lengths of the factors, in which phi is extrapolated.
         by_theta: whether the block is theta, else phi.
+        still: parameters of the model that keep their values.
         rule: the rounds so far.
         before: the block as the present round began.
     """
@@ -79,6 +81,7 @@ class Extrapolation:
     setup: Setup
     scales: Scales
     by_theta: bool
+    still: Collection[str] = ()
     rule: Anderson = field(default_factory=Anderson)
     before: Vector | None = None
 
@@ -93,6 +96,8 @@ class Extrapolation:
         found = spread.own(self.rule.proposal(spread.whole(point), spread.whole(image), spread.whole(scale)))
         if not self.rule.is_ready:
             return None
+        if self.by_theta and self.still:
+            found = np.where(self.setup.theta.where(self.still), image, found)
         phi, theta = (state.phi, found) if self.by_theta else (found, state.theta)
         return State(phi, theta, -np.inf)
 

@@ -24,9 +24,7 @@ def jumping(setup: Setup, state: State) -> str | None:
     """
     objective = setup.objective
     rows = objective.rest.rows
-    if not isinstance(
-        setup.guide, FactorisedNormal
-    ):  # a Gamma's draws have derivatives in its parameters only
+    if not isinstance(setup.guide, FactorisedNormal):  # draws of a Gamma have no derivatives in their noise
         return None
     if not rows or len(rows) > MOST_TERMS or objective.draws_for(MOST_NUMBERS) < 2 * PAIRS:
         return None

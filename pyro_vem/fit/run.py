@@ -81,8 +81,7 @@ class Run:
         if self.checkpoint.left is not None:
             setup.objective.add_note(f"went on from a checkpoint after {self.checkpoint.left.n_iter} rounds")
         phi, theta = initial_values(setup, setup.phi, warm), initial_values(setup, setup.theta, warm)
-        if number:
-            phi, theta = scattered(setup, phi, theta)
+        phi, theta = scattered(setup, phi, theta) if number else (phi, theta)
         compile_terms(setup, self.options)
         prepare(setup, phi, theta)
         check_kl(setup, phi, theta)
@@ -157,8 +156,8 @@ class Run:
             return "profile" if iteration >= PROFILE_FROM and self.setup.theta.size else "alternate"
         if schedule != "auto":
             return schedule
-        if self.hooks:  # other steps would pass them by
-            return "alternate"
+        if self.hooks:  # joint and profile steps would pass them by
+            return "accelerated" if self.closed is not None and self.closed.is_complete else "alternate"
         if self.closed is None or not self.closed.is_complete:
             return "joint" if self.is_slow() else "alternate"
         if self.closed.is_exact and has_both and self.setup.theta.size <= MOST_PROFILED:
@@ -215,7 +214,8 @@ class Run:
     def extrapolation(self) -> Extrapolation:
         """Of theta where the E-step is exact (or the M-step has hooks), else of phi."""
         assert self.closed is not None
-        return Extrapolation(self.setup, self.scales, self.closed.is_led_by_theta or bool(self.hooks))
+        by_theta = self.closed.is_led_by_theta or bool(self.hooks)
+        return Extrapolation(self.setup, self.scales, by_theta, self.hooks)
 
     def _extrapolate(self, iteration: int) -> bool:
         """Go on from where the rounds seem to lead, if the bound is higher there; whether it is."""

@@ -119,7 +119,9 @@ def _moved(part: Transform, ends: Interval | None, inside: Any) -> Interval | No
     if isinstance(part, AffineTransform) or part.domain.event_dim == part.codomain.event_dim == 0:
         if ends is None:
             raise NotImplementedError(f"{part} of a set that is no interval")
-        if is_whole or not part.bijective:
+        domain = interval_of(element_of(part.domain))
+        is_whole = is_whole or (domain is not None and all(map(_is_close, ends, domain)))
+        if is_whole or not part.bijective:  # torch clamps the inverse of a sigmoid at its ends
             return interval_of(codomain)
         moved = [torch.as_tensor(part(end)) for end in ends]
         return torch.minimum(*moved), torch.maximum(*moved)

@@ -135,7 +135,8 @@ def loo(
         correction: as in ``fit.sample``: where k-hats are high, better draws lower them.
 
     Returns:
-        ArviZ's ``ELPDData`` in nats, with pointwise values and k-hats (``pareto_k``) of the rows.
+        ArviZ's ``ELPDData`` in nats, with pointwise values and k-hats (``pareto_k``) of the rows. Where
+        discrete sites are summed out, rows are those of their plates: what a row has inside counts together.
 
     Raises:
         ValueError: if ``var_name`` is needed, or not an observed site.

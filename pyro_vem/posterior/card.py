@@ -10,12 +10,8 @@ from ..fit.result import VEMResult
 
 LABEL, WIDTH = 9, 100  # columns
 AGREEMENT = 0.1  # nats within which starts count as one optimum
-EXACT = (
-    "closed form",
-    "quadrature",
-    "enumeration",
-    "point",
-)  # quadratures are doubled until they stand still to 1e-9
+# Quadratures are doubled until they stand still to 1e-9.
+EXACT = ("closed form", "quadrature", "enumeration", "point")
 
 
 def card(fit: VEMResult) -> str:

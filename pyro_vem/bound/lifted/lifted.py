@@ -104,15 +104,14 @@ class Lifted:
 
     def _moments(self, parameters: Sequence[Parameter]) -> tuple[Moments, ...]:
         """Priors of vectors whose parameters have no statistics and enter nowhere else."""
-        found, probe = self.found, self.probe
-        free = {p.name: p for p in parameters if p.name in found.refused}
-        sites = [n for n, c in found.codings.items() if c.variable.is_vector and n in found.live]
+        codings, live, refused = self.found.codings, self.found.live, self.found.refused
+        free = {p.name: p for p in parameters if p.name in refused}
+        sites = [n for n, c in codings.items() if c.variable.is_vector and n in live]
         if not (free and sites):
             return ()
-        seen = {p: probe.moved_by(p) for p in free}
-        return moments_of(
-            sites, self._execute, [probe.values({}), probe.values({}, 1)], free, seen.__getitem__
-        )
+        seen = {p: self.probe.moved_by(p) for p in free}
+        points = [self.probe.values({}, other) for other in (0, 1)]
+        return moments_of(sites, self._execute, points, free, seen.__getitem__)
 
     def matched(self, moments: Moments, q: Values, theta: Values, total: Total) -> dict[str, Tensor]:
         """Parameters of a prior of vectors at their best for a factor; `total` sums over processes."""

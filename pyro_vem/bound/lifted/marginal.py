@@ -63,7 +63,7 @@ def seats(run: Execution) -> dict[str, str]:
 def tied_rows(run: Execution) -> dict[str, list[str]]:
     """Observed sites whose rows have one joint density only, and the discrete sites that tie them.
 
-    Those lie outside a plate of the site, or tie it to other observed sites (a chain) as a whole.
+    Those lie outside all plates of the site, or tie it to other observed sites (a chain) as a whole.
     """
     if not any(is_summed_out(site) for site in run.sites.values()):
         return {}
@@ -75,7 +75,7 @@ def tied_rows(run: Execution) -> dict[str, list[str]]:
         seen = [member for member in members if member.name in observed]
         size = rows[seat(members, observed)].numel()
         most = max((member.value.shape[len(member.discrete) :].numel() for member in seen), default=1)
-        if most > size or (size == 1 and len(seen) > 1):
+        if size == 1 and (most > 1 or len(seen) > 1):
             sites = [member.name for member in members if is_summed_out(run.sites[member.name])]
             tied |= {member.name: sites for member in seen}
     return tied

@@ -61,10 +61,9 @@ class Masked:
 
     def note(self, name: str) -> str:
         """What the plan says of a site's masked rows; empty if they add nothing."""
-        is_partly = name in self.partly
-        return (
-            "; masked rows keep their density where what depends on them is not masked" if is_partly else ""
-        )
+        if name not in self.partly:
+            return ""
+        return "; masked rows keep their density where what depends on them is not masked"
 
 
 def _off(site: Site, depth: int) -> Tensor:
