@@ -77,14 +77,15 @@ def ragged(y, lengths):
             pyro.sample(f"y{i}_{t}", dist.Normal(4.0 * z, 1.0), obs=y[i, t])
 
 
-@pytest.mark.parametrize("padding", [0, 5])
-def test_padded_chains_are_as_long_as_they_are(fit, padding):
-    y = torch.cat([SEQUENCES, torch.zeros(5, padding)], 1)
-    padded, twin = fit(chain, {"y": y, "lengths": LENGTHS}), fit(ragged, {"y": y, "lengths": LENGTHS})
-    assert padded.converged
-    assert padded.elbo == pytest.approx(twin.elbo, abs=1e-6)
-    name = "guide.concentration.rows"
-    assert torch.allclose(padded.guide_params[name], twin.guide_params[name], rtol=1e-3)
+def test_padded_chains_are_as_long_as_they_are(fit):
+    twin = fit(ragged, {"y": SEQUENCES[:2], "lengths": LENGTHS[:2]})
+    for padding in (0, 2):
+        y = torch.cat([SEQUENCES[:2], torch.zeros(2, padding)], 1)
+        padded = fit(chain, {"y": y, "lengths": LENGTHS[:2]})
+        assert padded.converged
+        assert padded.elbo == pytest.approx(twin.elbo, abs=1e-6)
+        name = "guide.concentration.rows"
+        assert torch.allclose(padded.guide_params[name], twin.guide_params[name], rtol=1e-3)
 
 
 def test_a_masked_site_with_live_data_keeps_its_density(fit):
