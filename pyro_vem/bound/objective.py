@@ -17,7 +17,7 @@ from ..model.runtime import Execution, is_summed_out
 from .draws import NoiseSpec, independent_noise, matched_noise
 from .exact import ExactTerms
 from .grids import Batch, Rows, grid, split
-from .lifted.marginal import density_of, with_own_rows
+from .lifted.marginal import Marginal
 from .problem import Problem
 from .tables import Plan
 from .terms import Part, site_terms, term_parts
@@ -150,7 +150,7 @@ class Objective:
 
     def _once(self, plan: Plan, phi: Values, theta: Values, noise: Values) -> dict[str, Tensor]:
         sites, model = self.problem.run(phi, theta, noise)
-        return site_terms(plan, sites, model.sites, density_of(model))
+        return site_terms(plan, sites, model.sites, Marginal.of(model).density)
 
     def add_note(self, note: str) -> None:
         """Record in the plan what is not as usual."""
@@ -222,7 +222,7 @@ class Objective:
 
         def one(noise: Values) -> dict[str, Tensor]:
             sites, model = self.problem.run(phi, theta, noise)
-            return {"": of(term_parts(self.plan, sites, model.sites, density_of(model)))}
+            return {"": of(term_parts(self.plan, sites, model.sites, Marginal.of(model).density))}
 
         return self._each(one, self.noise)[""] if self.specs else one({})[""].unsqueeze(0)
 
@@ -354,11 +354,11 @@ def _groups(
     deterministic = {n: s["value"] for n, s in model.deterministic.items()}
     groups = {"values": {**latents, **deterministic}}
     known: dict[int, Tensor] = {}  # by site: several groups need the same densities
-    fresh = density_of(model)
+    marginal = Marginal.of(model)
 
     def density(site: dict[str, Any]) -> Tensor:
         if id(site) not in known:
-            known[id(site)] = fresh(site)
+            known[id(site)] = marginal.density(site)
         return known[id(site)]
 
     if "densities" in keep:
@@ -366,7 +366,7 @@ def _groups(
         log_q = [density(site).sum() for site in guide_sites.values()] or [torch.zeros(())]
         groups["densities"] = {"log_p": torch.stack(log_p).sum(), "log_q": torch.stack(log_q).sum()}
     if "log_likelihood" in keep:
-        groups["log_likelihood"] = {n: density(model.sites[n]) for n in with_own_rows(model)}
+        groups["log_likelihood"] = {n: density(model.sites[n]) for n in marginal.likelihood}
     if "model_rows" in keep:
         groups["model_rows"] = {n: density(s) for n, s in model.sites.items()}
     if "guide_rows" in keep:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bound.lifted.marginal import seats, tied_rows
+from ..bound.lifted.marginal import Marginal
 from ..errors import ModelError, unknown_names
 from ..fit.result import VEMResult
 from .checks import run_at
@@ -180,8 +180,8 @@ def loo(
 
 def _check_rows(fit: VEMResult, names: Sequence[str]) -> None:
     """Raise unless each site has rows of its own, and all of them the same ones."""
-    run, plates = run_at(fit), fit.setup.prototype.observed
-    places, tied = seats(run), tied_rows(run)
+    marginal, plates = Marginal.of(run_at(fit)), fit.setup.prototype.observed
+    places, tied = marginal.seats, marginal.tied
     for name in names:
         if name in tied:
             by, rest = ", ".join(map(repr, tied[name][:5])), len(tied[name]) - 5

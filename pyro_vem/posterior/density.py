@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..bound.lifted.marginal import marginal_rows
+from ..bound.lifted.marginal import Marginal
 from ..bound.problem import Problem, Values
 from ..bound.terms import log_density
 from ..errors import ModelError
@@ -126,7 +126,7 @@ class Density:
             parts.append(site.transform.log_abs_det_jacobian(inner, value).sum())
             values[site.name] = value
         run = self.problem.run_model(self.theta, values)
-        summed_out = marginal_rows(run)
+        summed_out = Marginal.of(run).rows
         rows = [
             summed_out[name] if name in summed_out else log_density(site) for name, site in run.sites.items()
         ]

@@ -9,7 +9,7 @@ import torch
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
-from ..bound.lifted.marginal import density_of, with_own_rows
+from ..bound.lifted.marginal import Marginal
 from ..errors import ModelError
 from ..fit.result import VEMResult
 from ..guides.factorised import Factorised
@@ -141,8 +141,8 @@ def _run(fit: VEMResult, call: Arguments, values: Mapping[str, Tensor], is_predi
     observed = {name: site for name, site in sites.items() if name in setup.prototype.observed}
     rows: dict[str, Tensor] = {}
     if not is_predicting:
-        density = density_of(run)
-        rows = {name: density(sites[name]) for name in with_own_rows(run) if name in sites}
+        marginal = Marginal.of(run)
+        rows = {name: marginal.density(sites[name]) for name in marginal.likelihood if name in sites}
     return observed, {name: site for name, site in sites.items() if name not in observed}, rows
 
 
