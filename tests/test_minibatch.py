@@ -174,7 +174,7 @@ def test_steps_of_rows_do_not_overshoot_where_the_bound_is_flat(fit, monkeypatch
     mean, sd = (whole.guide_params[f"guide.{name}.mu"] for name in ("loc", "scale"))
     assert abs(float(found.guide_params["guide.loc.mu"] - mean)) < 0.5 * float(sd)
     assert found.elbo == pytest.approx(whole.elbo, abs=1.0)
-    monkeypatch.setattr("pyro_vem.fit.batched.RUNAWAY", 3.0)
+    monkeypatch.setattr("pyro_vem.fit.stopping.RUNAWAY", 3.0)
     with pytest.warns(UserWarning, match="has run away"):
         found = vem.fit_vem(model, data, batch_size=20, max_iter=60, progress=False)
     assert found.status is vem.Status.diverged

@@ -23,7 +23,6 @@ from .result import VEMResult
 from .setup import FitOptions, Setup, encoded_moments
 from .starts import initial_values
 from .status import Status, Step
-from .stopping import RUNAWAY
 
 ENCODER_EPOCHS = 1_000_000  # from here on are the orders of rows for steps of the encoder alone
 INFORMED = 512  # rows on which mutual information is estimated
@@ -183,14 +182,11 @@ def check_batches(fit: BatchFit, is_validated: bool, options: FitOptions) -> Non
         raise UnsupportedModelError(
             "closed forms and discrete sites are fitted on all rows at once: leave batch_size= out"
         )
-    for site in fit.first.prototype.latents:
-        if site.name in fit.first.problem.map_sites and any(
-            p.name in fit.rows.all_plates for p in site.plates
-        ):
-            raise ModelError(
-                f"map site {site.name!r} has a value for each row, which batches do not keep: give it "
-                "a factor (leave it out of map_sites=), or fit all rows at once (leave batch_size= out)"
-            )
+    for name in fit.first.map_sites_in(fit.rows.all_plates):
+        raise ModelError(
+            f"map site {name!r} has a value for each row, which batches do not keep: give it "
+            "a factor (leave it out of map_sites=), or fit all rows at once (leave batch_size= out)"
+        )
     apart = set(fit.processes.axes) - fit.locals.names
     if apart:
         raise ModelError(
@@ -261,18 +257,6 @@ def _apart(setup: Setup, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
     """Parameters of the guide, and those of the model with what is held."""
     phi = {name: values[name] for name in setup.phi.names}
     return phi, {**{name: values[name] for name in setup.theta.names}, **setup.held}
-
-
-def run_away(fit: BatchFit, guide_params: Mapping[str, Tensor]) -> str | None:
-    """The site of a factor that has collapsed or exploded, or None."""
-    guide = fit.first.guide
-    if not isinstance(guide, FactorisedNormal):
-        return None
-    for site in guide.latents():
-        scale = guide_params.get(guide.scale_name(site.name), torch.ones(1))
-        if not bool((scale.log().abs() < RUNAWAY).all()):
-            return site.name
-    return None
 
 
 def held_out_bound(fit: BatchFit, x: Tensor, source: Source, dtype: torch.dtype = torch.float64) -> float:

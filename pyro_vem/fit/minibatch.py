@@ -25,15 +25,7 @@ from ..model.batches import Source
 from ..model.data import Arguments
 from ..model.rows import Rows, rows_of
 from .averaging import AveragedAdam
-from .batched import (
-    ENCODER_EPOCHS,
-    BatchFit,
-    check_batches,
-    held_out_bound,
-    measured,
-    mutual_information,
-    run_away,
-)
+from .batched import ENCODER_EPOCHS, BatchFit, check_batches, held_out_bound, measured, mutual_information
 from .capture import Compile
 from .checkpoint import Checkpoint
 from .network import NetworkStep
@@ -44,6 +36,7 @@ from .settling import settled
 from .setup import FitOptions, Setup, set_up
 from .state import State
 from .status import Status, Step, progress_bar
+from .stopping import exploded
 
 PAIRS = 4  # antithetic pairs of draws a step; one draw where only encoders draw
 PATIENCE, LEAST_RATE = 10, 1e-5  # epochs without a rise after which a network's rate falls, and its end
@@ -106,7 +99,7 @@ def fit_batches(
     x, status = _climbed(climb, callbacks)
     x = settled(fit, x)
     params, guide_params = fit.found(x)
-    name = run_away(fit, guide_params)
+    name = exploded(first.guide, lambda scale: guide_params.get(scale, torch.ones(0)).log().cpu().numpy())
     if name is not None and status is not Status.interrupted:
         warn(f"site {name!r} has run away: {Status.diverged.value}")
         status = Status.diverged

@@ -1,6 +1,6 @@
 """From a user's model, data and guide to a problem with its blocks of parameters."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -104,6 +104,11 @@ class Setup:
     bounds: bool
     captures: Captures
     processes: Processes = field(default_factory=Processes)
+
+    def map_sites_in(self, plates: Container[str]) -> list[str]:
+        """MAP sites inside one of these plates: each of its rows has a value of its own."""
+        latents = (self.prototype.latent(name) for name in self.problem.map_sites)
+        return [site.name for site in latents if any(plate.name in plates for plate in site.plates)]
 
     @property
     def is_our_code(self) -> bool:

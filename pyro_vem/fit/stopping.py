@@ -1,7 +1,7 @@
 """When to stop: the predicted remaining gain of the joint problem, and signs of divergence."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,12 +80,9 @@ def _last(history: Sequence[Step], number: int) -> list[Step]:
 
 def runaway(setup: Setup, state: State, start: State) -> str | None:
     """The site or parameter that has run away, or None."""
-    guide = setup.guide
-    if isinstance(guide, FactorisedNormal):
-        for site in guide.latents():
-            log_scale = state.phi[setup.phi.where([guide.scale_name(site.name)])]
-            if log_scale.size and np.abs(log_scale).max() > RUNAWAY:
-                return site.name
+    name = exploded(setup.guide, lambda scale: state.phi[setup.phi.where([scale])])
+    if name is not None:
+        return name
     drift = np.abs(state.theta - start.theta)
     tabulated = setup.lifted.lifted.found.codings if setup.lifted is not None else {}
     for parameter in setup.theta.parameters:
@@ -99,6 +96,15 @@ def runaway(setup: Setup, state: State, start: State) -> str | None:
             is_gone |= _is_cancelled(coding, state.theta[where], start.theta[where])
         if is_gone:
             return parameter.name
+    return None
+
+
+def exploded(guide: object, log_scale: Callable[[str], Vector]) -> str | None:
+    """The site of a factor that has collapsed or exploded, or None; `log_scale` gives its log sds by name."""
+    if isinstance(guide, FactorisedNormal):
+        for site in guide.latents():
+            if not (np.abs(log_scale(guide.scale_name(site.name))) < RUNAWAY).all():
+                return site.name
     return None
 
 

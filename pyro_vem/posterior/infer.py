@@ -87,7 +87,11 @@ def _held(fit: VEMResult, data: Any, refine: bool, seed: int, options: FitOption
     rows = _row_plates(fit)
     assert isinstance(setup.guide, FactorisedNormal)
     inside = [s.name for s in setup.guide.latents() if any(p.name in rows for p in s.plates)]
-    _check_map_sites(setup, rows)
+    for name in setup.map_sites_in(rows):
+        raise ModelError(
+            f"infer() holds values of map_sites, and {name!r} has one for each row: leave it out of "
+            "map_sites, or fit anew from here: fit_vem(model, data, init=fit)"
+        )
     if not inside:
         raise _nothing_moves(setup.guide.latents(), rows)
     moving = {n for s in inside for n in (setup.guide.loc_name(s), setup.guide.scale_name(s))}
@@ -124,17 +128,6 @@ def _nothing_moves(latents: tuple[Latent, ...], rows: frozenset[str]) -> ModelEr
         "one row of the data (an array of members x observations, and pyro.plate('members', len(y))), or fit "
         "anew from here: fit_vem(model, data, init=fit)"
     )
-
-
-def _check_map_sites(setup: Setup, rows: frozenset[str]) -> None:
-    """That no value of a row is held."""
-    for name in setup.problem.map_sites:
-        site = setup.prototype.latent(name)
-        if any(plate.name in rows for plate in site.plates):
-            raise ModelError(
-                f"infer() holds values of map_sites, and {name!r} has one for each row: leave it out of "
-                "map_sites, or fit anew from here: fit_vem(model, data, init=fit)"
-            )
 
 
 def _check_shapes(setup: Setup, known: Mapping[str, Tensor], moving: Container[str]) -> None:
