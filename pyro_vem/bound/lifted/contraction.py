@@ -5,11 +5,11 @@ factor is the posterior marginal of that factor's discrete sites.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from opt_einsum import get_symbol
+from opt_einsum import contract_path, get_symbol
 from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.rings import LogRing
 from torch import Tensor
@@ -104,7 +104,7 @@ def _common_scale(factors: list[Factor]) -> Scale:
 
 
 def _contract(factors: list[Factor]) -> Tensor:
-    """Sum out what depends on each other, by Pyro's own message passing."""
+    """Sum out what depends on each other, by Pyro's message passing over plates."""
     identities = sorted({identity for factor in factors for identity in factor.discrete})
     names = {identity: get_symbol(i) for i, identity in enumerate(identities)}
     depth = max(f.value.dim() - len(f.discrete) for f in factors)
@@ -122,7 +122,7 @@ def _contract(factors: list[Factor]) -> Tensor:
         tensor._pyro_dims = symbols  # type: ignore[attr-defined]
         sizes.update(zip(symbols, tensor.shape, strict=True))
         tree.setdefault(frozenset(symbols) & frozenset(plates), []).append(tensor)
-    contracted = contract_tensor_tree(tree, set(names.values()), ring=LogRing(dim_to_size=sizes))
+    contracted = contract_tensor_tree(tree, set(names.values()), ring=_LogSums(dim_to_size=sizes))
     terms = [term for members in contracted.values() for term in members]
     if len(terms) > 1:
         return torch.stack([term.sum() for term in terms]).sum()
@@ -131,3 +131,51 @@ def _contract(factors: list[Factor]) -> Tensor:
     kept = [label for label in reversed(plates) if label in labels]
     rows = term.permute([labels.index(label) for label in kept]) if kept else term
     return rows.reshape([sizes[label] if label in labels else 1 for label in reversed(plates)])
+
+
+class _LogSums(LogRing):  # type: ignore[misc]
+    """Log sums whose values and slopes are right however far factors pull apart.
+
+    Pyro's sum exponentials that are scaled factor by factor: where two factors have their largest values at
+    other states, those vanish, and their slopes are clamped below 1e-16. (Its logarithm is also one that
+    `torch.func.vmap` refuses.) Here exponentials are scaled by the largest of their products.
+    """
+
+    def sumproduct(self, terms: Sequence[Tensor], dims: Collection[str]) -> Tensor:
+        left = [(term._pyro_dims, term) for term in terms]  # type: ignore[attr-defined]
+        output = "".join(sorted(set().union(*(names for names, _ in left)) - set(dims)))
+        equation = ",".join(names for names, _ in left) + "->" + output
+        order, _ = contract_path(equation, *(term.shape for _, term in left), shapes=True, optimize="auto")
+        for places in order:
+            pair = [left.pop(place) for place in sorted(places, reverse=True)]
+            wanted = set(output).union(*(names for names, _ in left))
+            left.append(_log_sum_of(pair, wanted))
+        ((names, term),) = left
+        result = term.permute([names.index(name) for name in output])
+        result._pyro_dims = output  # type: ignore[attr-defined]
+        return result
+
+
+def _log_sum_of(terms: Sequence[tuple[str, Tensor]], wanted: Collection[str]) -> tuple[str, Tensor]:
+    """The log of the sum over all names but the wanted ones of the product of exponentials of terms."""
+    every = "".join(sorted(set().union(*(names for names, _ in terms))))
+    total: Tensor | float = 0.0
+    for names, term in terms:
+        axes = [names.index(name) for name in every if name in names]
+        total = total + term.permute(axes).reshape(
+            [term.shape[names.index(name)] if name in names else 1 for name in every]
+        )
+    assert isinstance(total, Tensor)
+    summed = [place for place, name in enumerate(every) if name not in wanted]
+    kept = "".join(name for name in every if name in wanted)
+    return kept, _log_sum_exp(total, summed) if summed else total
+
+
+def _log_sum_exp(x: Tensor, dims: list[int]) -> Tensor:
+    """`torch.logsumexp`, with slopes of zero instead of nan where everything is impossible (-inf)."""
+    shift = x.detach().amax(dims, keepdim=True).clamp(min=torch.finfo(x.dtype).min)
+    total = (x - shift).exp().sum(dims)
+    is_possible = total != 0
+    return torch.where(
+        is_possible, torch.where(is_possible, total, 1.0).log() + shift.squeeze(dims), -torch.inf
+    )

@@ -1,7 +1,7 @@
 """The log joint of one model run, element by element: the finest parts that sites come in."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,41 @@ def pieces(run: Execution, depth: int, only: Collection[str] | None = None) -> d
         only: names of the sites that are wanted; None for all.
     """
     return {name: _piece(site, depth) for name, site in run.sites.items() if only is None or name in only}
+
+
+def impossible(found: Mapping[str, Piece]) -> dict[str, Tensor]:
+    """Which values of discrete sites a site's log density (-inf) rules out: (values, *plates), by name."""
+    ruled_out = {}
+    for name, piece in found.items():
+        if piece.discrete:
+            where = piece.value == -torch.inf
+            for _ in range(piece.inner):
+                where = where.any(-1)
+            if bool(where.any()):
+                ruled_out[name] = where
+    return ruled_out
+
+
+def possible(found: Mapping[str, Piece], known: Mapping[str, Tensor]) -> dict[str, Piece]:
+    """The same with densities that polynomials can be solved from: 0 where values are known to be impossible.
+
+    Raises:
+        UnsupportedModelError: where they are not the known ones.
+    """
+    here = impossible(found)
+    for name in {*here} | ({*known} & {*found}):
+        if name not in here or name not in known or not torch.equal(here[name], known[name]):
+            raise UnsupportedModelError(
+                f"site {name!r} depends on a discrete site, and which of its values are impossible (a log "
+                "density of -inf) moves with latents or parameters: sum it out by a log density of your own "
+                "in pyro.factor"
+            )
+    return {
+        name: replace(piece, value=piece.value.masked_fill(piece.value == -torch.inf, 0.0))
+        if name in here
+        else piece
+        for name, piece in found.items()
+    }
 
 
 def identities(run: Execution) -> dict[str, int]:

@@ -280,7 +280,7 @@ def grid_values(
         for name in names:
             values[name].append(weighed(run[name]))
     sizes = {name: [found.codings[n].family.num + 1 for n in scope] for name, scope in scopes.items()}
-    return {name: torch.stack(rows).reshape(*sizes[name], *rows[0].shape) for name, rows in values.items()}
+    return {name: torch.stack(rows).reshape((*sizes[name], *rows[0].shape)) for name, rows in values.items()}
 
 
 def weighed(piece: Piece) -> Tensor:

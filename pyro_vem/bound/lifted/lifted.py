@@ -14,7 +14,7 @@ from ...model.parameters import Parameter
 from ...model.prototype import Prototype
 from .contraction import Factor, components, log_sum, seat
 from .coupled import Coupled, coupled_of
-from .elements import identities, pieces
+from .elements import identities, impossible, pieces, possible
 from .lift import Found, Pieces, Probe, grid_values, misfits
 from .masked import Masked
 from .moments import Moments, Total, mean_of, moments_of
@@ -60,12 +60,13 @@ class Lifted:
             return run({**held, **theta}, {n: values[n] for n in latent_names})
 
         def evaluate(values: Values, only: Collection[str] | None) -> Pieces:
-            return pieces(execute(values), depth, only)
+            return possible(pieces(execute(values), depth, only), self.impossible)
 
         def vectors(variable: Variable, values: Values) -> Coupled | str:
             return coupled_of(execute(values).sites[variable.name], variable)
 
         first = run({**held, **{p.name: start[p.name] for p in parameters}}, start)
+        self.impossible = impossible(pieces(first, depth))
         self.discrete = identities(first)
         self.plates = {
             self.discrete[name]: tuple(plate.dim for plate in plates)
@@ -326,6 +327,8 @@ class Lifted:
             kept[table.name] = value
         if self._noise:
             value = (value - value.detach() if self._is_alone else value) + self._noise.get(table.name, 0.0)
+        if table.name in self.impossible:
+            value = torch.where(self.impossible[table.name], -torch.inf, value)
         return Factor(table.name, value, table.discrete, table.scale)
 
     def natural(
