@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -46,7 +47,7 @@ class Objective:
         self.plan = plan
         self.exact: ExactTerms | None = None
         self._noise: dict[str, Tensor] | None = None
-        self._vectorised = True
+        self.is_vectorised = True  # until torch.func.vmap has refused the model
         self.is_gridded = False  # whether terms with few numbers may go on a grid
         self.drawn: set[str] = set()  # those that may not
         self._batches: tuple[Batch, ...] | None = None  # of the terms that run the model
@@ -245,18 +246,21 @@ class Objective:
         """Another number of fixed draws from here on."""
         self.num_draws, self._noise = num_draws, None
 
-    def _each(self, one: Callable[[Any], dict[str, Tensor]], noise: Values) -> dict[str, Tensor]:
-        if self._vectorised:
+    def _each(
+        self, one: Callable[[Any], dict[str, Tensor]], noise: Values, most_runs: int | None = None
+    ) -> dict[str, Tensor]:
+        """Something at all draws together, or at the first of them if each takes a run of its own."""
+        if self.is_vectorised:
             try:
                 result: dict[str, Tensor] = torch.func.vmap(one, randomness="same")(dict(noise))
                 return result
             except SingularMatrix:  # at this point; vmap is not to blame
                 raise
             except Exception as error:  # an error of the model itself is raised again by the loop
-                self._vectorised = False
+                self.is_vectorised = False
                 reason = str(error).strip().splitlines()[0][:120]
                 self.add_note(f"one run a draw: torch.func.vmap refuses the model ({reason})")
-        num = len(next(iter(noise.values())))
+        num = min(len(next(iter(noise.values()))), most_runs or sys.maxsize)
         rows = [one({name: value[i] for name, value in noise.items()}) for i in range(num)]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -286,6 +290,7 @@ class Objective:
         seed: int,
         keep: Collection[str] = ("values", "densities"),
         noise: Values | None = None,
+        most_runs: int | None = None,
     ) -> dict[str, dict[str, Tensor]]:
         """Independent draws from the guide (or the points that given noise makes), run through the model.
 
@@ -299,6 +304,7 @@ class Objective:
                 "terms" (each row of the plan), "observed" (values of the observed sites),
                 "model_rows" and "guide_rows" (log densities by site, not summed over plates).
             noise: standard normal noise of each guide site, (draws, *noise), instead of fresh one.
+            most_runs: draws that will do where each takes a run of the model of its own.
 
         Returns:
             The groups; each tensor's first dimension runs over the draws.
@@ -316,14 +322,22 @@ class Objective:
                 else:
                     drawn = {name: value[start : start + size] for name, value in noise.items()}
                 with regular("a draw of the guide"):
-                    parts.append(self._sample(phi, theta, size, drawn, keep))
+                    parts.append(self._sample(phi, theta, size, drawn, keep, most_runs))
+                if not self.is_vectorised and start + size >= (most_runs or num_draws):
+                    break
         return {
             group: {name: torch.cat([part[group][name] for part in parts]) for name in parts[0][group]}
             for group in parts[0]
         }
 
     def _sample(
-        self, phi: Values, theta: Values, size: int, noise: Values, keep: Collection[str]
+        self,
+        phi: Values,
+        theta: Values,
+        size: int,
+        noise: Values,
+        keep: Collection[str],
+        most_runs: int | None,
     ) -> dict[str, dict[str, Tensor]]:
         plan = self.plan
 
@@ -336,7 +350,7 @@ class Objective:
             return flat
 
         if self.specs:
-            flat = self._each(one, noise)
+            flat = self._each(one, noise, most_runs)
         else:
             flat = {name: value.expand(size, *value.shape) for name, value in one({}).items()}
         groups: dict[str, dict[str, Tensor]] = {group: {} for group in keep}

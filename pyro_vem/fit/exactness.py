@@ -20,7 +20,7 @@ from .smooth import Smooth, Vector, newton_step
 from .state import State, joint_loss, own_elbo
 
 RECHECK_SEED = 104_729
-CHECK_DRAWS = 1024
+CHECK_DRAWS, CHECK_RUNS = 1024, 128  # the second where each draw is a run of its own
 SELF_CHECK = 256  # draws that closed forms of KL terms beside draws are held against at the start
 MOST_CHECKED = 500_000  # densities evaluated for that check
 CHECK_LIMIT = 5.0  # standard errors, of each term
@@ -224,7 +224,8 @@ def _gaps_to_draws(setup: Setup, state: State) -> dict[str, str]:
         return {}
     rows = objective.exact.num_elements if objective.exact is not None else 0
     draws = min(CHECK_DRAWS, max(64, MOST_CHECKED // max(1, rows)), objective.draws_for(MOST_NUMBERS))
-    found = objective.sample(*values, draws, RECHECK_SEED, ("densities", "terms"))
+    found = objective.sample(*values, draws, RECHECK_SEED, ("densities", "terms"), most_runs=CHECK_RUNS)
+    draws = len(found["densities"]["log_p"])
     pairs = {name: (exact, found["terms"][name]) for name, exact in exact_terms.items()}
     if objective.is_exact and not not_averages:
         ratio = found["densities"]["log_p"] - found["densities"]["log_q"]

@@ -37,6 +37,7 @@ MOST_DENSE = 4000  # latents of which the joint density is computed
 MOST_JOINT = 1000  # latents beyond which no joint weights with correlations are tried
 MOST_SCALARS = 40_000_000  # draws times latents kept
 MOST_DENSITIES = 300_000_000  # draws times rows evaluated
+MOST_RUNS = 4_000  # draws that each take a run of the model
 TAILS = 7.0  # degrees of freedom of the linear-response proposal: weights need heavier tails than a Normal's
 
 
@@ -182,6 +183,8 @@ def affordable(fit: VEMResult, num_draws: int) -> int:
     one = objective.sample(fit.guide_params, fit.params, 1, 0, ("log_likelihood",))["log_likelihood"]
     rows = sum(value.numel() for value in one.values())
     most = min(MOST_SCALARS // max(1, scalars), MOST_DENSITIES // max(1, rows))
+    if not objective.is_vectorised:
+        most = min(most, MOST_RUNS)
     return min(num_draws, max(1000, most))
 
 
