@@ -9,6 +9,7 @@ import torch
 from torch.distributions import constraints
 
 from pyro_vem.bound.lifted.contraction import Factor, log_rows
+from pyro_vem.model.density import lean_log_prob
 
 INF = float("inf")
 SUMMED = {"enumerate": "parallel"}
@@ -107,3 +108,35 @@ def test_chains_run_under_vmap(fit):
     result = fit(model, {"y": torch.tensor([0.1, -0.3, 2.2, 1.8])})
     assert result.converged
     assert "vmap" not in str(result.plan)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_hidden_markov_models_have_the_density_of_pyro(steps, batch):
+    torch.manual_seed(1)
+    vectors = dist.Normal(torch.randn(2, 5), 1.0).to_event(1)
+    fn = dist.DiscreteHMM(torch.randn(*batch, 2), torch.randn(steps, 2, 2), vectors, duration=4)
+    value = torch.randn(*batch, 4, 5)
+    torch.testing.assert_close(lean_log_prob(fn, value), fn.log_prob(value))
+    wider = fn.expand((6, *batch))
+    torch.testing.assert_close(lean_log_prob(wider, value), wider.log_prob(value))
+
+
+def hidden(y):
+    """The chain of `left_right` by Pyro's own distribution."""
+    stay = pyro.param("stay", torch.tensor(0.8), constraint=constraints.unit_interval)
+    rows = torch.stack([torch.stack([stay, 1 - stay]).log(), torch.tensor([-INF, 0.0])])
+    emission = dist.Normal(torch.tensor([0.0, 100.0]), 1.0)
+    # Pyro moves once before the first datum: the chain starts where it comes to stand.
+    first, rest = torch.tensor([[0.0, -INF], [-INF, 0.0]]), rows.expand(len(y) - 1, 2, 2)
+    start, logits = torch.tensor([0.0, -INF]), torch.cat([first.unsqueeze(0), rest])
+    pyro.sample("y", dist.DiscreteHMM(start, logits, emission), obs=y)
+
+
+def test_hidden_markov_models_keep_their_evidence(fit):
+    y = torch.tensor([0.3, -0.2, 100.5, 99.8, 43.0, 101.0])
+    chain, whole = fit(left_right, {"y": y}), fit(hidden, {"y": y})
+    assert whole.converged
+    assert whole.elbo == pytest.approx(chain.elbo, abs=1e-9)
+    assert float(whole.params["stay"]) == pytest.approx(0.5, abs=1e-4)
+    assert "vmap" not in str(whole.plan)

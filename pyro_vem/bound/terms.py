@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
+from ..model.density import lean_log_prob
 from ..model.runtime import Site
 from .kl import leaf_of, negative_entropy
 from .kl.table import elements
@@ -68,7 +69,7 @@ def term_parts(
 
 def log_density(site: Site) -> Float[Tensor, "..."]:
     """A site's weighted log density at its value, shaped like its batch."""
-    return weighted(site["fn"].log_prob(site["value"]), site)
+    return weighted(lean_log_prob(site["fn"], site["value"]), site)
 
 
 def site_divergence(q: Site, p: Site) -> Float[Tensor, "..."]:

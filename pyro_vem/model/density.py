@@ -1,5 +1,6 @@
-"""Log densities of categorical sites without the copies that torch makes of their tables."""
+"""Log densities of our own, where those of torch and Pyro copy tables, underflow or refuse vmap."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,6 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-KNOWN = (td.Categorical.log_prob, dist.Categorical.log_prob)
-
 
 def lean_log_prob(fn: Any, value: Tensor) -> Tensor:
     """``fn.log_prob(value)``, at a categorical site with no more numbers than the table itself has.
@@ -17,17 +16,26 @@ def lean_log_prob(fn: Any, value: Tensor) -> Tensor:
     A plate expands a categorical site's table to all its rows, and torch then takes the log of
     every copy: rows x values x categories numbers, where a mixture over words looks up one each.
 
+    A DiscreteHMM is summed in log space: Pyro's sums exponentials that underflow where states are
+    1,500 nats apart, and `torch.func.vmap` refuses their logarithm.
+
     Example:
         >>> import pyro.distributions as dist
         >>> fn = dist.Categorical(torch.tensor([0.25, 0.75])).expand([1_000_000])
         >>> lean_log_prob(fn, torch.ones(1_000_000, dtype=torch.long)).shape
         torch.Size([1000000])
     """
-    if getattr(type(fn), "log_prob", None) not in KNOWN:  # a subclass may have a density of its own
+    # A subclass may have a density of its own.
+    own = KNOWN.get(getattr(type(fn), "log_prob", None))
+    if own is None:
         log_prob: Tensor = fn.log_prob(value)
         return log_prob
     if fn._validate_args:
         fn._validate_sample(value)
+    return own(fn, value)
+
+
+def _categorical(fn: Any, value: Tensor) -> Tensor:
     given = "probs" if "probs" in fn.__dict__ else "logits"
     table = fn.__dict__[given]
     kept = collapsed(table, 1)
@@ -39,6 +47,32 @@ def lean_log_prob(fn: Any, value: Tensor) -> Tensor:
     shape = np.broadcast_shapes(index.shape[:-1], table.shape[:-1])  # torch's own imports sympy
     logits = logits.expand(*shape, logits.shape[-1])
     return logits.gather(-1, index.expand(*shape, 1)).squeeze(-1)
+
+
+def _hidden_markov(fn: Any, value: Tensor) -> Tensor:
+    """Forward recursion over time."""
+    seen = fn.observation_dist.log_prob(value.unsqueeze(-1 - fn.observation_dist.event_dim))
+    steps = (fn.transition_logits + seen.unsqueeze(-2)).unbind(-3)
+    state = fn.initial_logits
+    for step in steps:
+        state = log_sum_exp(state.unsqueeze(-1) + step, [-2])
+    return log_sum_exp(state, [-1])
+
+
+def log_sum_exp(x: Tensor, dims: list[int]) -> Tensor:
+    """`torch.logsumexp`, with slopes of zero instead of nan where everything is impossible (-inf)."""
+    shift = x.detach().amax(dims, keepdim=True).clamp(min=torch.finfo(x.dtype).min)
+    total = (x - shift).exp().sum(dims)
+    is_possible = total != 0
+    log = torch.where(is_possible, total, 1.0).log() + shift.squeeze(dims)
+    return torch.where(is_possible, log, -torch.inf)
+
+
+KNOWN: dict[Any, Callable[[Any, Tensor], Tensor]] = {
+    td.Categorical.log_prob: _categorical,
+    dist.Categorical.log_prob: _categorical,
+    dist.DiscreteHMM.log_prob: _hidden_markov,
+}
 
 
 def collapsed(table: Tensor, event_dim: int) -> Tensor:

@@ -15,6 +15,7 @@ from pyro.ops.rings import LogRing
 from torch import Tensor
 
 from ...errors import UnsupportedModelError
+from ...model.density import log_sum_exp
 
 Scale = float | Tensor
 
@@ -168,14 +169,4 @@ def _log_sum_of(terms: Sequence[tuple[str, Tensor]], wanted: Collection[str]) ->
     assert isinstance(total, Tensor)
     summed = [place for place, name in enumerate(every) if name not in wanted]
     kept = "".join(name for name in every if name in wanted)
-    return kept, _log_sum_exp(total, summed) if summed else total
-
-
-def _log_sum_exp(x: Tensor, dims: list[int]) -> Tensor:
-    """`torch.logsumexp`, with slopes of zero instead of nan where everything is impossible (-inf)."""
-    shift = x.detach().amax(dims, keepdim=True).clamp(min=torch.finfo(x.dtype).min)
-    total = (x - shift).exp().sum(dims)
-    is_possible = total != 0
-    return torch.where(
-        is_possible, torch.where(is_possible, total, 1.0).log() + shift.squeeze(dims), -torch.inf
-    )
+    return kept, log_sum_exp(total, summed) if summed else total

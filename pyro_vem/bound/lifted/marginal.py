@@ -9,7 +9,6 @@ from torch import Tensor
 from ...model.runtime import Execution, Site, is_summed_out
 from ...model.sites import plates_of
 from ..terms import log_density
-from ..weights import weighted
 from .contraction import Factor, components, log_rows, seat
 from .elements import Piece, identities, pieces
 
@@ -46,7 +45,7 @@ class Marginal:
                 factors.append(_factor(name, piece))
                 rows[name] = torch.zeros((), dtype=piece.value.dtype)
             else:
-                value = weighted(run.sites[name]["fn"].log_prob(run.sites[name]["value"]), run.sites[name])
+                value = log_density(run.sites[name])
                 rows[name] = value.reshape(value.shape[max(0, value.dim() - depth) :])  # one value: no sum
         observed = [name for name, site in run.sites.items() if site["is_observed"]]
         together = {seat(members, observed): members for members in components(factors)}
