@@ -219,6 +219,27 @@ def test_full_rank_autoguides_reach_the_evidence(fit, auto):
     assert mean_field.elbo < result.elbo - 0.1
 
 
+def test_a_full_covariance_of_sixty_is_exact(fit):
+    """Solving for the noise of such a guide, rounding made bounds of 1e134 nats out of far points."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(60, 60, generator=generator, dtype=torch.float64) / 60**0.5
+    mean = torch.randn(60, generator=generator, dtype=torch.float64)
+    cov = root @ root.T + 0.1 * torch.eye(60, dtype=torch.float64)
+
+    def target(mean, cov):
+        pyro.sample("z", dist.MultivariateNormal(mean, cov))
+
+    guide, options = AutoMultivariateNormal(target), vem.FitOptions(step_iterations=40)
+    with pytest.warns(UserWarning, match="no observed site"):
+        result = fit(target, {"mean": mean, "cov": cov}, guide=guide, options=options, max_iter=5)
+    assert result.converged
+    assert result.elbo == pytest.approx(0.0, abs=1e-6)
+    params = {name.split(".")[-1]: value for name, value in result.guide_params.items()}
+    tril = params["scale"].unsqueeze(-1) * params["scale_tril"]
+    assert torch.allclose(tril @ tril.T, cov, atol=1e-4)
+    assert torch.allclose(params["loc"], mean, atol=1e-4)
+
+
 def test_autonormal_agrees_with_ours(fit):
     ours = fit(zoo.eight_schools, zoo.SCHOOLS)
     theirs = fit(zoo.eight_schools, zoo.SCHOOLS, guide=AutoNormal(zoo.eight_schools))

@@ -18,7 +18,7 @@ from .dependence import Pair
 from .draws import NoiseSpec
 from .plans import make_plan
 from .tables import Plan
-from .transport import noise_event, transport
+from .transport import log_density_at, noise_event, transport
 
 Values = Mapping[str, Tensor]
 
@@ -53,7 +53,12 @@ class Problem:
             name = site["name"]
             return transport(site["fn"], noise[name] if name in noise else torch.zeros(()))
 
-        return self.guide.run(self.call.args, self.call.kwargs, phi, choose)
+        run = self.guide.run(self.call.args, self.call.kwargs, phi, choose)
+        for name in noise.keys() & run.sites.keys():
+            known = log_density_at(run.sites[name]["fn"], noise[name])
+            if known is not None:
+                run.sites[name]["unscaled_log_prob"] = known  # where Pyro's traces keep it
+        return run
 
     def run_model(self, theta: Values, values: Values) -> Execution:
         """One model run at given values of its latents."""

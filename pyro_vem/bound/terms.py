@@ -69,7 +69,8 @@ def term_parts(
 
 def log_density(site: Site) -> Float[Tensor, "..."]:
     """A site's weighted log density at its value, shaped like its batch."""
-    return weighted(lean_log_prob(site["fn"], site["value"]), site)
+    known = site.get("unscaled_log_prob")  # of a value made from noise
+    return weighted(lean_log_prob(site["fn"], site["value"]) if known is None else known, site)
 
 
 def site_divergence(q: Site, p: Site) -> Float[Tensor, "..."]:
