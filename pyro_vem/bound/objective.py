@@ -15,6 +15,7 @@ from torch import Tensor
 from ..model.checks import SingularMatrix, regular
 from ..model.data import Arguments
 from ..model.runtime import Execution, is_summed_out
+from ..model.together import Together
 from .draws import NoiseSpec, independent_noise, matched_noise
 from .exact import ExactTerms
 from .grids import Batch, Rows, grid, split
@@ -47,6 +48,7 @@ class Objective:
         self.plan = plan
         self.exact: ExactTerms | None = None
         self._noise: dict[str, Tensor] | None = None
+        self._together = Together()
         self.is_vectorised = True  # until torch.func.vmap has refused the model
         self.is_gridded = False  # whether terms with few numbers may go on a grid
         self.drawn: set[str] = set()  # those that may not
@@ -252,8 +254,7 @@ class Objective:
         """Something at all draws together, or at the first of them if each takes a run of its own."""
         if self.is_vectorised:
             try:
-                result: dict[str, Tensor] = torch.func.vmap(one, randomness="same")(dict(noise))
-                return result
+                return self._together(one, noise)
             except SingularMatrix:  # at this point; vmap is not to blame
                 raise
             except Exception as error:  # an error of the model itself is raised again by the loop

@@ -12,6 +12,7 @@ from ...errors import ModelError, UnsupportedModelError
 from ...model.parameters import Parameter
 from ...model.runtime import Execution, Site
 from ...model.sites import Latent
+from ...model.together import Together
 from ..dependence import differ, fingerprint
 from .affine import Probe
 from .blocks import merge
@@ -93,6 +94,7 @@ class Compiled:
         self.where = slices(variables.sizes)
         self._merged: Stack | None = None
         self._apart: Stack | None = None
+        self._together = Together()
         self.specs: dict[str, Spec] = {}
         self.refused: dict[str, str] = {}
         self.terms: dict[str, CompiledTerm] = {}
@@ -137,8 +139,7 @@ class Compiled:
 
     def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         try:
-            result: dict[str, Tensor] = torch.func.vmap(self._slots, randomness="same")(batch)
-            return result
+            return self._together(self._slots, batch)
         except (ModelError, UnsupportedModelError):
             raise
         except Exception:  # the model refuses vmap: probing runs it point by point
