@@ -174,10 +174,13 @@ def _sample_kl(setup: Setup, reason: str) -> None:
 def settle(setup: Setup, state: State) -> str | None:
     """What had to change in the bound at the point that a fit has reached, or None.
 
-    Compiled slots are held against the model at draws of the fitted guide (a kink or a branch may
-    lie where no probe went), quadrature nodes are doubled where they have become too few, and the
-    whole bound is held against draws of log p - log q through the ordinary model.
+    Quadrature nodes are doubled where they have become too few, compiled slots are held against the model at
+    draws of the fitted guide (a kink or a branch may lie where no probe went), and the whole bound is held
+    against draws of log p - log q through the ordinary model.
     """
+    change = settle_nodes(setup, state.phi, state.theta, is_last=True)
+    if change is not None:
+        return change
     objective = setup.objective
     values = _values(setup, state.phi, state.theta)
     exact = objective.exact
@@ -190,9 +193,6 @@ def settle(setup: Setup, state: State) -> str | None:
                 exact.refuse(name, reason)
         prepare(setup, state.phi, state.theta)
         return f"sampled from here on: {', '.join(wrong)}"
-    change = settle_nodes(setup, state.phi, state.theta, is_last=True)
-    if change is not None:
-        return change
     gaps = setup.processes.union(_gaps_to_draws(setup, state))
     if not gaps:
         return None

@@ -34,6 +34,10 @@ EXPONENTS: dict[type, tuple[str, ...]] = {
     td.NegativeBinomial: ("total_count",),
 }
 SETTLED, ROUGHLY = 1e-9, 1e-8  # change of a term, relative, on doubling its nodes: at the end, and before
+FREE_POINTS, FINE = (
+    4_000,
+    1e-10,
+)  # of a term, nodes times rows that cost next to nothing: settled finely at once
 
 
 @dataclass(frozen=True)
@@ -195,16 +199,21 @@ class CompiledTerm:
                 return f"{2 * n} nodes a dimension for {rows:,} rows: draws are cheaper"
             finer = replace(term, **{what: 2 * n})
             now = float(finer.expectation(x))
-            if abs(now - value) <= settled * (1 + abs(now)):
+            is_free = finer._points(what, 2 * n) * rows <= FREE_POINTS
+            if abs(now - value) <= (FINE if is_free else settled) * (1 + abs(now)):
                 return term
             term, value = finer, now
 
     def _is_costly(self, what: str, nodes: int) -> bool:
         """True if draws take less time and memory, if one kind of nodes is changed to this number."""
+        points = self._points(what, nodes)
+        return points > FEW_POINTS and points * len(self.spec.weight) > MOST_POINTS
+
+    def _points(self, what: str, nodes: int) -> int:
+        """Points of a row, if one kind of nodes is changed to this number."""
         counts = {"condition_nodes": self.condition_nodes, "slot_nodes": self.slot_nodes, what: nodes}
         grid = counts["condition_nodes"] ** len(self.random_conditions) if self.has_grid else 1
-        points = int(grid * self.form.points(counts["slot_nodes"]))
-        return points > FEW_POINTS and points * len(self.spec.weight) > MOST_POINTS
+        return int(grid * self.form.points(counts["slot_nodes"]))
 
     @property
     def has_grid(self) -> bool:
