@@ -1,9 +1,13 @@
 """Ordered logistic regressions, and other models that fill tensors they make."""
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+
+import pyro_vem as vem
+from pyro_vem.bound.compiled.slots import ordered
 
 
 def ordinal_data(rows=120, seed=0):
@@ -69,3 +73,119 @@ def test_maximum_likelihood_is_that_of_statsmodels(fit):
     assert torch.allclose(result.params["b"], torch.as_tensor(peer.params[:2]), atol=1e-4)
     cutpoints = torch.as_tensor(ordered.transform_threshold_params(peer.params)[1:-1])
     assert torch.allclose(result.params["c"], cutpoints, atol=1e-4)
+
+
+def test_probabilities_of_ordered_categories_are_exact():
+    predictor = torch.linspace(-3.0, 3.0, 7).double()
+    cuts = torch.tensor([-1.0, 0.2, 0.3]).double()
+    for k in range(4):
+        upper, lower = cuts[min(k, 2)], cuts[max(k - 1, 0)]
+        side = torch.tensor(float(k == 3) - float(k == 0))
+        above = torch.nn.functional.softplus(predictor - upper)
+        below = torch.nn.functional.softplus(lower - predictor)
+        truth = dist.OrderedLogistic(predictor, cuts).log_prob(torch.tensor(k))
+        assert torch.allclose(ordered(side, upper - lower, above, below), truth, atol=1e-12)
+
+
+def with_roles(**roles):
+    """`proportional_odds` with roles of its own: they are attached to the function itself."""
+
+    def model(x, cuts, y=None):
+        return proportional_odds(x, cuts, y)
+
+    return vem.vem_model(**roles)(model)
+
+
+def proportional_odds(x, cuts, y=None, kept=None):
+    """Cutpoints that are data, parameters or MAP sites; rows may be masked."""
+    b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    c = torch.as_tensor([-1.0, 0.5, 1.5]) if cuts == "known" else None
+    if cuts == "parameter":
+        c = pyro.param("c", torch.linspace(-1.0, 1.0, 3), constraint=dist.constraints.ordered_vector)
+    if cuts == "map":
+        base = dist.Normal(torch.zeros(3), 2.0).to_event(1)
+        c = pyro.sample("c", dist.TransformedDistribution(base, [dist.transforms.OrderedTransform()]))
+    with pyro.plate("rows", len(x)), pyro.poutine.mask(mask=True if kept is None else kept):
+        pyro.sample("y", dist.OrderedLogistic(x @ b, c), obs=y)
+
+
+def expected_log_likelihood(fit, data, cuts):
+    """Of the fitted factors, by 64 Gauss-Hermite nodes a row: a predictor is Gaussian."""
+    loc, scale = fit.guide_params["guide.loc.b"], fit.guide_params["guide.scale.b"]
+    mean, sd = data["x"] @ loc, (data["x"].square() @ scale.square()).sqrt()
+    x, w = np.polynomial.hermite_e.hermegauss(64)
+    eta = mean + sd * torch.as_tensor(x).unsqueeze(1)
+    log_p = dist.OrderedLogistic(eta, torch.as_tensor(cuts).double()).log_prob(data["y"])
+    return float(torch.as_tensor(w / w.sum()) @ log_p.sum(-1))
+
+
+@pytest.mark.parametrize("cuts", ["known", "parameter", "map"])
+def test_ordered_logistic_terms_are_exact(fit, cuts):
+    data = ordinal_data()
+    model = with_roles(map_sites=("c",)) if cuts == "map" else proportional_odds
+    result = fit(model, {**data, "cuts": cuts})
+    assert result.converged
+    assert result.plan["y"].method == "quadrature"
+    assert "affine in b" in result.plan["y"].proof
+    c = [-1.0, 0.5, 1.5] if cuts == "known" else result.params["c"]
+    assert result.terms["y"].value == pytest.approx(expected_log_likelihood(result, data, c), abs=1e-6)
+
+
+def test_cutpoints_that_are_parameters_are_at_their_best(fit):
+    """Nothing is gained by cutpoints nearby, each with its own best factors."""
+    data = ordinal_data()
+    best = fit(proportional_odds, {**data, "cuts": "parameter"})
+    for by in (-0.1, 0.1):
+        for k in range(3):
+            c = best.params["c"].clone()
+            c[k] += by
+            there = fit(with_roles(fixed=("c",)), {**data, "cuts": "parameter"}, init={"c": c})
+            assert there.elbo < best.elbo - 0.01
+
+
+def test_two_ordered_categories_are_a_logistic_regression(fit):
+    data = ordinal_data()
+    y = (data["y"] > 1).double()
+
+    def ordinal(x, y=None):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        c = pyro.sample("c", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.OrderedLogistic(x @ b, c.unsqueeze(-1)), obs=y)
+
+    def logistic(x, y=None):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        c = pyro.sample("c", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=x @ b - c), obs=y)
+
+    one, other = fit(ordinal, {"x": data["x"], "y": y.long()}), fit(logistic, {"x": data["x"], "y": y})
+    assert one.plan["y"].method == "quadrature"
+    assert one.elbo == pytest.approx(other.elbo, abs=1e-7)
+
+
+def test_masked_ordered_rows_count_for_nothing(fit):
+    data = ordinal_data()
+    kept = torch.arange(120) % 3 != 0
+    masked = fit(proportional_odds, {**data, "cuts": "parameter", "kept": kept})
+    fewer = fit(proportional_odds, {"x": data["x"][kept], "y": data["y"][kept], "cuts": "parameter"})
+    assert masked.elbo == pytest.approx(fewer.elbo, abs=1e-7)
+    assert masked.plan["y"].method == "quadrature"
+
+
+def test_a_random_distance_of_cutpoints_is_conditioned_on(fit):
+    data = ordinal_data(60)
+    data["y"] = data["y"].clamp(max=2)
+
+    def model(x, y=None):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        first = pyro.sample("first", dist.Normal(0.0, 2.0))
+        width = pyro.sample("width", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.OrderedLogistic(x @ b, torch.stack([first, first + width])), obs=y)
+
+    exact = fit(model, data)
+    assert "given width" in exact.plan["y"].proof
+    assert exact.plan["y"].method == "quadrature"
+    drawn = fit(model, data, options=vem.FitOptions(compiled=False))
+    assert abs(exact.elbo - drawn.elbo) < 4 * drawn.elbo_se + 1e-3

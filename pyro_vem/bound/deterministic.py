@@ -82,10 +82,11 @@ class Deterministic:
         seed: int,
         flat: Flat | None = None,
     ) -> None:
-        self.factors, self._flat = factors, flat
+        self.factors = factors
         self.variables = Variables(
             latents, {p.name: p for p in parameters}, {site.name: site for site in map_sites}
         )
+        self._flat = flat if self.variables.is_unconstrained else None
         self.shares = {name: problem.share(p.name for p in site.plates) for name, site in latents.items()}
         self.weights = {name: self.shares[name] * _entropy_weight(site) for name, site in latents.items()}
         self.compiled = Compiled(problem.run_model, self.variables, held, seed, self.weights)

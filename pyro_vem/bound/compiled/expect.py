@@ -96,6 +96,8 @@ class CompiledTerm:
                         return f"rows see {name} at two elements"
         if self.grown is not None:
             return f"the exponential of an exponential of {self.grown} has no finite expectation"
+        if "gap" in self.random_slots:
+            return "the distance of its cutpoints is random"
         if self.form.dims and self.form.dims not in MOST_NODES:
             return f"{self.form.dims} random slots together"
         if self.spec.family is td.Laplace and self.random_slots not in ((), (RESIDUAL,)):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from .reduced import mean_after_stirling, mean_softplus, scaled_square
-from .slots import RATIO, RESIDUAL, Spec
+from .slots import RATIO, RESIDUAL, Spec, ordered
 
 Mean: TypeAlias = Mapping[str, Tensor]
 Cov: TypeAlias = Mapping[tuple[str, str], Tensor]
@@ -29,7 +29,7 @@ REACH = 8.0  # of the trapezoid rule, in standard deviations
 FEW = 8  # nodes up to which Gauss-Hermite is always better: narrow factors need no more
 LOGIT = (td.Bernoulli, td.Binomial, td.NegativeBinomial, td.Geometric)
 # Log densities that grow at most linearly in their slots: the trapezoid rule beats Gauss-Hermite.
-BOUNDED = (*LOGIT, td.StudentT, td.Cauchy, td.HalfCauchy)
+BOUNDED = (*LOGIT, dist.OrderedLogistic, td.StudentT, td.Cauchy, td.HalfCauchy)
 
 
 def gauss_hermite(n: int) -> Rule:
@@ -117,6 +117,8 @@ def form_of(spec: Spec, random: tuple[str, ...]) -> Form:
         return form(_rate, 0)
     if family in LOGIT and random == ("logits",):
         return form(_logit, 1)
+    if family is dist.OrderedLogistic:
+        return form(_ordered, 1)
     return form(_grid, count)
 
 
@@ -207,6 +209,15 @@ def _logit(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule
         return choices + y * m - count * above
     choices = torch.lgamma(count + y) - torch.lgamma(y + 1) - torch.lgamma(count)
     return choices + y * m - (count + y) * above
+
+
+def _ordered(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    """The two ends of a category apart: each is a softplus of one Gaussian."""
+    m, gap = mean["predictor"] - mean["cut"], mean["gap"]
+    v = _of(cov, "predictor", "predictor") - 2 * _of(cov, "predictor", "cut") + _of(cov, "cut", "cut")
+    assert spec.value is not None
+    above, below = mean_softplus(m, root(v), *rule), mean_softplus(-m - gap, root(v), *rule)
+    return ordered(spec.value, gap, above, below)
 
 
 def _grid(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:

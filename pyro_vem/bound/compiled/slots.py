@@ -3,8 +3,8 @@
 A row is one scalar observation or one scalar latent. Location families have the residual
 value - loc as a slot, so that a likelihood, a hierarchy and a random walk are the same case; positive
 scale families have the log of value / scale (or of value * rate) likewise; other latents have their
-unconstrained value; every other argument is a slot on the log scale where it is positive, else as it
-stands.
+unconstrained value; an ordered category has the cutpoint above it and its distance to the one below;
+every other argument is a slot on the log scale where it is positive, else as it stands.
 """
 
 import functools
@@ -60,6 +60,7 @@ GENERAL: dict[type, tuple[str, ...]] = {
     td.HalfNormal: ("scale",),
     td.HalfCauchy: ("scale",),
     td.LogNormal: ("loc", "scale"),
+    dist.OrderedLogistic: ("predictor", "cut", "gap"),
 }
 POSITIVE = frozenset(
     ["scale", "df", "rate", "concentration", "concentration0", "concentration1", "total_count"]
@@ -81,7 +82,8 @@ class Spec:
         slots: names of the slots, in order.
         shape: shape of the rows before they are flattened.
         weight: scale times mask of each row, flat.
-        value: the observed value of each row, flat; None for a latent.
+        value: the observed value of each row, flat (of an ordered category its side: -1 for the lowest,
+            1 for the highest, else 0); None for a latent.
         latent: the latent site of the rows; None for data.
         is_log: whether a residual is one of log values.
         hidden: what stands in for the values of data of weight zero, wherever those are.
@@ -135,6 +137,10 @@ class Spec:
             return fn.log_prob(residual) + self.jacobian
         if self.slots[0] == RATIO:
             return _log_ratio_density(self.family, eta[RATIO], args) + self.jacobian
+        if self.family is dist.OrderedLogistic:
+            assert self.value is not None
+            below = eta["predictor"] - eta["cut"]
+            return ordered(self.value, eta["gap"], softplus(below), softplus(-below - eta["gap"]))
         if self.latent is None:
             names = self.slots
             args = {name: self.argument(name, eta[name]) for name in names}
@@ -146,6 +152,43 @@ class Spec:
             slope = slope + part.log_abs_det_jacobian(z, image)
             z = image
         return self.family(**args, validate_args=False).log_prob(z) + slope
+
+
+def ordered(side: Tensor, gap: Tensor, above: Tensor, below: Tensor) -> Tensor:
+    """Log probability of an ordered category, from softplus terms of its two ends.
+
+    With eta the predictor it is log(s(upper - eta) - s(lower - eta)), s the logistic function: for a
+    category between two cutpoints log(1 - exp(-gap)) - softplus(eta - upper) - softplus(lower - eta),
+    where no cancellation is left, nor two ends in one term.
+
+    Args:
+        side: -1, 0 or 1: the lowest category, one between others, the highest.
+        gap: distance of its cutpoints.
+        above: softplus(eta - upper), or its expectation.
+        below: softplus(lower - eta), or its expectation.
+
+    References:
+        McCullagh (1980), Regression models for ordinal data, J. R. Statist. Soc. B 42.
+    """
+    width = torch.where(side == 0, gap, 1.0)
+    inner = torch.where(side == 0, torch.log(-torch.expm1(-width)), 0.0)
+    return inner - torch.where(side < 1, above, 0.0) - torch.where(side > -1, below, 0.0)
+
+
+def _ordered_slots(fn: Any, observed: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """The cutpoint above each row's category and its distance to the one below; of the highest that one."""
+    cuts = fn.cutpoints.expand(*shape, fn.cutpoints.shape[-1]).to(torch.float64)
+    k, most = observed.expand(shape).long(), cuts.shape[-1]
+
+    def cut(index: Tensor) -> Tensor:
+        return cuts.gather(-1, index.clamp(0, most - 1).unsqueeze(-1)).squeeze(-1)
+
+    is_between = (k > 0) & (k < most)
+    return {
+        "predictor": fn.predictor,
+        "cut": cut(k),
+        "gap": torch.where(is_between, cut(k) - cut(k - 1), 0.0),
+    }
 
 
 def _log_ratio_density(family: type, r: Tensor, args: Mapping[str, Tensor]) -> Tensor:
@@ -181,6 +224,10 @@ def spec_of(site: Site, latent: Latent | None) -> Spec | str:
         value = site["value"].expand(shape).reshape(rows).to(torch.float64)
         hidden = _hidden(leaf.dist, value, flat)
         value = value if hidden is None else torch.where(flat == 0, hidden, value)
+    if family is dist.OrderedLogistic:
+        if value is None:
+            return "a discrete latent"
+        value = (value >= leaf.dist.cutpoints.shape[-1]).to(torch.float64) - (value <= 0).to(torch.float64)
     is_positive = _is_log(latent) if value is None else bool((value > 0).all())
 
     def spec(family: type, slots: tuple[str, ...], is_log: bool = False) -> Spec:
@@ -218,7 +265,9 @@ def read(spec: Spec, site: Site, u: Tensor | None) -> dict[str, Tensor]:
     observed = site["value"]
     if spec.hidden is not None:
         observed = torch.where(spec.weight.reshape(spec.shape) == 0, spec.hidden, observed)
-    for name in spec.slots:
+    if spec.family is dist.OrderedLogistic:
+        found = _ordered_slots(fn, observed, spec.shape)
+    for name in spec.slots if not found else ():
         if name == RESIDUAL:
             value = observed if u is None else u
             found[name] = (value.log() if spec.is_log and u is None else value) - fn.loc
