@@ -350,3 +350,23 @@ def test_rows_at_nodes_may_come_in_parts(fit, monkeypatch):
     parts = fit(choices, {"y": y})
     assert parts.elbo == pytest.approx(whole.elbo, abs=1e-10)
     torch.testing.assert_close(parts.guide_params["guide.loc.t"], whole.guide_params["guide.loc.t"])
+
+
+def test_the_dispersion_of_counts_may_be_a_parameter(fit):
+    """It multiplies an expectation that brings its own derivatives, whose slope then enters the Hessian."""
+    x = torch.linspace(-1.0, 1.0, 12).double()
+    y = torch.tensor([0, 2, 1, 0, 3, 1, 9, 2, 4, 7, 3, 14]).double()
+
+    def model(x, y=None):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        count = pyro.param("count", torch.tensor(2.0), constraint=dist.constraints.positive)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.NegativeBinomial(count, logits=a + b * x), obs=y)
+
+    best = fit(model, {"x": x, "y": y})
+    assert best.converged
+    for factor in (0.9, 1.1):
+        held = vem.vem_model(fixed=("count",))(lambda x, y=None: model(x, y))
+        there = fit(held, {"x": x, "y": y}, init={"count": factor * best.params["count"]})
+        assert best.elbo - 0.1 < there.elbo < best.elbo - 1e-4

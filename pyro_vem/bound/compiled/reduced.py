@@ -41,7 +41,9 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        slopes = _Slopes.apply(ctx.rows, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        slopes = ctx.rows.slopes
+        if torch.is_grad_enabled():  # they are differentiated again; not so under vmap, which refuses `apply`
+            slopes = _Slopes.apply(ctx.rows, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
         return None, *(grad * slope for slope in slopes)
 
 
