@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributions import constraints
 
+import pyro_vem as vem
 from pyro_vem.bound.lifted.contraction import Factor, log_rows
 from pyro_vem.model.density import lean_log_prob
 
@@ -140,3 +141,26 @@ def test_hidden_markov_models_keep_their_evidence(fit):
     assert whole.elbo == pytest.approx(chain.elbo, abs=1e-9)
     assert float(whole.params["stay"]) == pytest.approx(0.5, abs=1e-4)
     assert "vmap" not in str(whole.plan)
+
+
+def test_the_bound_for_svi_keeps_its_slopes():
+    """A change of state that costs 60 nats, and data that ask for it: Pyro's own slope is 3e-20 there."""
+    pyro.clear_param_store()
+    y, rows, locs = torch.tensor([0.1, 20.2]), torch.tensor(STICKY), torch.tensor([0.0, 20.0])
+
+    def model():
+        shift = pyro.param("shift", torch.tensor(0.5))
+        z = 0
+        for t in pyro.markov(range(2)):
+            fn = dist.Categorical(logits=rows[z]) if t else dist.Categorical(torch.tensor([0.5, 0.5]))
+            z = pyro.sample(f"z{t}", fn, infer=SUMMED)
+            pyro.sample(f"y{t}", dist.Normal(locs[z] + shift, 1.0), obs=y[t])
+
+    loss = vem.AnalyticKL_ELBO(max_plate_nesting=0).differentiable_loss(model, lambda: None)
+    (found,) = torch.autograd.grad(loss, [pyro.param("shift").unconstrained()])
+    shift = torch.tensor(0.5, requires_grad=True)
+    seen = dist.Normal(locs + shift, 1.0).log_prob(y.unsqueeze(-1))
+    exact = (seen[0].unsqueeze(-1) + rows + seen[1]).logsumexp((0, 1)) - torch.tensor(2.0).log()
+    (right,) = torch.autograd.grad(exact, [shift])
+    assert float(loss.detach()) == pytest.approx(-float(exact.detach()), rel=1e-12)
+    torch.testing.assert_close(found, -right)

@@ -1,21 +1,24 @@
-"""Sites that are summed out in parallel: Pyro's own contraction, with exact KL terms as costs.
+"""Sites that are summed out in parallel, with exact KL terms as costs.
 
-Pyro's `TraceEnum_ELBO` runs and packs the traces and contracts them; a site with an exact KL gets
-it in place of log p, and nothing in place of log q. The KL carries the enumeration dimensions of
-its parents, so it is weighted like any other cost. This is the only module that touches them.
+Pyro's `TraceEnum_ELBO` runs and packs the traces, and says what depends on what; log sums are our own. A site
+with an exact KL gets it in place of log p, and nothing in place of log q. The KL carries the enumeration
+dimensions of its parents, so it is weighted like any other cost. This is the only module that touches them.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from pyro.infer import TraceEnum_ELBO
-from pyro.infer.traceenum_elbo import _compute_dice_elbo
+from pyro.infer.traceenum_elbo import _compute_model_factors
+from pyro.infer.util import Dice
 from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine import Trace
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..model.runtime import Site
+from .lifted.contraction import LogSums
 from .tables import Plan, PlanRow
 from .terms import site_divergence
 
@@ -50,7 +53,25 @@ def enumerated_elbo(plan: Plan, guide_trace: Trace, model_trace: Trace) -> Tenso
     for row in plan.rows:
         if row.is_divergence:
             _use_divergence(plan, row, guide_trace, model_trace)
-    value: Tensor = _compute_dice_elbo(model_trace, guide_trace)
+    return _expected(model_trace, guide_trace)
+
+
+def _expected(model_trace: Trace, guide_trace: Trace) -> Tensor:
+    """Costs of both traces at their weights under the guide; the model's enumerated sites are summed out."""
+    costs, factors, ordinals, summed, scale = _compute_model_factors(model_trace, guide_trace)
+    sizes = {
+        dim: n
+        for terms in factors.values()
+        for x in terms
+        for dim, n in zip(x._pyro_dims, x.shape, strict=True)
+    }
+    if factors:
+        for ordinal, terms in contract_tensor_tree(factors, summed, ring=LogSums(dim_to_size=sizes)).items():
+            costs.setdefault(ordinal, []).extend(packed.scale_and_mask(term, scale=scale) for term in terms)
+    for name, site in guide_trace.nodes.items():
+        if site["type"] == "sample":
+            costs.setdefault(ordinals[name], []).append(packed.neg(site["packed"]["log_prob"]))
+    value: Tensor = Dice(guide_trace, ordinals).compute_expectation(costs)
     return value
 
 
@@ -79,7 +100,7 @@ def _without(nodes: list[dict[str, Any]], guide_trace: Trace, model_trace: Trace
     kept = [node["packed"]["log_prob"] for node in nodes]
     for node in nodes:
         node["packed"]["log_prob"] = _nothing(node["packed"]["log_prob"])
-    value: Tensor = _compute_dice_elbo(model_trace, guide_trace)
+    value = _expected(model_trace, guide_trace)
     for node, log_prob in zip(nodes, kept, strict=True):
         node["packed"]["log_prob"] = log_prob
     return value

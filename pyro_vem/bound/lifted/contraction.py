@@ -105,7 +105,7 @@ def _common_scale(factors: list[Factor]) -> Scale:
 
 
 def _contract(factors: list[Factor]) -> Tensor:
-    """Sum out what depends on each other, by Pyro's message passing over plates."""
+    """Sum out what depends on each other, by Pyro's message passing over plates and log sums of our own."""
     identities = sorted({identity for factor in factors for identity in factor.discrete})
     names = {identity: get_symbol(i) for i, identity in enumerate(identities)}
     depth = max(f.value.dim() - len(f.discrete) for f in factors)
@@ -123,7 +123,7 @@ def _contract(factors: list[Factor]) -> Tensor:
         tensor._pyro_dims = symbols  # type: ignore[attr-defined]
         sizes.update(zip(symbols, tensor.shape, strict=True))
         tree.setdefault(frozenset(symbols) & frozenset(plates), []).append(tensor)
-    contracted = contract_tensor_tree(tree, set(names.values()), ring=_LogSums(dim_to_size=sizes))
+    contracted = contract_tensor_tree(tree, set(names.values()), ring=LogSums(dim_to_size=sizes))
     terms = [term for members in contracted.values() for term in members]
     if len(terms) > 1:
         return torch.stack([term.sum() for term in terms]).sum()
@@ -134,7 +134,7 @@ def _contract(factors: list[Factor]) -> Tensor:
     return rows.reshape([sizes[label] if label in labels else 1 for label in reversed(plates)])
 
 
-class _LogSums(LogRing):  # type: ignore[misc]
+class LogSums(LogRing):  # type: ignore[misc]
     """Log sums whose values and slopes are right however far factors pull apart.
 
     Pyro's sum exponentials that are scaled factor by factor: where two factors have their largest values at
@@ -143,6 +143,7 @@ class _LogSums(LogRing):  # type: ignore[misc]
     """
 
     def sumproduct(self, terms: Sequence[Tensor], dims: Collection[str]) -> Tensor:
+        """The log of the sum over `dims` of the product of exponentials of `terms`."""
         left = [(term._pyro_dims, term) for term in terms]  # type: ignore[attr-defined]
         output = "".join(sorted(set().union(*(names for names, _ in left)) - set(dims)))
         equation = ",".join(names for names, _ in left) + "->" + output
