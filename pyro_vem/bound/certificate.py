@@ -146,6 +146,8 @@ def certify(
         return Certificate(False, f"no closed form for {kind_of(q['fn'])} against {kind_of(p['fn'])}")
     if not _same_plates(q, p):
         return Certificate(False, "guide and model put the site in different plates")
+    if model_only and _is_enumerated(p):
+        return Certificate(False, f"depends on what is summed out (of {_names(model_only)})")
     independence = _independence(guide, name, known, model_only)
     if not independence:
         return independence
@@ -153,6 +155,13 @@ def certify(
     if gap is not None:
         return Certificate(False, f"the formula is {gap:.1f} standard errors off the average of draws")
     return Certificate(True, independence.text, entry.is_bound)
+
+
+def _is_enumerated(site: Site) -> bool:
+    """True if there is a prior (or a mask, or a scale) for each value of a discrete site."""
+    own = site["value"].dim() - site["fn"].event_dim
+    weights = [w for w in (site["mask"], site["scale"]) if isinstance(w, torch.Tensor)]
+    return max([len(site["fn"].batch_shape), *(w.dim() for w in weights)]) > own
 
 
 def _same_plates(q: Site, p: Site) -> bool:

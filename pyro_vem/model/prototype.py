@@ -337,11 +337,14 @@ def _with_idle(
 
 
 def _off(run: Execution, name: str) -> Tensor | None:
-    """The elements of a site that are masked out; None if there are none."""
-    mask = run.sites[name]["mask"]
+    """The elements of a site that are masked out, whatever discrete sites are; None if there are none."""
+    site = run.sites[name]
+    mask, fn = site["mask"], site["fn"]
     if mask is None or (isinstance(mask, bool) and mask):
         return None
-    off = (~torch.as_tensor(mask)).expand(run.sites[name]["fn"].batch_shape)
+    off = (~torch.as_tensor(mask)).expand(fn.batch_shape)
+    while off.dim() > max(0, site["value"].dim() - fn.event_dim):
+        off = off.all(0)
     return off if bool(off.any()) else None
 
 

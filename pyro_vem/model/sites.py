@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Uniform
 from pyro.infer.autoguide.initialization import init_to_median, init_to_value
 from torch import Tensor
 from torch.distributions import constraints
@@ -48,7 +48,7 @@ class Latent:
         plates: the vectorised plates round it, outermost first.
         event_dim: number of event dimensions of the value.
         idle: elements (batch shape) that the model masks out and never uses; None if none.
-        prior: name of the prior's distribution without wrappers.
+        prior: name of the prior's family without wrappers; a Uniform on (0, 1) is a Beta.
         follows_data: its mask, or the bounds of its support, are tensors that may be others on other data.
     """
 
@@ -171,10 +171,11 @@ def initial_values(strategy: Strategy, is_enumerated: bool = False) -> Callable[
             ) from error
         shape = site["fn"].batch_shape + site["fn"].event_shape
         inside = max([-plate.dim for plate in plates_of(site)], default=0) + len(site["fn"].event_shape)
-        if is_enumerated and len(shape) > inside and value.shape == shape:
+        if is_enumerated and len(shape) > inside:
             # Under enumeration: one value, whatever the discrete sites that its prior depends on are.
-            value = value.reshape(-1, *shape[len(shape) - inside :])[0]
-            shape = value.shape
+            one = shape[len(shape) - inside :]
+            value = value.reshape(-1, *one)[0] if value.shape == shape else value
+            shape = one
         try:
             value = value.expand(shape)
         except RuntimeError as error:
@@ -194,12 +195,17 @@ def _is_discrete(site: Site) -> bool:
     return bool(fn.support.is_discrete) or bool(getattr(fn, "has_enumerate_support", False))
 
 
+def _family(fn: Any) -> str:
+    is_unit = isinstance(fn, Uniform) and bool((fn.low == 0).all() and (fn.high == 1).all())
+    return "Beta" if is_unit else type(fn).__name__
+
+
 def latent_of(site: Site) -> Latent:
     """The latent site of a record."""
     fn = site["fn"]
     support, transform = support_and_bijector(site)
     return Latent(
         site["name"], site["value"], transform, support, plates_of(site), fn.event_dim,
-        prior=type(unwrapped(fn)).__name__,
+        prior=_family(unwrapped(fn)),
         follows_data=isinstance(site["mask"], Tensor) or has_bounds(transform),
     )  # fmt: skip
