@@ -1,5 +1,6 @@
 """EM in full: mixtures, chains, random effects, item responses; schedules, starts, standard errors."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -1008,5 +1009,13 @@ def test_an_observation_mask_under_a_discrete_site_names_the_remedy(fit):
             z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2), **PARALLEL)
             pyro.sample("y", dist.Normal(torch.tensor([0.0, 5.0])[z], 1.0), obs=y, obs_mask=mask)
 
+    data = {"y": Y8, "mask": torch.arange(8) > 2}
     with pytest.raises(vem.UnsupportedModelError, match=r"use pyro\.poutine\.mask"):
-        fit(model, {"y": Y8, "mask": torch.arange(8) > 2})
+        fit(model, data, guide=vem.MeanFieldConjugate(model))
+    result = fit(model, data)  # what is not observed is a latent: of two modes
+    assert "use pyro.poutine.mask" in str(result.plan)
+    seen = dist.Normal(torch.tensor([0.0, 5.0]), 1.0).log_prob(Y8[3:].unsqueeze(-1)).logsumexp(-1) - math.log(
+        2
+    )
+    assert float(seen.sum()) - 3 * math.log(2) < result.elbo < float(seen.sum())
+    assert result.diagnose().verdict is vem.Verdict.UNRELIABLE

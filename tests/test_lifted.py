@@ -385,15 +385,41 @@ def test_scales_of_what_is_summed_out_together_must_agree(fit):
         fit(model, {"y": Y})
 
 
-def test_a_discrete_site_under_what_has_no_closed_form_is_refused(fit):
+def test_a_discrete_site_under_what_has_no_closed_form_is_summed_out_at_nodes(fit):
     def model(y):
         mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 3.0).to_event(1))
         with pyro.plate("rows", len(y)):
             z = pyro.sample("z", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
             pyro.sample("y", dist.StudentT(3.0, mu[z], 1.0), obs=y)
 
-    with pytest.raises(vem.UnsupportedModelError, match="'y' depends on a discrete site"):
-        fit(model, {"y": Y})
+    for guide in (None, "auto"):
+        result = fit(model, {"y": Y}, guide=guide)
+        assert result.converged
+        assert "not conjugate: site 'y' depends on a discrete site" in str(result.plan)
+    by_hand = fit(model, {"y": Y}, guide=vem.MeanFieldNormal(model))
+    assert result.elbo == pytest.approx(by_hand.elbo, abs=1e-9)
+    with pytest.raises(vem.UnsupportedModelError, match=r"'y' depends on a discrete site.*MeanFieldNormal"):
+        fit(model, {"y": Y}, guide=vem.MeanFieldConjugate(model))
+
+
+def test_a_uniform_prior_is_a_beta(fit):
+    """Survival and recapture (Cormack, Jolly and Seber, 1964 and 1965), with the priors that people write."""
+    seen = torch.tensor([[1, 0, 1, 0.0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+
+    def model(y, unit):
+        survival, recapture = pyro.sample("survival", unit), pyro.sample("recapture", unit)
+        with pyro.plate("animals", len(y)):
+            z = torch.ones(len(y))
+            for t in pyro.markov(range(1, y.shape[1])):
+                z = pyro.sample(f"z{t}", dist.Bernoulli(survival * z), infer={"enumerate": "parallel"})
+                pyro.sample(f"y{t}", dist.Bernoulli(recapture * z), obs=y[:, t])
+
+    flat, beta = (
+        fit(model, {"y": seen, "unit": unit}) for unit in (dist.Uniform(0.0, 1.0), dist.Beta(1.0, 1.0))
+    )
+    assert flat.converged
+    assert "guide.concentration1.survival" in flat.guide_params
+    assert flat.elbo == pytest.approx(beta.elbo, abs=1e-12)
 
 
 def test_discrete_sites_alone_need_no_statistics(fit):

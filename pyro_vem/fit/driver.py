@@ -1,5 +1,6 @@
 """`fit_vem`: the only loop. EM, variational EM, plain VI and MAP are settings of it."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..bound.elbo import AnalyticKL_ELBO
 from ..errors import warn
-from ..model.data import named_values
+from ..model.data import named_values, shape_of
 from ..model.device import as_outside, device_of
 from ..model.roles import roles_of
 from ..model.runtime import isolated, repeatable, reuse_memory
@@ -288,7 +289,7 @@ def _device(data: Any, options: FitOptions) -> torch.device:
 def _threads(data: Any) -> int | None:
     """One thread for small data: two made fits many times slower on a machine with other work."""
     values = (value for _, value in named_values(data))
-    total = sum(int(np.prod(getattr(value, "shape", ()), dtype=int)) for value in values)
+    total = sum(math.prod(shape_of(value)) for value in values)
     return 1 if total < SERIAL else None
 
 

@@ -12,7 +12,7 @@ from ..bound.lifted.lifted import Lifted
 from ..bound.lifted.terms import LiftedTerms
 from ..bound.objective import Objective
 from ..bound.problem import Problem, plan_problem
-from ..errors import ModelError, unknown_names, warn
+from ..errors import ModelError, UnsupportedModelError, unknown_names, warn
 from ..guides.conjugate import MeanFieldConjugate
 from ..guides.factorised import Factorised, FactorisedNormal
 from ..guides.mean_field import MeanFieldNormal
@@ -219,10 +219,15 @@ def set_up(
     _check_found(proto)
     latents = tuple(site for site in proto.latents if site.name not in map_sites)
     _check_modules_apart(guide, program)
-    lifted = None
-    is_default = guide is None and len(proto.summed_out) > 0
-    if guide == "auto" or isinstance(guide, MeanFieldConjugate) or is_default:
-        lifted = _lifted(program, call, proto, theta, map_sites, held, seed)
+    lifted, why_not = None, ""
+    is_chosen = guide == "auto" or (guide is None and len(proto.summed_out) > 0)
+    if is_chosen or isinstance(guide, MeanFieldConjugate):
+        try:
+            lifted = _lifted(program, call, proto, theta, map_sites, held, seed)
+        except UnsupportedModelError as error:  # of discrete sites: they are summed out at draws then
+            if not (is_chosen and latents):
+                raise
+            guide, why_not = MeanFieldNormal(model), str(error)
     guide = _bound_guide(_chosen(guide, model, lifted), model, latents, call)
     if lifted is not None and isinstance(guide, MeanFieldConjugate):
         guide.blocks, guide.singles = lifted.blocks, lifted.singles
@@ -245,7 +250,9 @@ def set_up(
         shares = {site.name: problem.share(p.name for p in site.plates) for site in latents}
         objective.exact = LiftedTerms(lifted, guide, _draws_of(objective), shares)
     if lifted is not None and isinstance(guide, MeanFieldNormal):
-        objective.add_note(f"guide='auto' took MeanFieldNormal: not conjugate: {lifted.why_not()}")
+        why_not = lifted.why_not()
+    if why_not:
+        objective.add_note(f"MeanFieldNormal was taken: not conjugate: {why_not}")
     return Setup(
         problem, objective, phi, theta, held, proto, guide, analytic, bounds, Captures(compile), processes
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from .data import Arguments, arguments, by_column
+from .data import Arguments, arguments, by_column, shape_of
 from .device import as_outside
 
 FEWEST = 4  # rows of a batch, whose halves must still be plates
@@ -133,7 +133,7 @@ def _taken(value: Any, where: Tensor | slice) -> Any:
 
 
 def _has_rows(value: Any) -> bool:
-    return bool(getattr(value, "shape", ()))
+    return bool(shape_of(value))
 
 
 def _lengths(batch: Any, names: tuple[str, ...] | None = None) -> list[int]:

@@ -86,6 +86,12 @@ def named_values(data: Any) -> Iterable[tuple[Any, Any]]:
     )
 
 
+def shape_of(value: Any) -> tuple[int, ...]:
+    """Shape of an array of any library; () of everything else (a distribution has a method of that name)."""
+    shape = getattr(value, "shape", ())
+    return () if callable(shape) else tuple(shape)
+
+
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().to(dtype)

@@ -97,7 +97,8 @@ class Lifted:
         for name, reason in self.found.rest.items():
             if pieces(first, depth)[name].discrete:
                 raise UnsupportedModelError(
-                    f"site {name!r} depends on a discrete site and has no closed form: {reason}"
+                    f"site {name!r} depends on a discrete site and has no closed form: {reason} "
+                    "(guide=MeanFieldNormal(model) needs none)"
                 )
         self._live: tuple[Values, Tables] | None = None
         self._noise: dict[str, Tensor] = {}
@@ -390,7 +391,10 @@ class Lifted:
             UnsupportedModelError: where it depends on a discrete site.
         """
         if self.found.tables[name].discrete:
-            raise UnsupportedModelError(f"site {name!r} depends on a discrete site, and {reason}")
+            raise UnsupportedModelError(
+                f"site {name!r} depends on a discrete site, and {reason} "
+                "(guide=MeanFieldNormal(model) needs no table)"
+            )
         del self.found.tables[name]
         self.found.live.pop(name, None)
         self._live = None

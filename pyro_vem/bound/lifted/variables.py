@@ -105,9 +105,7 @@ class Variable:
 
 def latent_variable(latent: Latent, site: Site) -> Variable | str:
     """A latent as a variable, or why it is none."""
-    fn = leaf_of(site["fn"]).dist
-    kind = type(fn).__name__
-    shape = latent.init.shape
+    fn, kind, shape = leaf_of(site["fn"]).dist, latent.prior, latent.init.shape
     if latent.idle is not None:
         return "some of its elements are masked out (instead of obs_mask, use pyro.poutine.mask)"
     if kind == "Dirichlet":
