@@ -17,6 +17,7 @@ from pyro_vem.model.runtime import isolated
 X = torch.randn(12, 3, generator=torch.Generator().manual_seed(1)).double()
 GROUP = torch.arange(12) % 4
 COUNT = torch.tensor([0.0, 2.0, 1.0, 5.0, 3.0, 0.0, 1.0, 2.0, 4.0, 1.0, 0.0, 2.0])
+ENDS = torch.tensor([-1.0, 0.5, 0.8]).double()  # of ordered categories
 REAL = torch.linspace(-1.5, 2.5, 12).double()
 BINARY = (REAL > 0.3).double()
 
@@ -74,6 +75,16 @@ def student():
     scale = pyro.sample("scale", dist.LogNormal(0.0, 0.4))
     with pyro.plate("rows", 12):
         pyro.sample("y", dist.StudentT(4.0, beta * REAL, scale), obs=REAL)
+
+
+def student_of_random_degrees():
+    """Degrees of freedom that the scale depends on too."""
+    df = pyro.sample("df", dist.Gamma(2.0, 0.3))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.4))
+    with pyro.plate("groups", 4):
+        a = pyro.sample("a", dist.StudentT(df, 0.0, 1.0))
+    with pyro.plate("rows", 12):
+        pyro.sample("y", dist.StudentT(df, a[GROUP], scale / df.sqrt()), obs=REAL)
 
 
 def weighted():
@@ -147,6 +158,8 @@ MODELS = {
     "two-parameter logistic": two_parameter_logistic,
     "walk": walk,
     "Student": student,
+    "Student of random degrees": student_of_random_degrees,
+    "ordered": hierarchy(lambda a: pyro.sample("y", dist.OrderedLogistic(a, ENDS), obs=COUNT.long() % 4)),
     "weighted": weighted,
     "rates": rates,
     "scales": scales,

@@ -322,7 +322,7 @@ def robust(y):
     scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("rows", len(y)):
-        pyro.sample("y", dist.StudentT(4.0, mu, scale), obs=y)
+        pyro.sample("y", dist.Logistic(mu, 0.1 * scale), obs=y)
 
 
 def choices(y):

@@ -19,6 +19,7 @@ from torch import distributions as td
 
 from .reduced import mean_after_stirling, mean_softplus, scaled_square
 from .slots import RATIO, RESIDUAL, Spec, ordered
+from .student import mean_normaliser, mean_tail
 
 Mean: TypeAlias = Mapping[str, Tensor]
 Cov: TypeAlias = Mapping[tuple[str, str], Tensor]
@@ -27,6 +28,7 @@ Vector: TypeAlias = NDArray[np.float64]
 
 REACH = 8.0  # of the trapezoid rule, in standard deviations
 FEW = 8  # nodes up to which Gauss-Hermite is always better: narrow factors need no more
+CHEAPER = 8  # nodes that cost what one does which derivatives are taken through
 LOGIT = (td.Bernoulli, td.Binomial, td.NegativeBinomial, td.Geometric)
 # Log densities that grow at most linearly in their slots: the trapezoid rule beats Gauss-Hermite.
 BOUNDED = (*LOGIT, dist.OrderedLogistic, td.StudentT, td.Cauchy, td.HalfCauchy)
@@ -91,8 +93,11 @@ class Form:
         return 2 if self.is_bounded else 1
 
     def points(self, nodes: int) -> int:
-        """Numbers of each row that derivatives are taken through: one where rows come with their own."""
-        return len(self._rule(nodes)[0]) ** self.dims if self.function is _grid else 1
+        """Numbers of each row that derivatives are taken through, or as many as cost what its nodes do."""
+        points: int = len(self._rule(nodes)[0]) ** self.dims
+        if self.function is _grid:
+            return points
+        return max(1, points // CHEAPER) if self.dims > 1 else 1  # rows come with their own derivatives
 
 
 def form_of(spec: Spec, random: tuple[str, ...]) -> Form:
@@ -119,6 +124,8 @@ def form_of(spec: Spec, random: tuple[str, ...]) -> Form:
         return form(_logit, 1)
     if family is dist.OrderedLogistic:
         return form(_ordered, 1)
+    if family in (td.StudentT, td.Cauchy):
+        return form(_student, int(RESIDUAL in random) + int("scale" in random or "df" in random))
     return form(_grid, count)
 
 
@@ -218,6 +225,28 @@ def _ordered(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Ru
     assert spec.value is not None
     above, below = mean_softplus(m, root(v), *rule), mean_softplus(-m - gap, root(v), *rule)
     return ordered(spec.value, gap, above, below)
+
+
+def _student(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    """A normaliser in the degrees of freedom, and a tail in the residual and t = log scale + log df / 2."""
+    m_s, m_d = mean["scale"], mean.get("df", torch.zeros((), dtype=torch.float64))
+    v_d, with_r = _of(cov, "df", "df"), _of(cov, RESIDUAL, "df")
+    with_t = _of(cov, "scale", "df") + v_d / 2
+    means, covs = {"r": mean[RESIDUAL], "t": m_s + m_d / 2}, {}
+    if RESIDUAL in random:
+        covs["rr"] = cov[RESIDUAL, RESIDUAL]
+    if "scale" in random or "df" in random:
+        covs["tt"] = _of(cov, "scale", "scale") + _of(cov, "scale", "df") + v_d / 4
+        covs["rt"] = _of(cov, RESIDUAL, "scale") + with_r / 2
+    tail = mean_tail(means, covs, *rule)
+    if "df" in random:
+        moved = {"r": means["r"] + with_r, "t": means["t"] + with_t}
+        tail = tail + torch.exp(m_d + v_d / 2) * mean_tail(moved, covs, *rule)
+        normaliser = mean_normaliser(m_d, root(v_d), *rule)
+    else:
+        tail = tail + m_d.exp() * tail
+        normaliser = mean_normaliser(m_d, torch.zeros_like(m_d), *gauss_hermite(1))
+    return spec.jacobian + normaliser - 0.5 * math.log(math.pi) - m_s - 0.5 * tail
 
 
 def _grid(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:

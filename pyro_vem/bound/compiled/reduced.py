@@ -79,7 +79,7 @@ def reduced(rows: Rows, *inputs: Tensor) -> Tensor:
     return value
 
 
-def _mean(
+def mean_of(
     function: Callable[[Tensor], Tensor],
     derivatives: Callable[[Tensor], tuple[Tensor, Tensor]],
     m: Tensor,
@@ -136,7 +136,7 @@ def mean_softplus(m: Tensor, s: Tensor, nodes: Tensor, weights: Tensor) -> Tenso
         slope = torch.sigmoid(eta)
         return slope, slope * (1 - slope)
 
-    return _mean(softplus, derivatives, m, s, nodes, weights)
+    return mean_of(softplus, derivatives, m, s, nodes, weights)
 
 
 def mean_after_stirling(m: Tensor, s: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def mean_after_stirling(m: Tensor, s: Tensor, nodes: Tensor, weights: Tensor) ->
         >>> mean_after_stirling(t, torch.zeros(()).double(), 0 * one, one)
         tensor([ 800.0000,    1.0000, -399.0811], dtype=torch.float64)
     """
-    return _mean(_after_stirling, _slopes_after_stirling, m, s, nodes, weights)
+    return mean_of(_after_stirling, _slopes_after_stirling, m, s, nodes, weights)
 
 
 def _after_stirling(t: Tensor) -> Tensor:
