@@ -44,7 +44,7 @@ class Objective:
         self, problem: Problem, plan: Plan, specs: tuple[NoiseSpec, ...], num_draws: int, seed: int
     ) -> None:
         self.problem, self.specs, self.seed = problem, specs, seed
-        self.num_draws = num_draws
+        self.num_draws = self.full_draws = num_draws  # `full_draws` where fewer are as good
         self.plan = plan
         self.exact: ExactTerms | None = None
         self._noise: dict[str, Tensor] | None = None
@@ -247,13 +247,18 @@ class Objective:
     def with_other_draws(self, num_draws: int) -> "Objective":
         """The same bound on draws of another seed, and another number of them."""
         twin = copy.copy(self)
-        twin.seed = self.seed + 15_485_863
+        twin.seed, twin._noise = self.seed + 15_485_863, None
         twin.take_draws(num_draws)
         return twin
 
     def take_draws(self, num_draws: int) -> None:
         """Another number of fixed draws from here on."""
-        self.num_draws, self._noise = num_draws, None
+        if num_draws != self.num_draws:
+            self.num_draws, self._noise = num_draws, None
+
+    def take_full_draws(self) -> None:
+        """The number of draws that was asked for, or has been found necessary, where fewer have served."""
+        self.take_draws(max(self.num_draws, self.full_draws))
 
     def _each(
         self, one: Callable[[Any], dict[str, Tensor]], noise: Values, most_runs: int | None = None

@@ -22,6 +22,7 @@ from ..model.runtime import isolated, repeatable, reuse_memory
 from ..model.sites import near_median
 from .capture import Compile
 from .checkpoint import Checkpoint
+from .exactness import fewer_draws
 from .jumps import jumping
 from .minibatch import fit_batches
 from .processes import Processes
@@ -296,6 +297,7 @@ def _threads(data: Any) -> int | None:
 def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
     """E-step and M-step in turn until nothing is left to gain."""
     run.start_variances()
+    fewer_draws(run.setup, run.state.phi, run.state.theta)
     for iteration in range(run.iterations + 1, max_iter + 1):
         how = run.schedule_of(iteration, schedule)
         if how == "profile":

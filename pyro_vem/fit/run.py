@@ -323,6 +323,7 @@ class Run:
     def _changed(self, change: str) -> None:
         """Record that the bound itself is another one from here on."""
         self.setup.captures.forget()
+        self.setup.objective.take_full_draws()
         self._forget_rounds()
         if self.setup.lifted is not None:
             self.closed = ClosedForm(self.setup, self.setup.lifted, self.hooks)
@@ -346,6 +347,7 @@ class Run:
 
     def result(self, status: Status) -> VEMResult:
         """The frozen result at the present state."""
+        self.setup.objective.take_full_draws()
         return VEMResult.of(
             self.setup, self.state, status, tuple(self.history), self.iterations,
             time.perf_counter() - self.begin, self.options, tuple(self.points),
