@@ -22,8 +22,8 @@ class ClosedForm:
 
     Attributes:
         latents: sites that the E-step updates in closed form.
-        parameters: what the M-step maximises in closed form.
-        moments: priors of vectors whose parameters it matches with their factors.
+        parameters: what the M-step maximises in closed form; moments by the first name of a covariance.
+        moments: vectors whose mean and covariance are moments.
     """
 
     def __init__(self, setup: Setup, terms: LiftedTerms, still: Collection[str] = ()) -> None:
@@ -40,7 +40,8 @@ class ClosedForm:
         self.is_restarting = bool(weights and others) and simplexes
         moving = [name for name in setup.theta.names if name not in still]
         self.parameters = lifted.batches(lifted.closed(moving))
-        self.moments = tuple(m for m in lifted.moments if set(m.names).isdisjoint(still))
+        found = lifted.matching.found
+        self.moments = tuple(found[n] for b in self.parameters for n in b if n in found)
         self._last: tuple[State, Sweep] | None = None  # where the last step has led
         matched = [m.names for m in self.moments]
         closed = {name for batch in (*self.latents, *self.parameters, *matched) for name in batch}
@@ -77,11 +78,11 @@ class ClosedForm:
 
     def step(self, state: State, block: str, iteration: int) -> tuple[State, Step | None]:
         """Each factor (or each parameter) in turn at its best given the others; None if there is none."""
-        batches, moments = self.batches_of(block), self.moments if block == "M" else ()
-        if not (batches or moments):
+        batches = self.batches_of(block)
+        if not batches:
             return state, None
         start = time.perf_counter()
-        moved, note, evaluations = state, "closed form", len(batches) + len(moments) + 1
+        moved, note, evaluations = state, "closed form", len(batches) + 1
         if block == "E" and self.is_restarting:
             moved = self._restarted(state)
             note += ", weights from equal ones"
@@ -91,8 +92,9 @@ class ClosedForm:
             sweep, note = self._sweep(state), "closed form"
             for batch in batches:
                 sweep.update(batch)
-            for prior in moments:
-                sweep.match(prior)
+            if sweep.singular:
+                note = f"closed form; {', '.join(sweep.singular)} stayed where moments are singular"
+                sweep.singular = {}
             moved = sweep.state()
             self._last = moved, sweep
         elbo = moved.elbo
@@ -100,6 +102,13 @@ class ClosedForm:
             moved, elbo, note = state, state.elbo, "closed form rolled back: the bound would have fallen"
         seconds = time.perf_counter() - start
         return moved, Step(iteration, block, state.elbo, elbo, 0.0, evaluations, 0, seconds, note)
+
+    def singular_at(self, state: State) -> str | None:
+        """A covariance of vectors that cannot move, as its moments are singular, or None."""
+        sweep = self._sweep(state)
+        for batch in self.batches_of("M") if self.moments else ():
+            sweep.update(batch)
+        return next(iter(sweep.singular), None)
 
     def batches_of(self, block: str) -> list[tuple[str, ...]]:
         """What a step updates, in order: "E", "M", or "restart" (an E-step from equal weights)."""

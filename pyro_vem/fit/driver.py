@@ -310,7 +310,7 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
             run.polish()
             return _ended(run)
         if run.is_stalled():
-            return Status.stalled
+            return Status.diverged if run.is_diverged(is_last=True) else Status.stalled
         if run.schedule_of(iteration + 1, schedule) in ("alternate", "accelerated"):
             run.maximise(iteration, how == "accelerated")
         run.save()

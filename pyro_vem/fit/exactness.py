@@ -152,6 +152,7 @@ def _closed_forms(setup: Setup) -> dict[str, str]:
         return {}
     found = setup.lifted.lifted.found
     forms = {n: f"{c.family.name} {tuple(c.layout.shape[1:])}" for n, c in found.codings.items()}
+    forms |= {n: own.note for n, own in setup.lifted.lifted.matching.found.items()}
     return forms | {n: f"a table of {', '.join(sorted(table.index))}" for n, table in found.tables.items()}
 
 

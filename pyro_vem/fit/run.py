@@ -338,9 +338,12 @@ class Run:
         last = [row for row in blocks if row.iteration == self.iterations or row.block == "M"]
         return sum((row.gain for row in last), 0.0)
 
-    def is_diverged(self) -> bool:
-        """True, with a warning that names it, if a site or parameter has run away."""
-        name = self.setup.processes.first(runaway(self.setup, self.state, self.first))
+    def is_diverged(self, is_last: bool = False) -> bool:
+        """True, with a warning that names it, if a site or parameter has run away, or would if it could."""
+        name = runaway(self.setup, self.state, self.first)
+        if name is None and is_last and self.closed is not None:
+            name = self.closed.singular_at(self.state)
+        name = self.setup.processes.first(name)
         if name is not None:
             warn(f"site {name!r} has run away: {Status.diverged.value}")
         return name is not None

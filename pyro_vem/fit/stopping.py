@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch.distributions import constraints
 
 from ..bound.lifted.families import INVERSE_GAMMA, SD
@@ -96,7 +97,16 @@ def runaway(setup: Setup, state: State, start: State) -> str | None:
             is_gone |= _is_cancelled(coding, state.theta[where], start.theta[where])
         if is_gone:
             return parameter.name
-    return None
+    return _collapsed(setup, state)
+
+
+def _collapsed(setup: Setup, state: State) -> str | None:
+    """The parameter of vectors whose covariance has become singular, or None."""
+    moments = setup.lifted.lifted.matching.found.values() if setup.lifted is not None else ()
+    if not moments:
+        return None
+    values = setup.theta_values(torch.as_tensor(state.theta))
+    return next((own.factors[0] for own in moments if own.has_collapsed(values)), None)
 
 
 def exploded(guide: object, log_scale: Callable[[str], Vector]) -> str | None:

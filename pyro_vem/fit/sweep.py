@@ -40,6 +40,7 @@ class Sweep:
         self.phi, self.theta = dict(phi), dict(theta)
         with torch.no_grad():
             self.statistics = dict(statistics or terms.statistics(self.phi, self.theta))
+        self.singular: dict[str, None] = {}  # covariances that stayed, as their moments are singular
         self._kept: dict[str, Tensor] = {}
         has = setup.processes.has
         self._own = {site.name for site in setup.prototype.latents if has(site.plates)}
@@ -51,8 +52,15 @@ class Sweep:
 
     @torch.no_grad()
     def update(self, batch: Sequence[str]) -> None:
-        """Move some variables that share no table to their best values."""
-        self.take(batch, self._terms.lifted.natural(batch, self.statistics, self.theta, self._kept))
+        """Move some variables that share no table to their best values, moments of vectors among them."""
+        lifted = self._terms.lifted
+        names = [name for name in batch if name not in lifted.matching.found]
+        moments = [lifted.matching.found[name] for name in batch if name in lifted.matching.found]
+        sites = [name for own in moments for name in own.sites]
+        natural, weights = lifted.slopes(names, sites, self.statistics, self.theta, self._kept)
+        self.take(names, natural)
+        for own in moments:
+            self._match(own, weights)
 
     @torch.no_grad()
     def take(self, batch: Sequence[str], natural: Sequence[Tensor]) -> None:
@@ -71,16 +79,16 @@ class Sweep:
                 self.theta[name] = torch.where(torch.isfinite(value), value, self.theta[name])
                 self._moved(name, self.theta)
 
-    @torch.no_grad()
-    def match(self, moments: Moments) -> None:
-        """Give a prior of vectors its factor's moments."""
+    def _match(self, moments: Moments, weights: Mapping[str, Tensor]) -> None:
+        """Give vectors the mean and the covariance of their moments."""
         lifted, guide = self._terms.lifted, self._terms.guide
-        assert guide is not None
-        total = self._setup.processes.total if moments.site in self._own else lambda value: value
-        made = lifted.matched(moments, guide.factor_values(moments.site, self.phi), self.theta, total)
-        if all(bool(torch.isfinite(value).all()) for value in made.values()):
-            self.theta |= made
-            self._kept = {}  # parameters may move coefficients
+        factors = guide.factor_values if guide is not None else None
+        total = self._setup.processes.total
+        made, is_short = lifted.matching.best(moments, factors, self.phi, self.theta, weights, total)
+        self.theta |= made
+        self._kept = {}  # parameters may move coefficients
+        if is_short:
+            self.singular |= dict.fromkeys(moments.factors)
 
     @torch.no_grad()
     def level(self, batch: Sequence[str]) -> None:

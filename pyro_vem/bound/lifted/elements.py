@@ -98,11 +98,23 @@ def _piece(site: Site, depth: int) -> Piece:
             value = torch.where(mask, value, torch.zeros_like(value))
         elif mask is False:
             value = torch.zeros_like(value)
+    value, discrete = arranged(value, depth, inner, site)
+    return Piece(value, discrete, site["scale"], inner)
+
+
+def arranged(value: Tensor, depth: int, inner: int, site: Site) -> tuple[Tensor, tuple[int, ...]]:
+    """A site's elements in the order of a `Piece`, and the discrete sites that lead.
+
+    Args:
+        value: one for each element.
+        depth: dimensions that plates take.
+        inner: number of trailing dimensions that are no plates.
+        site: of the elements.
+    """
     missing = depth - (value.dim() - inner)
     if missing > 0:
         value = value.reshape((1,) * missing + value.shape)
-    value, discrete = _by_identity(value, depth, inner, site)
-    return Piece(value, discrete, site["scale"], inner)
+    return _by_identity(value, depth, inner, site)
 
 
 def _elements(fn: Any, value: Tensor, inner: int) -> tuple[Tensor, int]:

@@ -47,7 +47,7 @@ class Probe:
     evaluate: Evaluate
     vectors: Vectors
     variables: dict[str, Variable]
-    others: Mapping[str, tuple[Tensor, Tensor]]
+    others: dict[str, tuple[Tensor, Tensor]]
     generator: torch.Generator
     base: dict[str, Tensor] = field(default_factory=dict)
 

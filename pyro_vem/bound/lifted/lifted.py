@@ -17,15 +17,13 @@ from .coupled import Coupled, coupled_of
 from .elements import identities, impossible, pieces, possible
 from .lift import Found, Pieces, Probe, grid_values, misfits
 from .masked import Masked
-from .moments import Moments, Total, mean_of, moments_of
+from .matching import Factors, Matching, Tables
 from .placing import lift_placed
 from .table import Table, monomials_of
 from .variables import Variable, generic, latent_variable, parameter_variable
 
 LEVEL = 1e-9  # nats within which components are equal
 Values = Mapping[str, Tensor]
-Factors = Callable[[str, Values], dict[str, Tensor]]
-Tables = dict[str, Table | Coupled]
 
 
 class Lifted:
@@ -86,13 +84,14 @@ class Lifted:
         free = {s.name: (s.transform, s.unconstrained) for s in prototype.latents}
         free |= {p.name: (transform_to(p.constraint), p.unconstrained) for p in parameters}
         others = {n: (generic(*free[n], generator), generic(*free[n], generator)) for n in refused}
-        self._execute = execute
         self.probe = Probe(evaluate, vectors, variables, others, generator)
         self.parameters = tuple(p.name for p in parameters) + self.map_sites
-        with torch.no_grad():
-            self.found: Found = lift_placed(self.probe, refused, self.parameters, seed)
-            self.moments = self._moments(parameters)
         self.latents = tuple(s.name for s in prototype.latents if s.name not in self.map_sites)
+        self.matching = Matching(self.probe, execute, self.latents, depth)
+        with torch.no_grad():
+            refused |= self.matching.observed(first, parameters, free)
+            self.found: Found = lift_placed(self.probe, refused, self.parameters, seed)
+            self.matching.priors(first, parameters, self.found)
         self.masked = Masked.of(first, depth, self.plates) if self.latents else Masked()
         for name, reason in self.found.rest.items():
             if pieces(first, depth)[name].discrete:
@@ -103,24 +102,6 @@ class Lifted:
         self._live: tuple[Values, Tables] | None = None
         self._noise: dict[str, Tensor] = {}
         self._is_alone = False
-
-    def _moments(self, parameters: Sequence[Parameter]) -> tuple[Moments, ...]:
-        """Priors of vectors whose parameters have no statistics and enter nowhere else."""
-        codings, live, refused = self.found.codings, self.found.live, self.found.refused
-        free = {p.name: p for p in parameters if p.name in refused}
-        sites = [n for n, c in codings.items() if c.variable.is_vector and n in live]
-        if not (free and sites):
-            return ()
-        seen = {p: self.probe.moved_by(p) for p in free}
-        points = [self.probe.values({}, other) for other in (0, 1)]
-        return moments_of(sites, self._execute, points, free, seen.__getitem__)
-
-    def matched(self, moments: Moments, q: Values, theta: Values, total: Total) -> dict[str, Tensor]:
-        """Parameters of a prior of vectors at their best for a factor; `total` sums over processes."""
-        if moments.loc is not None:
-            return moments.best(q["loc"], q, total)
-        run = self._execute({**self.probe.values({}), **{n: theta[n] for n in self.parameters}})
-        return moments.best(mean_of(run.sites[moments.site]), q, total)
 
     @property
     def names(self) -> frozenset[str]:
@@ -142,8 +123,7 @@ class Lifted:
     @property
     def runs_model(self) -> bool:
         """True if coefficients that move with parameters take runs of the model."""
-        known = {m.site for m in self.moments if m.loc is not None}
-        return any(live is not None or name not in known for name, live in self.found.live.items())
+        return any(not self.matching.is_direct(name, live) for name, live in self.found.live.items())
 
     @property
     def is_complete(self) -> bool:
@@ -156,14 +136,14 @@ class Lifted:
         return next((f"{name}: {reason}" for name, reason in reasons.items()), "")
 
     def closed(self, names: Collection[str]) -> tuple[str, ...]:
-        """Those variables whose every factor is a table, and whose best value is known."""
+        """Variables whose factors are all tables, and whose best value is known; keys of `Matching.found`."""
         rest = set(self.found.rest)
-        return tuple(
+        return *(
             n
             for n, c in self.found.codings.items()
             if n in names and not c.failed and not rest & set(c.where)
             and (c.family.updated if n in self.latents else c.family.best) is not None
-        )  # fmt: skip
+        ), *self.matching.closed(names, self.found)  # fmt: skip
 
     def proof(self, name: str) -> str:
         """What the plan says of a table."""
@@ -173,7 +153,9 @@ class Lifted:
         text = f"affine in the statistics of {seen}{self.masked.note(name)}"
         if isinstance(table, Coupled):
             text = f"quadratic in the means of {seen}, whose elements have factors of their own"
-        return f"{text}; coefficients move with parameters" if name in self.found.live else text
+        if name in self.found.live:
+            text = f"{text}; coefficients move with parameters"
+        return "; ".join([text, *self.matching.notes(name)])
 
     @property
     def inner(self) -> frozenset[str]:
@@ -186,6 +168,8 @@ class Lifted:
         groups: list[tuple[set[str], list[str]]] = []
         for name in names:
             tables = {t.name for t in self.found.tables.values() if name in t.index}
+            if name in self.matching.found:
+                tables = set(self.matching.found[name].sites)
             for used, members in groups:
                 if not used & tables:
                     used |= tables
@@ -248,8 +232,10 @@ class Lifted:
                 return self._live[1]
         made, lives = dict(self.found.tables), {n: v for n, v in self.found.live.items() if v is not None}
         for name in self.found.live.keys() - lives.keys():
-            made[name] = self._prior(name, given)
-        scopes = {name: live.scope for name, live in lives.items()}
+            made[name] = self.matching.prior(name, given, made[name])
+        direct = dict(self.matching.direct(given, made, lives))
+        made |= direct
+        scopes = {name: live.scope for name, live in lives.items() if name not in direct}
         for name, values in grid_values(self.probe, self.found, scopes, given).items():
             live, table = lives[name], made[name]
             assert isinstance(table, Table)
@@ -262,23 +248,13 @@ class Lifted:
             self._live = {n: v.detach().clone() for n, v in given.items()}, made
         return made
 
-    def _prior(self, name: str, given: Values) -> Coupled:
-        """A prior of vectors at parameters; without a run where these are its arguments themselves."""
-        known = next((m for m in self.moments if m.site == name and m.loc is not None), None)
-        if known is None:
-            prior = self.probe.vectors_of(name, given)
-        else:
-            variable, table = self.probe.variables[name], self.found.tables[name]
-            prior = coupled_of(known.prior(given, variable.shape, float(table.scale)), variable)
-        assert isinstance(prior, Coupled)
-        return prior
-
     def expected(
         self,
         statistics: Values,
         theta: Values,
         only: Collection[str] | None = None,
         kept: dict[str, Tensor] | None = None,
+        raised: Values | None = None,
     ) -> dict[str, Tensor]:
         """Every table's part of the bound without entropies, in nats.
 
@@ -289,17 +265,25 @@ class Lifted:
             theta: the model's parameters.
             only: variables; tables that none of them enters may be left out.
             kept: values of tables with discrete sites that none of them enters; filled on the way.
+            raised: what is added to log densities of tables with discrete sites, by element.
         """
-        found, factors = {}, []
+        found, factors, raised = {}, [], raised or {}
         for name, table in self.tables(theta).items():
             if isinstance(table, Table) and table.discrete:
                 is_still = kept is not None and only is not None and table.scope.isdisjoint(only)
-                factors.append(self._factor(table, statistics, kept if is_still else None))
+                factor = self._factor(table, statistics, kept if is_still else None)
+                if name in raised:
+                    own = raised[name]
+                    own = own.sum(list(range(-table.inner, 0))) if table.inner else own
+                    factor = replace(factor, value=factor.value + own)
+                factors.append(factor)
                 found[name] = torch.zeros((), dtype=torch.float64)
             elif only is None or not table.scope.isdisjoint(only):
                 found[name] = table.value(statistics).sum()
         for members in components(factors):
-            if only is None or any(not self.found.tables[f.name].scope.isdisjoint(only) for f in members):
+            scopes = [self.found.tables[f.name].scope for f in members]
+            is_wanted = only is None or any(not scope.isdisjoint(only) for scope in scopes)
+            if is_wanted or any(f.name in raised for f in members):
                 found[seat(members, self.observed)] = log_sum(members, self.plates)
         return found
 
@@ -339,14 +323,30 @@ class Lifted:
 
         Written out, or with discrete sites by autograd, where `kept` is as in `expected`.
         """
-        entered = [t for t in self.tables(theta).values() if not t.scope.isdisjoint(names)]
-        if not any(table.discrete for table in entered):
+        return self.slopes(names, (), statistics, theta, kept)[0]
+
+    def slopes(
+        self,
+        names: Sequence[str],
+        sites: Sequence[str],
+        statistics: Values,
+        theta: Values,
+        kept: dict[str, Tensor] | None = None,
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The same, and derivatives in the log densities of some sites, where these have discrete ones."""
+        tables = self.tables(theta)
+        entered = [t for t in tables.values() if not t.scope.isdisjoint(names)]
+        shapes = {n: t.shape for n in sites if isinstance(t := tables[n], Table) and t.discrete}
+        if not (shapes or any(table.discrete for table in entered)):
             slopes = {name: [t.slope(name, statistics) for t in entered if name in t.scope] for name in names}
-            return [sum(slopes[name], torch.zeros_like(statistics[name])) for name in names]
+            return [sum(slopes[name], torch.zeros_like(statistics[name])) for name in names], {}
         leaves = {name: statistics[name].detach().requires_grad_() for name in names}
+        raised = {n: torch.zeros(shape, dtype=torch.float64).requires_grad_() for n, shape in shapes.items()}
         with torch.enable_grad():
-            total = self.total(names, {**statistics, **leaves}, theta, kept)
-            return list(torch.autograd.grad(total, list(leaves.values()), materialize_grads=True))
+            terms = self.expected({**statistics, **leaves}, theta, names, kept, raised)
+            total, parts = torch.stack(list(terms.values())).sum(), [*leaves.values(), *raised.values()]
+            found = list(torch.autograd.grad(total, parts, materialize_grads=True))
+        return found[: len(leaves)], dict(zip(raised, found[len(leaves) :], strict=True))
 
     def total(
         self, names: Sequence[str], statistics: Values, theta: Values, kept: dict[str, Tensor] | None = None
