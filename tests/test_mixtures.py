@@ -178,6 +178,14 @@ def test_equal_means_are_left_in_closed_form(fit):
     assert all(row.note == "closed form" for row in found.history if row.block == "M")
 
 
+def test_units_do_not_matter(fit):
+    means = IRIS[[76, 70, 113]]
+    here = fit(iris, {"x": IRIS, "means": means, "is_shared": False})
+    there = fit(iris, {"x": 1e6 * IRIS, "means": 1e6 * means, "is_shared": False})
+    assert there.status is vem.Status.converged
+    assert there.elbo + 600 * np.log(1e6) == pytest.approx(here.elbo, abs=1e-6)
+
+
 def test_masked_rows_do_not_count_and_scaled_ones_do_several_times(fit):
     kept, times = torch.arange(80) % 7 != 0, 1 + torch.arange(80) % 3
 

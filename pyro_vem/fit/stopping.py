@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch.distributions import constraints
 
+from ..bound.lifted.covariance import MATRIX, TRIL
 from ..bound.lifted.families import INVERSE_GAMMA, SD
 from ..bound.lifted.variables import Coding
 from ..guides.factorised import FactorisedNormal
+from ..model.parameters import Parameter
 from .setup import Setup
 from .smooth import Smooth, Vector, predicted_gain
 from .state import State
@@ -91,7 +93,7 @@ def runaway(setup: Setup, state: State, start: State) -> str | None:
         support = coding.variable.support if coding is not None else None
         if parameter.constraint is constraints.simplex or support == "unit":
             continue  # a probability, at whose edge the bound has its maximum: a value that never occurs
-        limit = DRIFT * (1 + np.abs(start.theta[where])) if parameter.is_real else FAR
+        limit = _limit(parameter, start.theta[where])
         is_gone = (drift[where] > limit).any()
         if coding is not None and support == "positive":
             is_gone |= _is_cancelled(coding, state.theta[where], start.theta[where])
@@ -107,6 +109,18 @@ def _collapsed(setup: Setup, state: State) -> str | None:
         return None
     values = setup.theta_values(torch.as_tensor(state.theta))
     return next((own.factors[0] for own in moments if own.has_collapsed(values)), None)
+
+
+def _limit(parameter: Parameter, start: Vector) -> Vector:
+    """How far a parameter may go from its start on its unconstrained scale."""
+    real = DRIFT * (1 + np.abs(start))
+    if parameter.is_real:
+        return real
+    if parameter.constraint in (*TRIL, *MATRIX):  # beside the diagonal such a factor is real
+        shape = parameter.unconstrained.shape
+        is_diagonal = np.broadcast_to(np.eye(shape[-1], dtype=bool), shape).reshape(-1)
+        return np.where(is_diagonal, FAR * (1 + np.abs(start)), real)
+    return np.full_like(start, FAR)
 
 
 def exploded(guide: object, log_scale: Callable[[str], Vector]) -> str | None:
