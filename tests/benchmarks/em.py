@@ -73,6 +73,38 @@ def mixture() -> tuple[Result, Result, str]:
     )
 
 
+def vectors() -> tuple[Result, Result, str]:
+    """Three classes with full covariances on iris, from the same three rows."""
+    from sklearn.datasets import load_iris
+    from sklearn.mixture import GaussianMixture
+
+    data = load_iris().data
+    means, covariance = data[[76, 70, 113]], np.cov(data.T)
+
+    def model(x: Tensor) -> None:
+        weights = pyro.param("weights", torch.ones(3) / 3, constraint=constraints.simplex)
+        mu = pyro.param("mu", torch.tensor(means))
+        tril = torch.tensor(np.linalg.cholesky(covariance)).repeat(3, 1, 1)
+        tril = pyro.param("tril", tril, constraint=constraints.lower_cholesky)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.MultivariateNormal(mu[z], scale_tril=tril[z]), obs=x)
+
+    fit, seconds = timed(lambda: vem.fit_vem(model, {"x": torch.tensor(data)}, **KEEP))
+    peer, peer_seconds = timed(
+        lambda: GaussianMixture(
+            3, tol=1e-12, max_iter=10_000, weights_init=np.ones(3) / 3, means_init=means,
+            precisions_init=np.stack([np.linalg.inv(covariance)] * 3), reg_covar=0.0,
+        ).fit(data)
+    )  # fmt: skip
+    off = np.abs(peer.means_ - fit.params["mu"].numpy()).max()
+    return (
+        Result(fit.elbo, seconds),
+        Result(float(peer.score(data)) * len(data), peer_seconds),
+        f"means differ by {off:.1g}",
+    )
+
+
 def principal_components() -> tuple[Result, Result, str]:
     """Probabilistic PCA with two components on iris."""
     from sklearn.datasets import load_iris
@@ -299,6 +331,7 @@ def counts(is_full: bool) -> tuple[Result, Result, str]:
 
 PROBLEMS = {
     "mixture": mixture,
+    "mixture of vectors": vectors,
     "principal components": principal_components,
     "factor analysis": factors,
     "random intercept": random_intercept,
