@@ -301,6 +301,21 @@ def test_moments_of_latent_vectors_by_class_and_weight(fit):
     assert all("closed form" in row.note for row in found.history if row.block == "M")
 
 
+def test_latent_vectors_of_classes_take_their_moments(fit):
+    y = Y[::8, :2]
+
+    def model(y):
+        tril = pyro.param("tril", torch.eye(2).repeat(2, 1, 1), constraint=constraints.lower_cholesky)
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Categorical(WEIGHTS), infer={"enumerate": "parallel"})
+            u = pyro.sample("u", dist.MultivariateNormal(MEANS[z, :2], scale_tril=tril[z]))
+            pyro.sample("y", dist.Normal(u, 0.1).to_event(1), obs=y)
+
+    found, joint = (fit(model, {"y": y}, schedule=how) for how in ("auto", "joint"))
+    assert found.elbo == pytest.approx(joint.elbo, abs=1e-6)
+    assert all("closed form" in row.note for row in found.history if row.block == "M")
+
+
 @pytest.mark.parametrize("schedule", ["auto", "alternate"])
 @pytest.mark.parametrize("number", [1, 3])
 def test_a_class_of_too_few_rows_has_run_away(fit, schedule, number):

@@ -113,8 +113,9 @@ def latent_variable(latent: Latent, site: Site) -> Variable | str:
         return Variable(latent.name, True, "simplex", (dirichlet(size),), *_plain(shape), latent.event_dim)
     if kind == "MultivariateNormal":
         return Variable(
-            latent.name, True, "real", FACTORS["Normal"], fn.loc.detach().expand(shape).clone(),
-            fn.variance.detach().sqrt().expand(shape).clone(), latent.event_dim, True,
+            latent.name, True, "real", FACTORS["Normal"],
+            _first(fn.loc.detach(), shape).expand(shape).clone(),
+            _first(fn.variance.detach().sqrt(), shape).expand(shape).clone(), latent.event_dim, True,
         )  # fmt: skip
     if kind not in FACTORS:
         return f"no conjugate family for {kind}"
