@@ -71,6 +71,16 @@ def vectors(y):
         pyro.sample("y", dist.Poisson(z.exp()).to_event(1), obs=y)
 
 
+def clusters(y):
+    """Observed vectors whose weighted moments are the M-step."""
+    weights = pyro.param("weights", torch.tensor([0.5, 0.5]), constraint=dist.constraints.simplex)
+    loc = pyro.param("loc", torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]))
+    tril = pyro.param("tril", torch.eye(3).repeat(2, 1, 1), constraint=dist.constraints.lower_cholesky)
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.MultivariateNormal(loc[z], scale_tril=tril[z]), obs=y)
+
+
 def tied(y):
     prior = torch.eye(3) + 0.9 * (1 - torch.eye(3))
     b = pyro.sample("b", dist.MultivariateNormal(torch.zeros(3), prior))
@@ -122,6 +132,7 @@ CASES = {
         ("rows", "counts"),
     ),
     "mixture": (mixture, {"y": _noise(ROWS) + 3.0 * (u[:, 0] > 0.2)}, None, ("rows",)),
+    "clusters": (clusters, {"y": x @ MIXING + 3.0 * (u > 0.2)}, None, ("rows",)),
     "effects": (effects, {"y": u + 0.5 * x}, "auto", ("rows",)),
     "vectors": (vectors, {"y": _counts((x @ MIXING).exp())}, "auto", ("rows",)),
     "tied": (tied, {"y": _counts(torch.tensor([0.3, 0.1, -0.4]).exp().expand(ROWS, 3))}, "auto", ("rows",)),
