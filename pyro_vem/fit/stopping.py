@@ -83,7 +83,8 @@ def _last(history: Sequence[Step], number: int) -> list[Step]:
 
 def runaway(setup: Setup, state: State, start: State) -> str | None:
     """The site or parameter that has run away, or None."""
-    name = exploded(setup.guide, lambda scale: state.phi[setup.phi.where([scale])])
+    moved = np.abs(state.phi - start.phi) > 1  # a small unit, or a variance at its edge, are where it began
+    name = exploded(setup.guide, lambda scale: np.where(moved, state.phi, 0.0)[setup.phi.where([scale])])
     if name is not None:
         return name
     drift = np.abs(state.theta - start.theta)
