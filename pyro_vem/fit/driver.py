@@ -309,6 +309,7 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
         if run.is_converged() and not run.is_reopened():
             run.polish()
             return _ended(run)
+        run.border.go()
         if run.is_stalled():
             return Status.diverged if run.is_diverged(is_last=True) else Status.stalled
         if run.schedule_of(iteration + 1, schedule) in ("alternate", "accelerated"):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .setup import Setup
-from .smooth import Smooth, Vector
+from .smooth import Flags, Smooth, Vector
 from .state import State, elbo_at, loss_of
 from .status import Step
 from .stopping import LOST
@@ -29,6 +29,11 @@ class Profile:
     theorem). The first metric is the complete-data information, minus the Hessian in theta at
     fixed phi, of which EM is the fixed-metric method.
 
+    Attributes:
+        setup: the problem.
+        e_step: the best factors at other parameters.
+        held: numbers of theta that stay where they are.
+
     References:
         Jamshidian and Jennrich (1997), Acceleration of the EM algorithm by using quasi-Newton
         methods, JRSS B 59.
@@ -36,6 +41,7 @@ class Profile:
 
     setup: Setup
     e_step: EStep
+    held: Callable[[], Flags]
     inverse: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
     last: tuple[Vector, Vector] | None = None
 
@@ -46,7 +52,8 @@ class Profile:
         zero = np.zeros_like(state.theta)
         slope = -smooth.gradient(zero)
         is_learnt = self._learn(state.theta, slope, smooth)
-        direction = self.inverse @ slope
+        slope = np.where(self.held(), 0.0, slope)
+        direction = np.where(self.held(), 0.0, self.inverse @ slope)
         longest = LONGEST / max(float(np.abs(direction[self._is_bounded]).max(initial=0.0)), 1e-300)
         direction *= min(1.0, longest)
         rise, length, tried, best = float(slope @ direction), 1.0, 0, state

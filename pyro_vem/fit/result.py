@@ -16,6 +16,7 @@ from ..model.data import Arguments
 from ..model.device import all_on_its_device, on_device
 from ..model.runtime import isolated
 from .copies import Copied
+from .edges import Edge, sentences
 from .measure import exact_table, measure
 from .setup import FitOptions, Setup
 from .state import State
@@ -43,6 +44,7 @@ class VEMResult(Copied):
         plan: the method of each term of the bound.
         terms: the bound as a table.
         starts: where each start ended, if there were several.
+        boundary: numbers of parameters whose maximum is at the edge of their constraint.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -72,6 +74,7 @@ class VEMResult(Copied):
     _setup: Setup | None = field(default=None, repr=False)
     _points: tuple[State, ...] = field(default=(), repr=False)
     starts: tuple["Start", ...] = ()
+    boundary: tuple[Edge, ...] = ()
     _whole: Callable[[], Setup] | None = field(default=None, repr=False)  # of a fit on batches
 
     @classmethod
@@ -85,6 +88,7 @@ class VEMResult(Copied):
         seconds: float,
         options: FitOptions,
         points: tuple[State, ...] = (),
+        boundary: tuple[Edge, ...] = (),
     ) -> "VEMResult":
         """Freeze a state; its bound is measured on fresh draws."""
         phi = _detached(setup.phi.constrained(torch.as_tensor(state.phi)))
@@ -99,7 +103,7 @@ class VEMResult(Copied):
             status = Status.nonfinite
         return cls(
             theta, phi, terms.elbo, terms.elbo_se, status, n_iter, history, seconds,
-            setup.objective.shown_plan, terms, setup.objective.seed, setup, points,
+            setup.objective.shown_plan, terms, setup.objective.seed, setup, points, boundary=boundary,
         )  # fmt: skip
 
     @property
@@ -110,7 +114,7 @@ class VEMResult(Copied):
     @property
     def stop_reason(self) -> str:
         """What happened, and what to do, in a sentence."""
-        return self.status.value
+        return " ".join([self.status.value, *sentences(self.boundary)])
 
     @property
     def device(self) -> torch.device:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import warn
 from ..model.checks import regular
 from .acceleration import Extrapolation
+from .border import Border
 from .checkpoint import Checkpoint, snapshot
 from .closed import ClosedForm
 from .exactness import check_kl, compile_terms, more_draws, prepare, settle, settle_nodes
@@ -100,6 +101,7 @@ class Run:
             self.gtol = self._final_gtol()  # no other block to wait for
         self.iterations = 0
         self.scales = Scales(setup, self.hooks)
+        self.border = Border(self)
         if not setup.is_our_code:
             check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
         if warm is None:
@@ -139,7 +141,7 @@ class Run:
                 return
         self.state, row = step(
             self.setup, self.state, block, self.scales,
-            iteration=iteration, gtol=self.gtol, method=self._method(block),
+            iteration=iteration, gtol=self.gtol, method=self.method(block),
             max_iter=self.options.step_iterations,
         )  # fmt: skip
         self.record(row)
@@ -178,9 +180,9 @@ class Run:
     @functools.cached_property
     def profiled(self) -> Profile:
         """The bound maximised over phi."""
-        return Profile(self.setup, self._best_phi)
+        return Profile(self.setup, self.best_phi, lambda: self.scales.held)
 
-    def _best_phi(self, state: State) -> State:
+    def best_phi(self, state: State) -> State:
         """The E-step at other parameters, to its own tolerance."""
         if not self.setup.phi.size:
             return replace(state, elbo=elbo_at(self.setup, state.phi, state.theta))
@@ -190,7 +192,7 @@ class Run:
                 return state
         return step(
             self.setup, state, "E", self.scales, iteration=self.iterations, gtol=self._final_gtol(),
-            method=self._method("E"), max_iter=self.options.step_iterations,
+            method=self.method("E"), max_iter=self.options.step_iterations,
         )[0]  # fmt: skip
 
     def _best_theta(self, state: State) -> State:
@@ -223,7 +225,7 @@ class Run:
         trial = self.extrapolation.proposed(old, iteration)
         if trial is None:
             return False
-        trial = self._best_phi(trial) if by_theta else self._best_theta(trial)
+        trial = self.best_phi(trial) if by_theta else self._best_theta(trial)
         note, is_higher = "extrapolated", trial.elbo > old.elbo
         if is_higher:
             self.state, self.is_expected = trial, by_theta
@@ -240,7 +242,7 @@ class Run:
 
         A check costs as much as several steps, so after one that fails the next waits.
         """
-        gain, tol, final = self._gain_of_round(), self._tolerance(), self._final_gtol()
+        gain, tol, final = self._gain_of_round(), self.tolerance(), self._final_gtol()
         has_both = self.setup.theta.size and self.setup.phi.size
         is_solved = not has_both or self.gtol <= final
         # Inexact at first: a block need not be solved far beyond what a round gains.
@@ -255,7 +257,8 @@ class Run:
         if left.is_small(tol) or (left.is_no_maximum and gain < tol):
             if self._has_left_saddle(smooth):
                 return False
-            if left.is_small(tol):
+            if left.is_small(tol) and not self.border.has_released():
+                self.border.mark()
                 return True
         self.failed += 1
         self.next_check = self.iterations + min(2**self.failed, 32)
@@ -266,24 +269,24 @@ class Run:
         if self.saddles == MOST_SADDLES:
             return False
         start = time.perf_counter()
-        found = past_saddle(self.setup, self.state, smooth, self._tolerance())
+        found = past_saddle(self.setup, self.state, smooth, self.tolerance())
         if found is None:
             return False
         old, (self.state, names) = self.state, found
         self.saddles, self.failed, self.next_check = self.saddles + 1, 0, self.iterations + 2
         self.is_expected = False
-        self._forget_rounds()
+        self.forget_rounds()
         seconds, note = time.perf_counter() - start, f"left a saddle of the bound along {names}"
         self.record(Step(self.iterations, "check", old.elbo, self.state.elbo, 0.0, 0, 0, seconds, note))
         return True
 
-    def _tolerance(self) -> float:
+    def tolerance(self) -> float:
         """The caller's tolerance, or what rounding leaves of a bound of many nats."""
         return max(self.tol, ROUNDING * abs(self.state.elbo))
 
     def _final_gtol(self) -> float:
         """Scaled gradient norm at which a block counts as solved; lower after each failed check."""
-        return max(1e-10, 0.1 * self._tolerance() ** 0.5 * 0.3**self.failed)
+        return max(1e-10, 0.1 * self.tolerance() ** 0.5 * 0.3**self.failed)
 
     def is_slow(self) -> bool:
         """True if EM has become linear: ten rounds, and the last gained over half of the one before."""
@@ -293,7 +296,7 @@ class Run:
         for row in self.history:
             if 0 <= self.iterations - row.iteration < 3:
                 gains[self.iterations - row.iteration] += row.gain
-        return gains[1] > 0.5 * gains[2] and gains[1] > 10 * self._tolerance()
+        return gains[1] > 0.5 * gains[2] and gains[1] > 10 * self.tolerance()
 
     def is_stalled(self) -> bool:
         """True if the last steps used up their iterations for next to nothing, or none moves anything."""
@@ -315,7 +318,7 @@ class Run:
             self.next_check = 0
         return change is not None
 
-    def _forget_rounds(self) -> None:
+    def forget_rounds(self) -> None:
         """The rounds so far say nothing of those to come."""
         for name in ("profiled", "extrapolation"):
             self.__dict__.pop(name, None)
@@ -324,7 +327,7 @@ class Run:
         """Record that the bound itself is another one from here on."""
         self.setup.captures.forget()
         self.setup.objective.take_full_draws()
-        self._forget_rounds()
+        self.forget_rounds()
         if self.setup.lifted is not None:
             self.closed = ClosedForm(self.setup, self.setup.lifted, self.hooks)
         before = self.state.elbo
@@ -354,6 +357,7 @@ class Run:
         return VEMResult.of(
             self.setup, self.state, status, tuple(self.history), self.iterations,
             time.perf_counter() - self.begin, self.options, tuple(self.points),
+            self.border.edges.named() if status is Status.converged else (),
         )  # fmt: skip
 
     def save(self, is_last: bool = False) -> None:
@@ -383,7 +387,8 @@ class Run:
         if self.bar is not None:
             self.bar.close()
 
-    def _method(self, block: str) -> Method:
+    def method(self, block: str) -> Method:
+        """The optimiser of a block's steps."""
         chosen = self.methods[1] if block == "M" else self.methods[0]
         if not isinstance(chosen, Mapping) and chosen != "auto":
             return chosen

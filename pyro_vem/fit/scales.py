@@ -27,15 +27,16 @@ class Scales:
     """
 
     def __init__(self, setup: Setup, still: Collection[str] = ()) -> None:
-        self._setup, self._still = setup, still
+        self._setup = setup
+        self.held = setup.theta.where(still)  # numbers of theta that no step moves
         self._probed: dict[str, tuple[int, Vector]] = {}
 
     def of(self, state: State, block: str, iteration: int) -> Vector:
         """Lengths of a block ("E" or "M"), or of both ("joint")."""
         phi = self._phi(state, iteration) if block in ("E", "joint") else np.zeros(0)
         theta = self._curvature(state, "M", iteration) if block in ("M", "joint") else np.zeros(0)
-        if self._still and theta.size:
-            theta = np.where(self._setup.theta.where(self._still), 0.0, theta)
+        if theta.size and self.held.any():
+            theta = np.where(self.held, 0.0, theta)
         return np.concatenate([phi, theta])
 
     def log_sds(self, size: int) -> NDArray[np.bool_]:

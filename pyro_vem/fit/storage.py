@@ -20,6 +20,7 @@ from ..model.data import named_values
 from ..model.device import device_of
 from ..model.parameters import PartlyHeld
 from ..model.runtime import isolated
+from .edges import Edge
 from .exactness import compile_terms, settle
 from .result import VEMResult
 from .setup import FitOptions, Setup, partly_held, set_up
@@ -60,6 +61,7 @@ def save(fit: VEMResult, path: str | Path) -> None:
         "history": [asdict(row) for row in fit.history],
         "plan": {"rows": [asdict(row) for row in fit.plan.rows], "notes": fit.plan.notes},
         "terms": asdict(fit.terms),
+        "boundary": [asdict(edge) for edge in fit.boundary],
         "starts": [{**asdict(start), "status": start.status.name} for start in fit.starts],
     }
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -114,8 +116,13 @@ def load(
         ElboTerms(tuple(_row(TermRow, row) for row in terms["rows"]), terms["elbo"], terms["elbo_se"]),
         summary["seed"],
         setup,
+        boundary=tuple(_edge(edge) for edge in summary.get("boundary", ())),
         starts=tuple(Start(**{**start, "status": Status[start["status"]]}) for start in summary["starts"]),
     )
+
+
+def _edge(values: dict[str, Any]) -> Edge:
+    return Edge(values["name"], tuple(values["index"]), values["limit"])
 
 
 def _row(kind: Any, values: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from ..fit.edges import sentences
 from ..fit.result import VEMResult
 
 LABEL, WIDTH = 9, 100  # columns
@@ -47,6 +48,7 @@ def _lines(fit: VEMResult) -> list[tuple[str, str]]:
         lines.append(("k-hat", diagnosis.numbers.removeprefix("k-hat ")))
     if fit.params:
         lines.append(("params", ", ".join(_value(name, value) for name, value in fit.params.items())))
+    lines += [("boundary" if i == 0 else "", text) for i, text in enumerate(sentences(fit.boundary))]
     if fit.starts:
         agree = sum(fit.elbo - start.elbo < AGREEMENT for start in fit.starts)
         lowest = min(start.elbo for start in fit.starts)

@@ -6,10 +6,12 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from scipy.special import gammaln, hermitenorm
 from torch import Tensor
 
 from ..errors import ModelError, unknown_names
+from ..fit.edges import is_simplex, positions
 from ..fit.result import VEMResult
 from ..model.runtime import isolated
 from ..model.sites import Latent
@@ -19,6 +21,7 @@ from .importance import at_noise, usable_pool
 from .linear_response import inverse_hessian
 from .sandwich import sandwich
 
+TIED = 1e-6  # of a matrix's largest number: standard errors of what moves with held numbers alone
 NODES, ORDERS = 64, 24  # of the Hermite expansion of a transformed latent
 
 
@@ -40,15 +43,20 @@ def covariance(
         plate: of parameters: the sandwich over the rows of this plate, which must be independent
             but need not follow the model.
 
+    Parameters at their boundary (``fit.boundary``) have no standard errors: theirs are nan, and others'
+    are those of the model in which they are held there.
+
     Raises:
         ModelError: where there is none: the fit has not converged, the Hessian is not
             definite, or the weights cannot be believed; the message says which.
 
     References:
         Giordano, Broderick and Jordan (2018), Covariances, robustness, and variational Bayes,
-        JMLR 19(51). White (1982), Maximum likelihood estimation of misspecified models,
-        Econometrica 50. Westling and McCormick (2019), Beyond prediction: a framework for
-        inference with variational approximations in mixture models, JCGS 28.
+        JMLR 19(51). Self and Liang (1987), Asymptotic properties of maximum likelihood estimators
+        and likelihood ratio tests under nonstandard conditions, JASA 82. White (1982), Maximum
+        likelihood estimation of misspecified models, Econometrica 50. Westling and McCormick (2019),
+        Beyond prediction: a framework for inference with variational approximations in mixture
+        models, JCGS 28.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -95,9 +103,28 @@ def _of_params(fit: VEMResult, names: Sequence[str] | None, plate: str | None) -
     matrix = sandwich(fit, plate) if plate is not None else inverse_of_params(fit)
     jacobian = jacobian_of_params(fit)
     labels = [label for name in theta.names for label in _labels(name, tuple(fit.params[name].shape))]
-    frame = pd.DataFrame(jacobian @ matrix @ jacobian.T, index=labels, columns=labels)
+    values = jacobian @ matrix @ jacobian.T
+    pinned = _at_boundary(fit, np.sqrt(np.diag(values)))
+    values[pinned], values[:, pinned] = np.nan, np.nan
+    frame = pd.DataFrame(values, index=labels, columns=labels)
     wanted = [x for n in names or theta.names for x in _labels(n, tuple(fit.params[n].shape))]
     return frame.loc[wanted, wanted]
+
+
+def _at_boundary(fit: VEMResult, errors: Vector) -> NDArray[np.bool_]:
+    """Numbers of the constrained parameters that stand at their boundary, or follow from those that do."""
+    theta, flags = fit.setup.theta, []
+    held = positions(theta, fit.boundary)
+    ends = np.cumsum([p.init.numel() for p in theta.parameters])[:-1]
+    for parameter, error in zip(theta.parameters, np.split(errors, ends), strict=True):
+        own = held[theta.where([parameter.name])]
+        if is_simplex(parameter):  # the last one free is one minus zeros
+            rows = own.reshape(-1, parameter.init.shape[-1])
+            own = (rows | (rows.sum(-1, keepdims=True) == rows.shape[-1] - 1)).reshape(-1)
+        elif len(own) != len(error):  # as of a correlation matrix
+            own = own.any() & (error <= TIED * float(fit.params[parameter.name].abs().max()))
+        flags.append(own)
+    return np.concatenate(flags)
 
 
 def jacobian_of_params(fit: VEMResult) -> Vector:

@@ -8,11 +8,12 @@ import torch
 from ..bound.kl import leaf_of
 from ..bound.weights import element_weight
 from ..errors import ModelError
+from ..fit.edges import is_simplex
 from ..fit.result import VEMResult
 from ..model.parameters import Parameter
 from ..model.runtime import Site
 from .checks import run_at
-from .linear_response import is_simplex, is_unused
+from .linear_response import is_unused
 
 FEWEST_ROWS = 2  # log n, the penalty of the BIC, is zero for one
 
@@ -30,6 +31,7 @@ class Criteria:
         is_bound: whether latents are averaged over by factors: the ELBO stands for the log
             likelihood then, and each criterion is at most what is given here. Two such bounds do
             not rank two models unless their gaps are alike.
+        boundary: what is at its boundary: it counts in k, which penalises it too much.
     """
 
     aic: float
@@ -37,13 +39,18 @@ class Criteria:
     num_parameters: int
     num_rows: int
     is_bound: bool
+    boundary: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         sign = "<=" if self.is_bound else "="
+        edges = (
+            f"; too large a penalty for {', '.join(self.boundary)}, at its boundary" if self.boundary else ""
+        )
         aic = f"AIC {sign} {self.aic:.2f}"
         if self.num_rows < FEWEST_ROWS:
-            return f"{aic}, no BIC, which needs independent rows: the model has one"
-        return f"{aic}, BIC {sign} {self.bic:.2f} ({self.num_parameters} parameters, {self.num_rows} rows)"
+            return f"{aic}, no BIC, which needs independent rows: the model has one{edges}"
+        bic = f"BIC {sign} {self.bic:.2f}"
+        return f"{aic}, {bic} ({self.num_parameters} parameters, {self.num_rows} rows){edges}"
 
 
 def criteria(fit: VEMResult, plate: str | None = None) -> Criteria:
@@ -84,7 +91,7 @@ def criteria(fit: VEMResult, plate: str | None = None) -> Criteria:
     n = _rows(fit, plate)
     penalty = k * math.log(n) if n >= FEWEST_ROWS else math.nan
     aic, bic = -2 * fit.elbo + 2 * k, -2 * fit.elbo + penalty
-    return Criteria(aic, bic, k, n, setup.phi.size > 0)
+    return Criteria(aic, bic, k, n, setup.phi.size > 0, tuple(edge.label for edge in fit.boundary))
 
 
 def _free(parameter: Parameter) -> int:

@@ -10,6 +10,7 @@ import pandas as pd
 from torch import Tensor
 
 from ..errors import ModelError
+from ..fit.edges import sentences
 from ..fit.result import VEMResult
 from .arrowhead import Vector
 from .checks import one_more_step, other_starts, reparameterise, unmoved
@@ -223,7 +224,7 @@ def _of_the_fit(
     fit: VEMResult, gain: float, restarts: int, seed: int
 ) -> tuple[list[str], list[str], list[str]]:
     """Reasons, actions and notes that need no draws: status, one more E-step, other starts."""
-    reasons, actions, notes = [], [], []
+    reasons, actions, notes = [], [], sentences(fit.boundary)
     if not fit.converged:
         reasons.append(f"{fit.status.name}: {fit.status.value}")
     elif gain > GAIN_LIMIT:

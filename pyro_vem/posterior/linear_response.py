@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.distributions import (
     LowerCholeskyTransform,
     PositiveDefiniteTransform,
-    SoftmaxTransform,
     Transform,
     transform_to,
 )
 
 from ..errors import ModelError
+from ..fit import edges
 from ..fit.result import VEMResult
 from ..fit.scales import Scales
 from ..fit.smooth import Smooth
@@ -131,9 +131,12 @@ def inverse_hessian(fit: VEMResult, block: str) -> tuple[Arrowhead | Solver, Vec
         phi = setup.phi.flat(fit.guide_params).numpy()
         theta = setup.theta.flat(fit.params).numpy()
         state = State(phi, theta, fit.elbo)
-        lengths = Scales(setup).of(state, block, 0)
+        scales, held = Scales(setup), edges.positions(setup.theta, fit.boundary)
+        scales.held = held  # what is at its boundary stands still, and the rest is as if it were known
+        lengths = scales.of(state, block, 0)
         loss, x = (joint_loss(setup), state.joint) if block == "joint" else loss_of(setup, state, block)
         smooth, zero, idle = Smooth(loss, x, lengths), np.zeros_like(x), _idle(fit, x.size)
+        idle[setup.phi.size :] = np.maximum(idle[setup.phi.size :], held[: x.size - setup.phi.size])
         flat = _flat_directions(fit, lengths) if block == "joint" else np.zeros((0, x.size))
 
         def product(v: Vector) -> Vector:
@@ -153,18 +156,13 @@ def _flat_directions(fit: VEMResult, lengths: Vector) -> NDArray[np.float64]:
     theta, start = fit.setup.theta, len(lengths) - fit.setup.theta.size
     found = []
     for parameter in theta.parameters:
-        if is_simplex(parameter):
+        if edges.is_simplex(parameter):
             rows = np.flatnonzero(theta.where([parameter.name])).reshape(-1, parameter.init.shape[-1])
             for row in rows + start:
                 direction = np.zeros_like(lengths)
-                direction[row] = 1 / lengths[row]
+                direction[row] = np.where(lengths[row] > 0, 1 / np.maximum(lengths[row], 1e-300), 0.0)
                 found.append(direction / np.linalg.norm(direction))
     return np.array(found).reshape(-1, len(lengths))
-
-
-def is_simplex(parameter: Parameter) -> bool:
-    """True if its rows are softmaxes, each of one number more than can move."""
-    return isinstance(_first(parameter), SoftmaxTransform)
 
 
 def is_unused(parameter: Parameter) -> NDArray[np.bool_]:

@@ -1,0 +1,110 @@
+"""A fit whose parameters creep towards the edge of their constraint: taken there, held, and let go again."""
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .edges import DRIFTED, Edges
+from .profile import Profile
+from .scales import Scales
+from .smooth import Flags
+from .state import State
+from .status import Step
+from .steps import step
+
+if TYPE_CHECKING:
+    from .run import Run
+
+MOST_FOLLOWED = 20  # iterations in which the rest follows a parameter to its edge
+
+
+class Border:
+    """What a run does with parameters at their edges.
+
+    Args:
+        run: at its start.
+    """
+
+    def __init__(self, run: "Run") -> None:
+        self.run = run
+        self.edges = Edges(run.setup, self.followed, run.hooks)
+        self.edges.watch(run.setup.theta.initial().numpy())
+        self._failed = 0  # checks of convergence that had failed at the last try
+
+    def go(self) -> None:
+        """Where rounds have become slow: go to the edges that parameters creep towards."""
+        run, edges = self.run, self.edges
+        edges.watch(run.state.theta)
+        is_asked_for = run.is_slow() or run.failed > self._failed
+        if not is_asked_for or run.iterations < edges.next_try or run.setup.processes.count > 1:
+            return
+        start, old, self._failed = time.perf_counter(), run.state, run.failed
+        found = edges.gone_to(old, DRIFTED, run.tolerance(), run.iterations)
+        if found is not None:
+            run.state, names = found
+            self._hold(old, start, f"went to the boundary: {names}")
+
+    def has_released(self) -> bool:
+        """True if what is held at an edge is drawn inside again, now that the rest has moved."""
+        run, start = self.run, time.perf_counter()
+        old, found = run.state, self.edges.released(run.state, run.tolerance())
+        if found is not None:
+            run.state, names = found
+            self._hold(old, start, f"came back from the boundary: {names}")
+        return found is not None
+
+    def mark(self) -> None:
+        """Know what is at its edge where the fit has converged on its way there; the state stays as it is."""
+        if self.run.setup.processes.count == 1:
+            self.edges.mark(self.run.state, self.run.tolerance())
+
+    def _hold(self, old: State, start: float, note: str) -> None:
+        """Only what is at its edge stands still from here on."""
+        run = self.run
+        run.scales = Scales(run.setup, run.hooks)
+        run.scales.held = run.scales.held | (self.edges.held != 0)
+        run.first = run.state  # what is at its edge has gone far, and has not run away
+        run.is_expected, run.next_check = False, run.iterations + 1
+        run.forget_rounds()
+        seconds = time.perf_counter() - start
+        run.record(Step(run.iterations, "check", old.elbo, run.state.elbo, 0.0, 0, 0, seconds, note))
+
+    def followed(self, state: State, still: Flags, gtol: float, blocks: tuple[str, ...]) -> State | None:
+        """The best of all else where some numbers of theta stand still; None where the bound is not finite.
+
+        Args:
+            state: with the bound at it, which may be far below the best.
+            still: numbers of theta.
+            gtol: gradient norm.
+            blocks: "E", and "joint" for the other parameters too.
+        """
+        if not np.isfinite(state.elbo):
+            return None
+        run = self.run
+        closed, held = run.closed, run.scales.held
+        run.scales.held = held | still
+        try:
+            for block in blocks:
+                if closed is not None and block == "E":
+                    state, _ = closed.step(state, "E", run.iterations)
+                if closed is not None and closed.is_exact:  # factors cost little, their products much
+                    state = self._profiled(state, gtol) if block == "joint" else state
+                elif run.setup.phi.size or block == "joint":
+                    state, _ = step(
+                        run.setup, state, block, run.scales, iteration=run.iterations,
+                        gtol=gtol, method=run.method(block), max_iter=MOST_FOLLOWED,
+                    )  # fmt: skip
+        finally:
+            run.scales.held = held
+        return state
+
+    def _profiled(self, state: State, gtol: float) -> State:
+        """Profile steps until the slope is small, or they gain nothing that is seen in it."""
+        run = self.run
+        profile = Profile(run.setup, run.best_phi, lambda: run.scales.held)
+        for _ in range(MOST_FOLLOWED):
+            state, row = profile.step(state, run.iterations)
+            if row.gradient <= gtol or row.gain <= gtol**2 or row.note:
+                break
+        return state
