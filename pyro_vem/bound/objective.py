@@ -100,7 +100,10 @@ class Objective:
         refused = self.exact.refused if self.exact is not None else {}
         exact = self.exact.names if self.exact is not None else frozenset()
         on_grid = {name: batch for batch in self._batches or () if batch.nodes for name in batch.names}
-        fixed = {name for batch in self._batches or () if not batch.scope for name in batch.names}
+        is_summed = any(row.method == "enumeration" for row in self.plan.rows)
+        still = {
+            name for batch in self._batches or () if not batch.scope for name in batch.names if is_summed
+        }
         rows = []
         for row in self.plan.rows:
             if not self.is_random and row.method == "draws":
@@ -110,12 +113,8 @@ class Objective:
                 proof = f"sees {', '.join(batch.scope)} only: a grid of {batch.nodes} nodes each"
                 proof += f" ({refused[row.site]})" if row.site in refused else ""
                 row = replace(row, method="quadrature", proof=proof)
-            elif row.site in fixed and row.method == "draws":
-                row = replace(
-                    row,
-                    method="closed form",
-                    proof="no latent moves it (sites summed out together stand at one of them)",
-                )
+            elif row.site in still - refused.keys() and row.method == "draws":
+                row = replace(row, method="closed form", proof="summed out together with another site")
             if self.exact is not None and row.site in exact:
                 row = self.exact.shown(row)
             elif row.method == "draws" and row.kind == "likelihood":
