@@ -14,6 +14,7 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import nn
 
 import pyro_vem as vem
+from pyro_vem.bound.transport import noise_event, transport
 
 
 def supports(y):
@@ -217,6 +218,45 @@ def test_full_rank_autoguides_reach_the_evidence(fit, auto):
     assert result.elbo == pytest.approx(correlated_evidence(y), abs=1e-3)
     mean_field = fit(correlated, {"y": y})
     assert mean_field.elbo < result.elbo - 0.1
+
+
+def test_vectors_that_are_one_event_have_noise_of_their_own(fit):
+    """All four had the same: a bound 1.5 nats off with a standard error of 0, and draws that were alike."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(4, 2), 1.0).to_event(2))
+        pyro.sample("y", dist.Normal(x.sum(), 0.5), obs=torch.tensor(1.0))
+
+    def guide():
+        loc = pyro.param("loc", torch.zeros(4, 2))
+        start = torch.eye(2).repeat(4, 1, 1)
+        root = pyro.param("root", start, constraint=dist.constraints.lower_cholesky)
+        pyro.sample("x", dist.MultivariateNormal(loc, scale_tril=root).to_event(1))
+
+    result = fit(model, {}, guide=guide)
+    loc, root = result.guide_params["loc"], result.guide_params["root"]
+    q = dist.MultivariateNormal(loc, scale_tril=root)
+    spread = (1 - loc.sum()) ** 2 + (root.sum(-2) ** 2).sum()
+    prior = dist.MultivariateNormal(torch.zeros(2).double(), torch.eye(2).double())
+    divergence = torch.distributions.kl_divergence(q, prior).sum()
+    exact = -0.5 * math.log(2 * math.pi * 0.25) - spread / 0.5 - divergence
+    assert result.elbo == pytest.approx(float(exact), abs=max(1e-6, 4 * result.elbo_se))
+    draws = result.sample(4000)["x"][:, :, 0]
+    assert torch.allclose(torch.corrcoef(draws.T), torch.eye(4).to(draws), atol=0.1)
+
+
+@pytest.mark.parametrize("family", ["Dirichlet", "LowRankMultivariateNormal"])
+def test_rows_of_an_event_are_independent(family):
+    fn = {
+        "Dirichlet": dist.Dirichlet(torch.ones(5, 2, 3)),
+        "LowRankMultivariateNormal": dist.LowRankMultivariateNormal(
+            torch.zeros(5, 2, 3), torch.ones(5, 2, 3, 1), torch.ones(5, 2, 3)
+        ),
+    }[family].to_event(1)
+    noise = noise_event({"name": "x", "fn": fn})
+    value = transport(fn, torch.randn(5, *noise, generator=torch.Generator().manual_seed(0)))
+    assert value.shape == (5, 2, 3)
+    assert not torch.allclose(value[:, 0], value[:, 1])
 
 
 def test_a_full_covariance_of_sixty_is_exact(fit):

@@ -472,3 +472,28 @@ def test_models_without_plates_and_without_closed_forms(fit):
     conjugate, gaussian = fit(none, guide=vem.MeanFieldConjugate(none)), fit(none)
     assert conjugate.elbo_se < 0.02
     assert conjugate.elbo == pytest.approx(gaussian.elbo, abs=5 * conjugate.elbo_se)
+
+
+def test_annotators_have_a_simplex_for_each_class(fit):
+    """A plate of annotators (Dawid and Skene, 1979) was refused: its guide raised an error."""
+    seen = torch.tensor([[0, 0, 1, 0], [1, 1, 1, 1], [2, 2, 0, 2], [0, 1, 0, 0], [2, 2, 2, 1]])
+    prior = dist.Dirichlet(4 * torch.eye(3) + 1)
+
+    def rest(confusion):
+        pi = pyro.sample("pi", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("items", len(seen), dim=-2):
+            c = pyro.sample("c", dist.Categorical(pi), infer={"enumerate": "parallel"})
+            with pyro.plate("answers", 4, dim=-1) as j:
+                pyro.sample("y", dist.Categorical(confusion[j, c]), obs=seen)
+
+    def by_plate():
+        with pyro.plate("annotators", 4, dim=-1):
+            confusion = pyro.sample("confusion", prior.to_event(1))
+        rest(confusion)
+
+    def by_event():
+        rest(pyro.sample("confusion", prior.expand([4, 3]).to_event(2)))
+
+    first, second = fit(by_plate, {}), fit(by_event, {})
+    assert first.converged
+    assert first.elbo == pytest.approx(second.elbo, abs=1e-9)

@@ -92,17 +92,15 @@ def noise_event(site: Site) -> tuple[int, ...] | None:
     while isinstance(unwrapped(base), td.TransformedDistribution):
         base = unwrapped(base).base_dist
     base = unwrapped(base)
-    batch = len(fn.batch_shape)
     if isinstance(base, dist.Delta):
         return None
+    inner = tuple(base.batch_shape)[len(fn.batch_shape) :]  # batch dimensions that are event ones by now
     if isinstance(base, td.LowRankMultivariateNormal):
-        return (base.event_shape[0] + base.cov_factor.shape[-1],)
-    if isinstance(base, td.MultivariateNormal | td.Dirichlet):
-        return tuple(base.event_shape)
+        return (*inner, base.event_shape[0] + base.cov_factor.shape[-1])
     if isinstance(base, td.Beta | td.StudentT):
-        return (*tuple(base.batch_shape)[batch:], 2)
-    if isinstance(base, td.Normal | td.Gamma) or _has_quantile(base):
-        return (*tuple(base.batch_shape)[batch:], *tuple(base.event_shape))
+        return (*inner, 2)
+    if isinstance(base, td.Normal | td.Gamma | td.MultivariateNormal | td.Dirichlet) or _has_quantile(base):
+        return (*inner, *tuple(base.event_shape))
     raise UnsupportedModelError(
         f"guide site {site['name']!r}: {type(base).__name__} cannot be written as a smooth map of fixed "
         "noise, and the stochastic path is not there yet; use Normal, MultivariateNormal, Gamma, Beta, "
