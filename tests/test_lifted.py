@@ -497,3 +497,49 @@ def test_annotators_have_a_simplex_for_each_class(fit):
     first, second = fit(by_plate, {}), fit(by_event, {})
     assert first.converged
     assert first.elbo == pytest.approx(second.elbo, abs=1e-9)
+
+
+COUNTS = torch.tensor([0.0, 3.0, 1.0, 0.0, 0.0, 4.0, 2.0, 0.0])
+
+
+def test_data_may_rule_out_values_of_a_discrete_site(fit):
+    """A count above zero is no structural zero: such rows were refused as infinite data."""
+
+    def model():
+        p = pyro.param("p", torch.tensor(0.5), constraint=constraints.unit_interval)
+        rate = pyro.param("rate", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("rows", len(COUNTS)):
+            z = pyro.sample("z", dist.Bernoulli(p), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Poisson(rate * z), obs=COUNTS)
+
+    result = fit(model, {})
+    assert result.converged
+    p, rate = (result.params[name] for name in ("p", "rate"))
+    seen = p * dist.Poisson(rate).log_prob(COUNTS).exp() + (1 - p) * (COUNTS == 0)
+    assert result.elbo == pytest.approx(float(seen.log().sum()), abs=1e-9)
+    assert float(p * rate) == pytest.approx(float(COUNTS.mean()), abs=1e-4)  # of the likelihood equations
+
+
+def test_data_that_no_value_of_a_discrete_site_allows_are_refused(fit):
+    def model():
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        with pyro.plate("rows", len(COUNTS)):
+            z = pyro.sample("z", dist.Bernoulli(p), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Poisson(0 * z), obs=COUNTS)
+
+    with pytest.raises(vem.ModelError, match="site 'y': its log density is infinite"):
+        fit(model, {})
+
+
+def test_a_gradient_that_is_not_finite_is_refused_by_name(fit):
+    """The slope of y log(rate) at a rate of 0 is nan, which autograd takes times 0: a fit never moved."""
+
+    def model():
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        with pyro.plate("rows", len(COUNTS)):
+            z = pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Poisson(rate * z), obs=COUNTS)
+
+    assert fit(model, {}).converged  # closed forms need no gradient of it
+    with pytest.raises(vem.ModelError, match=r"site 'y': the gradient .* not finite .* 1e-12"):
+        fit(model, {}, guide=vem.MeanFieldNormal(model))

@@ -113,12 +113,17 @@ def check_second_derivatives(setup: Setup, state: State, scale: Vector) -> None:
     """Compare one Hessian product with differences of the gradient; the plan says if they differ.
 
     Operations with a first derivative only mostly do not raise: autograd takes the second for zero.
+
+    Raises:
+        ModelError: where the gradient itself is not finite.
     """
     if not state.joint.size:
         return
     smooth = Smooth(joint_loss(setup), state.joint, scale)
     zero, probe = smooth.zero, np.cos(np.arange(smooth.zero.size))
     expected = smooth.difference_product(zero, probe)
+    if not np.isfinite(expected).all() and not np.isfinite(smooth.gradient(zero)).all():
+        raise ModelError(_without_slope(setup, state))
     try:
         error = float(np.linalg.norm(smooth.hessian_product(zero, probe) - expected))
     except (RuntimeError, NotImplementedError):
@@ -128,6 +133,26 @@ def check_second_derivatives(setup: Setup, state: State, scale: Vector) -> None:
         setup.objective.add_note(
             "Hessian products are differences of the gradient: second derivatives are wrong"
         )
+
+
+def _without_slope(setup: Setup, state: State) -> str:
+    """Which sites have a term whose gradient is not finite, and what mends it."""
+    phi, theta = (torch.as_tensor(x).clone().requires_grad_() for x in (state.phi, state.theta))
+    with torch.enable_grad():
+        terms = setup.objective.terms(setup.phi.constrained(phi), setup.theta_values(theta))
+        slopes = {
+            name: torch.autograd.grad(
+                term, [phi, theta], retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for name, term in terms.items()
+            if term.requires_grad
+        }
+    names = [repr(n) for n, found in slopes.items() if not all(bool(x.isfinite().all()) for x in found)]
+    return (
+        f"site {', '.join(names)}: the gradient of its term is not finite where the fit starts: give other "
+        "initial values with init=, or keep the arguments of its distribution off the edge of their range (a "
+        "rate of `lam * z + 1e-12` instead of `lam * z`, which is 0 for a z of 0)"
+    )
 
 
 def note_idle(setup: Setup, state: State) -> None:

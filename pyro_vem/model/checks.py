@@ -103,13 +103,21 @@ def _check_site(name: str, site: Site, nesting: float | int) -> None:
         ) from error
     keep = site["mask"] if isinstance(site["mask"], Tensor) else torch.tensor(site["mask"] is not False)
     if bool((torch.isnan(log_prob) & keep).any()) or (
-        site["is_observed"] and bool((torch.isinf(log_prob) & keep).any())
+        site["is_observed"] and bool((_is_infinite(log_prob, nesting) & keep).any())
     ):
         raise ModelError(
             f"site {name!r}: its log density is {'nan' if log_prob.isnan().any() else 'infinite'} at the "
             "initial values; look for NaN or infinite data there (mask missing values with obs_mask=), "
             "or give other initial values with init="
         )
+
+
+def _is_infinite(log_prob: Tensor, nesting: float | int) -> Tensor:
+    """Where a density is infinite, or zero whatever the discrete sites are that it depends on."""
+    is_zero = log_prob == -torch.inf
+    while is_zero.dim() > nesting:
+        is_zero = is_zero.all(0)
+    return (log_prob == torch.inf) | is_zero
 
 
 def _check_plate(name: str, plate: Plate, batch: torch.Size) -> None:
