@@ -9,6 +9,8 @@ import torch
 import pyro_vem as vem
 from pyro_vem.bound.compiled.slots import ordered
 
+FIXED = torch.eye(2)
+
 
 def ordinal_data(rows=120, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -31,6 +33,23 @@ def test_filled_tensors_run_at_once(fit):
     result = fit(latent_cutpoints, ordinal_data())
     assert result.converged
     assert not any("vmap" in note for note in result.plan.notes)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.eye(2), lambda: torch.tensor([[1.0, 0.0], [0.0, 1.0]]), lambda: FIXED.clone()]
+)
+def test_tensors_that_begin_as_others_are_filled_at_once(fit, make):
+    """One run a draw took 25 s instead of 0.3 s for 20 rows."""
+
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        mixing = make()
+        mixing[0, 1] = a.sin()
+        pyro.sample("y", dist.Normal(mixing.sum(), 1.0), obs=torch.tensor(1.0))
+
+    result = fit(model, {})
+    assert result.converged
+    assert "vmap" not in str(result.plan)
 
 
 def test_filled_tensors_have_the_values_of_single_runs(fit):

@@ -12,7 +12,7 @@ Values = Mapping[str, Tensor]
 
 MADE = frozenset(
     [
-        torch.zeros, torch.ones, torch.empty, torch.full,
+        torch.zeros, torch.ones, torch.empty, torch.full, torch.eye, torch.tensor, torch.clone, Tensor.clone,
         torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like,
         Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full,
     ]
@@ -63,7 +63,7 @@ def _with_own(one: Callable[[Any], Result], at: dict[str, Tensor]) -> Result:
 
 
 class _Own(TorchFunctionMode):
-    """Adds the runs' dimension to floating tensors that are made of no run's values."""
+    """Adds the runs' dimension to floating tensors that are made, whatever of."""
 
     def __init__(self, zero: Tensor) -> None:
         super().__init__()
