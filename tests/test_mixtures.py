@@ -206,6 +206,59 @@ def test_masked_rows_do_not_count_and_scaled_ones_do_several_times(fit):
         torch.testing.assert_close(found.params["means"], expected.params["means"], atol=1e-5, rtol=0)
 
 
+def test_a_mask_may_depend_on_the_discrete_site(fit):
+    """Outliers: a row is the cluster's or, with a density that is known, not."""
+    mean, out = Y.mean(0), dist.Normal(3.0, 2.0).expand([3]).to_event(1)
+
+    def model(y, is_summed):
+        share = pyro.param("share", torch.tensor(0.2), constraint=constraints.unit_interval)
+        mu = pyro.param("mu", mean.clone())
+        tril = pyro.param("tril", TRIL.clone(), constraint=constraints.lower_cholesky)
+        cluster = dist.MultivariateNormal(mu, scale_tril=tril)
+        if is_summed:
+            parts = (1 - share).log() + cluster.log_prob(y), share.log() + out.log_prob(y)
+            pyro.factor("y", torch.logaddexp(*parts).sum())
+            return
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(share), infer={"enumerate": "parallel"})
+            with pyro.poutine.mask(mask=z == 0):
+                pyro.sample("y", cluster, obs=y)
+            with pyro.poutine.mask(mask=z == 1):
+                pyro.sample("outlier", out, obs=y)
+
+    found, expected = (fit(model, {"y": Y, "is_summed": how}) for how in (False, True))
+    assert found.status is vem.Status.converged
+    assert "moments of the vectors give" in found.plan["y"].proof
+    assert found.elbo == pytest.approx(expected.elbo, abs=1e-7)
+    torch.testing.assert_close(found.params["mu"], expected.params["mu"], atol=1e-4, rtol=0)
+
+
+def test_observed_vectors_that_contain_a_parameter_have_no_moments(fit):
+    """A missing element at its best value: the vectors are not the same at other parameters."""
+    is_missing = torch.zeros(80, 3, dtype=torch.bool)
+    is_missing[3, 1] = True
+
+    def model(y):
+        value = pyro.param("value", torch.tensor(0.0))
+        means = pyro.param("means", MEANS.clone())
+        tril = pyro.param("tril", TRIL.repeat(2, 1, 1), constraint=constraints.lower_cholesky)
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Categorical(WEIGHTS), infer={"enumerate": "parallel"})
+            full = torch.where(is_missing, value, y)
+            pyro.sample("y", dist.MultivariateNormal(means[z], scale_tril=tril[z]), obs=full)
+
+    found = fit(model, {"y": Y})
+    assert found.status is vem.Status.converged
+    assert "values of y depend on parameters or latents" in found.plan["y"].proof
+    value, means, tril = (found.params[name] for name in ("value", "means", "tril"))
+    full = torch.where(is_missing, value, Y)
+    parts = [
+        dist.MultivariateNormal(m, scale_tril=f).log_prob(full) for m, f in zip(means, tril, strict=True)
+    ]
+    log = torch.stack(parts, -1) + WEIGHTS.log()
+    assert found.elbo == pytest.approx(float(log.logsumexp(-1).sum()), abs=1e-9)
+
+
 def test_a_chain_with_vectors_takes_a_step_of_baum_and_welch(fit):
     moves, start = torch.tensor([[0.8, 0.2], [0.3, 0.7]], dtype=D), torch.tensor([0.5, 0.5], dtype=D)
     tril, y = torch.stack([TRIL, 1.2 * TRIL]), Y[30:50]

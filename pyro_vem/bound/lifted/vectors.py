@@ -65,6 +65,8 @@ class Search:
             others = sorted(set(self.seen[name]) - set(self.latents))
             if others:
                 reason = f"{name} also enters {', '.join(others)}"
+            elif self._moving(own):
+                reason = f"values of {', '.join(self._moving(own))} depend on parameters or latents"
             elif self._mean(own)[1] is None:
                 reason = "their mean depends on latents"
             else:
@@ -101,7 +103,20 @@ class Search:
     def _are_vectors(self, sites: Collection[str]) -> bool:
         """True if sites have vectors, all of them latent ones or none."""
         known = all(site in self.latents for site in sites)
-        return bool(sites) and known and len({self.latents[site] for site in sites}) == 1
+        is_alike = bool(sites) and known and len({self.latents[site] for site in sites}) == 1
+        return is_alike and not self._moving(sites)
+
+    def _moving(self, sites: Collection[str]) -> list[str]:
+        """Observed sites whose values depend on parameters or latents: they are no data."""
+        first, *others = (*self.runs, self.apart)
+
+        def is_moving(site: str) -> bool:
+            value = first.sites[site]["value"]
+            return any(
+                not torch.equal(value.nan_to_num(), r.sites[site]["value"].nan_to_num()) for r in others
+            )
+
+        return [site for site in sites if not self.latents[site] and is_moving(site)]
 
     def _mean(self, sites: Sequence[str]) -> tuple[str | None, dict[str, Tensor] | None]:
         """The parameter that is the mean, and its class for each vector; zeros if it is none.
@@ -137,14 +152,15 @@ class Search:
         """A site's vectors as the elements of its density see them."""
         site = self.runs[0].sites[name]
         leaf, value, is_latent = leaf_of(site["fn"]), site["value"], self.latents[name]
-        shape = np.broadcast_shapes(leaf.dist.batch_shape, value.shape[:-1])
+        weight = torch.as_tensor(element_weight(site, leaf.inner), dtype=torch.float64)
+        # A mask may depend on a discrete site that the mean and the covariance do not see.
+        shape = np.broadcast_shapes(leaf.dist.batch_shape, value.shape[:-1], weight.shape)
         rows = torch.arange(value.shape[:-1].numel()).reshape(value.shape[:-1])
 
         def flat(part: Tensor) -> Tensor:
             return arranged(part.expand(shape), self.depth, leaf.inner, site)[0].reshape(-1)
 
         elements, discrete = arranged(rows.expand(shape), self.depth, leaf.inner, site)
-        weight = torch.as_tensor(element_weight(site, leaf.inner), dtype=torch.float64)
         if discrete:
             weight = (weight > 0).double()
         observed = None if is_latent else value.detach().reshape(-1, value.shape[-1])
