@@ -243,6 +243,20 @@ def test_what_is_said_of_it(fit, tmp_path):
     assert [str(edge) for edge in again.boundary] == ["tau = 0"]
 
 
+@pytest.mark.parametrize("guide", [None, "auto"])
+def test_a_fit_to_other_data_leaves_the_edge_of_an_earlier_one(fit, guide):
+    """Slopes at an edge are rounding, so that a warm start alone would stay at a minimum."""
+    y, model = groups(share=1.0), intercepts()
+    maximum, tau = best(y)
+    assert tau > 0.5
+    at_edge = fit(model, {"y": groups()}, guide=guide)
+    result = fit(model, {"y": y}, guide=guide, init=at_edge)
+    assert result.converged
+    assert result.boundary == ()
+    assert result.elbo == pytest.approx(maximum, abs=TINY)
+    assert any(row.note == "began inside the boundary: tau" for row in result.history)
+
+
 @pytest.mark.parametrize(
     ("constraint", "value", "expected"),
     [

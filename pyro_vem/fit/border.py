@@ -1,6 +1,7 @@
 """A fit whose parameters creep towards the edge of their constraint: taken there, held, and let go again."""
 
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,10 +25,11 @@ class Border:
 
     Args:
         run: at its start.
+        left: parameters that an earlier fit has left at their edge.
     """
 
-    def __init__(self, run: "Run") -> None:
-        self.run = run
+    def __init__(self, run: "Run", left: Collection[str] = ()) -> None:
+        self.run, self._left = run, left
         self.edges = Edges(run.setup, self.followed, run.hooks)
         self.edges.watch(run.setup.theta.initial().numpy())
         self._failed = 0  # checks of convergence that had failed at the last try
@@ -44,6 +46,17 @@ class Border:
         if found is not None:
             run.state, names = found
             self._hold(old, start, f"went to the boundary: {names}")
+
+    def look_inside(self) -> None:
+        """Where an earlier fit was left at an edge: begin as the model does, if the bound is higher there."""
+        run, edges = self.run, self.edges
+        if not self._left or run.setup.processes.count > 1:
+            return
+        start, old = time.perf_counter(), run.state
+        found = edges.inside(old, self._left, run.tolerance())
+        if found is not None:
+            run.state, names = found
+            self._hold(old, start, f"began inside the boundary: {names}")
 
     def has_released(self) -> bool:
         """True if what is held at an edge is drawn inside again, now that the rest has moved."""

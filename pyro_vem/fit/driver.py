@@ -297,6 +297,7 @@ def _threads(data: Any) -> int | None:
 def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
     """E-step and M-step in turn until nothing is left to gain."""
     run.start_variances()
+    run.border.look_inside()
     fewer_draws(run.setup, run.state.phi, run.state.theta)
     for iteration in range(run.iterations + 1, max_iter + 1):
         how = run.schedule_of(iteration, schedule)

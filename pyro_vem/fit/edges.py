@@ -136,6 +136,27 @@ class Edges:
         self._before = np.where(chosen != 0, state.theta, self._before)
         return reached, ", ".join(edge.label for edge in self.named(chosen))
 
+    def inside(self, state: State, names: Collection[str], tol: float) -> tuple[State, str] | None:
+        """The state with what stands at an edge begun inside, and its names; None if the bound is no higher.
+
+        At an edge slopes are rounding, towards a maximum inside too: only another start tells.
+
+        Args:
+            state: at the start, as an earlier fit has left it.
+            names: of parameters that may begin where the model itself starts.
+            tol: what is left to gain, in nats.
+        """
+        chosen = np.where(self.setup.theta.where(names), self.drifted(state.theta, FARTHER), 0.0)
+        if not chosen.any():
+            return None
+        theta = np.where(chosen != 0, self.setup.theta.initial().numpy(), state.theta)
+        moved = State(state.phi, theta, elbo_at(self.setup, state.phi, theta))
+        here = self.follow(state, chosen != 0, PRECISE * tol, BOTH)
+        there = self.follow(moved, np.zeros_like(chosen, dtype=bool), PRECISE * tol, BOTH)
+        if here is None or there is None or there.elbo <= here.elbo + tol:
+            return None
+        return there, ", ".join(edge.label for edge in self.named(chosen))
+
     def _plausible(self, state: State, chosen: Vector, tol: float) -> Vector:
         """What a first stride, followed by the factors alone and roughly, does not rule out."""
         before = np.abs(self._slopes(state, chosen))

@@ -101,7 +101,7 @@ class Run:
             self.gtol = self._final_gtol()  # no other block to wait for
         self.iterations = 0
         self.scales = Scales(setup, self.hooks)
-        self.border = Border(self)
+        self.border = Border(self, {edge.name for edge in warm.boundary} if warm is not None else ())
         if not setup.is_our_code:
             check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
         if warm is None:
