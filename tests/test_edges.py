@@ -93,6 +93,20 @@ def test_units_do_not_matter(fit, unit, guide):
 
 
 @pytest.mark.parametrize("guide", [None, "auto"])
+@pytest.mark.parametrize("seed", [3, 4])
+def test_another_sd_that_has_fallen_far_is_no_hindrance(fit, seed, guide):
+    """The sd of rows has come down to its own maximum, from where a stride loses thousands of nats."""
+    y = torch.tensor(0.3 * np.random.default_rng(seed).standard_normal((20, 3)))
+    maximum, tau = best(y)
+    assert tau == 0
+    result = fit(intercepts(), {"y": y}, guide=guide)
+    assert result.converged
+    assert result.n_iter < 25
+    assert [str(edge) for edge in result.boundary] == ["tau = 0"]
+    assert result.elbo == pytest.approx(maximum, abs=TINY)
+
+
+@pytest.mark.parametrize("guide", [None, "auto"])
 @pytest.mark.parametrize("unit", [1.0, 1e-3, 1e3])
 def test_a_small_variance_that_is_not_zero_is_no_edge(fit, unit, guide):
     """The maximum is a tenth of sigma inside; it is 0.6 nats above the edge."""

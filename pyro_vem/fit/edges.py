@@ -167,9 +167,13 @@ class Edges:
             trial = self.follow(moved, chosen != 0, gtol, ("E",))
             if trial is None:
                 return np.zeros_like(chosen)
-            is_lost = (chosen != 0) & (self._slopes(trial, chosen) < -0.1 * before - tol)
+            now = self._slopes(trial, chosen)
+            is_lost = (chosen != 0) & (now < -0.1 * before - tol)
             if not is_lost.any():
                 return chosen if trial.elbo >= state.elbo - tol else np.zeros_like(chosen)
+            is_lost &= (
+                now <= 0.1 * now.min()
+            )  # the worst first: with them so far off, others' slopes say little
             chosen = np.where(is_lost, 0.0, chosen)
         return chosen
 
