@@ -1,5 +1,7 @@
 """Parameters whose maximum lies at the edge of their constraint, against exact maximum likelihood."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -9,8 +11,8 @@ from scipy import optimize, stats
 from torch.distributions import constraints
 
 import pyro_vem as vem
-from pyro_vem.fit.edges import ends
-from pyro_vem.model.parameters import Parameter
+from pyro_vem.fit.edges import Edges, ends
+from pyro_vem.model.parameters import Block, Parameter
 
 D = torch.float64
 TINY = 1e-6  # nats between a fit's bound and that at the edge
@@ -288,3 +290,15 @@ def test_which_numbers_have_ends(constraint, value, expected):
     every = np.ones(parameter.unconstrained.numel(), dtype=bool)
     down, up = ends(parameter, every, every)
     assert (down.tolist(), up.tolist()) == expected
+
+
+def test_a_singular_covariance_has_no_limit_of_its_own():
+    """The variance at a factor's zero is what the rest of its row leaves of it: any number."""
+    start = torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=D)
+    named = {}
+    starts = {constraints.positive_definite: start, constraints.lower_cholesky: torch.linalg.cholesky(start)}
+    for constraint, value in starts.items():
+        setup = SimpleNamespace(theta=Block([Parameter("cov", constraint, value)]))
+        edges = Edges(setup, lambda *_: None)
+        named[constraint] = [str(edge) for edge in edges.named(np.array([0.0, 0.0, 0.0, -1.0]))]
+    assert list(named.values()) == [["cov[1, 1] at its limit"], ["cov[1, 1] = 0"]]

@@ -240,6 +240,9 @@ class Edges:
                 limits = parameter.moved(FAR[1] * part)
                 limits = torch.where(limits.abs() <= SAME * parameter.init.abs(), 0.0, limits)
                 is_own = limits.shape == shape
+                aside = parameter.moved(torch.where(part != 0, FAR[1] * part, 1.0))
+                is_fixed = (aside - limits).abs() <= SAME * (1 + parameter.init.abs() + limits.abs())
+                limits = torch.where(is_fixed, limits, torch.nan)  # others move a covariance there
                 for index in part.nonzero().tolist():
                     limit = float(limits[tuple(index)]) if is_own else float("nan")
                     found.append(Edge(parameter.name, tuple(index), limit))
