@@ -103,6 +103,7 @@ def test_what_moves_is_not_frozen(fit, model):
         assert torch.allclose(compiled.params[name], value, atol=0.02), name
 
 
+@pytest.mark.slow
 def test_a_mask_made_from_a_latent_is_not_frozen(fit):
     result = fit(moving_mask, {"y": ONE}, max_iter=1, options=vem.FitOptions(num_draws=32, elbo_draws=100))
     assert "depends on latents or parameters" in result.plan["y"].proof

@@ -624,6 +624,7 @@ def test_starts_of_a_model_of_parameters_only_differ(fit):
     assert many.starts[0].elbo == one.elbo
 
 
+@pytest.mark.slow
 def test_starts_that_need_more_than_closed_forms_go_one_by_one(fit):
     settings = [{"schedule": "profile"}, {"m_step": "newton"}, {"e_step": "lbfgs"}]
     cases = [(zoo_em.two_waits, WAITS, options) for options in settings]
