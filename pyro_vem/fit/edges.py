@@ -9,7 +9,7 @@ import torch
 from torch.distributions import SoftmaxTransform, transform_to
 
 from ..model.parameters import Block, Parameter
-from ..model.support import plain_parts
+from ..model.support import first_part
 from .setup import Setup
 from .smooth import Flags, Smooth, Vector
 from .state import State, elbo_at, loss_of
@@ -18,9 +18,8 @@ FAR = (40.0, 80.0)  # unconstrained distances at which a value with an end has c
 SAME = 1e-9  # of values there, relative
 STRIDE = float(np.log(10.0))  # towards an edge, unconstrained: a variance falls to a hundredth
 MOST_STRIDES = 12
-DECAY = (
-    0.5  # of slopes in a stride: less than a square root falls, and a likelihood without end falls not at all
-)
+# Of slopes in a stride: less than a square root falls, and a likelihood without end falls not at all.
+DECAY = 0.5
 DRIFTED, FARTHER = 1.0, 5.0  # towards an edge, before a slow fit tries it, and before a converged one does
 MOST_NAMED = 6  # numbers of a parameter that a sentence lists
 ROUGH, PRECISE = 1e-5, 1e-2  # gradient norm, for a nat of slope and for one of tolerance
@@ -149,8 +148,7 @@ class Edges:
         chosen = np.where(self.setup.theta.where(names), self.drifted(state.theta, FARTHER), 0.0)
         if not chosen.any():
             return None
-        theta = np.where(chosen != 0, self.setup.theta.initial().numpy(), state.theta)
-        moved = State(state.phi, theta, elbo_at(self.setup, state.phi, theta))
+        moved = self._moved(state, np.where(chosen != 0, self.setup.theta.initial().numpy(), state.theta))
         here = self.follow(state, chosen != 0, PRECISE * tol, BOTH)
         there = self.follow(moved, np.zeros_like(chosen, dtype=bool), PRECISE * tol, BOTH)
         if here is None or there is None or there.elbo <= here.elbo + tol:
@@ -162,8 +160,7 @@ class Edges:
         before = np.abs(self._slopes(state, chosen))
         gtol = float(np.clip(1e-3 * before.sum(), PRECISE * tol, 1e-2))
         while chosen.any():
-            theta = state.theta + STRIDE * chosen
-            moved = State(state.phi, theta, elbo_at(self.setup, state.phi, theta))
+            moved = self._moved(state, state.theta + STRIDE * chosen)
             trial = self.follow(moved, chosen != 0, gtol, ("E",))
             if trial is None:
                 return np.zeros_like(chosen)
@@ -171,9 +168,8 @@ class Edges:
             is_lost = (chosen != 0) & (now < -0.1 * before - tol)
             if not is_lost.any():
                 return chosen if trial.elbo >= state.elbo - tol else np.zeros_like(chosen)
-            is_lost &= (
-                now <= 0.1 * now.min()
-            )  # the worst first: with them so far off, others' slopes say little
+            # The worst first: with them so far off, others' slopes say little.
+            is_lost &= now <= 0.1 * now.min()
             chosen = np.where(is_lost, 0.0, chosen)
         return chosen
 
@@ -189,8 +185,7 @@ class Edges:
         for _ in range(MOST_STRIDES):
             if not chosen.any():
                 return None
-            theta = state.theta + STRIDE * chosen
-            moved = State(state.phi, theta, elbo_at(self.setup, state.phi, theta))
+            moved = self._moved(state, state.theta + STRIDE * chosen)
             trial = self.follow(moved, chosen != 0, _precision(slopes, tol), BOTH)
             if trial is None:
                 return None
@@ -218,8 +213,7 @@ class Edges:
         if not back.any():
             return None
         self.held, self._banned = np.where(back != 0, 0.0, self.held), self._banned | (back != 0)
-        theta = np.where(back != 0, self._before, state.theta)
-        moved = State(state.phi, theta, elbo_at(self.setup, state.phi, theta))
+        moved = self._moved(state, np.where(back != 0, self._before, state.theta))
         found = self.follow(moved, back != 0, PRECISE * tol, BOTH)
         return None if found is None else (found, ", ".join(edge.label for edge in self.named(back)))
 
@@ -247,6 +241,10 @@ class Edges:
                     limit = float(limits[tuple(index)]) if is_own else float("nan")
                     found.append(Edge(parameter.name, tuple(index), limit))
         return tuple(found)
+
+    def _moved(self, state: State, theta: Vector) -> State:
+        """Other parameters, and the factors as they are."""
+        return State(state.phi, theta, elbo_at(self.setup, state.phi, theta))
 
     def _slopes(self, state: State, chosen: Vector) -> Vector:
         """By how much the bound rises towards the edges, nats for a unit; 0 elsewhere."""
@@ -338,5 +336,4 @@ def _having_end(parameter: Parameter, sign: float, wanted: Flags) -> Flags:
 
 def is_simplex(parameter: Parameter) -> bool:
     """True if its rows are softmaxes, each of one number more than can move."""
-    first = next(iter(plain_parts([transform_to(parameter.constraint)])), None)
-    return isinstance(first, SoftmaxTransform)
+    return isinstance(first_part(parameter.constraint), SoftmaxTransform)

@@ -7,7 +7,7 @@ import torch
 from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 from torch import distributions as td
-from torch.distributions import biject_to, constraints
+from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
 Interval = tuple[Tensor, Tensor]
@@ -55,6 +55,16 @@ def plain_parts(transforms: Iterable[Transform]) -> list[Transform]:
         elif not _is_idle(part):
             parts.append(part)
     return parts
+
+
+def first_part(constraint: Any) -> Transform | None:
+    """What takes the unconstrained numbers: of a covariance the bijector of its Cholesky factor.
+
+    Example:
+        >>> first_part(constraints.simplex)
+        SoftmaxTransform()
+    """
+    return next(iter(plain_parts([transform_to(constraint)])), None)
 
 
 def unwrapped(fn: Any) -> Any:

@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.distributions import (
     LowerCholeskyTransform,
     PositiveDefiniteTransform,
-    Transform,
-    transform_to,
 )
 
 from ..errors import ModelError
@@ -25,7 +23,7 @@ from ..guides.factorised import FactorisedNormal
 from ..model.parameters import Parameter
 from ..model.runtime import isolated
 from ..model.sites import Latent
-from ..model.support import plain_parts
+from ..model.support import first_part
 from .arrowhead import MOST_PRODUCTS, Arrowhead, Layout, NotDefinite, Product, Solver, Vector, dense
 
 # Bijectors of triangular matrices, and the diagonal from which on they do not look.
@@ -167,13 +165,8 @@ def _flat_directions(fit: VEMResult, lengths: Vector) -> NDArray[np.float64]:
 
 def is_unused(parameter: Parameter) -> NDArray[np.bool_]:
     """True at unconstrained numbers that do nothing: what a Cholesky factor has above its diagonal."""
-    diagonal, shape = TRIANGULAR.get(type(_first(parameter))), parameter.unconstrained.shape
+    diagonal, shape = TRIANGULAR.get(type(first_part(parameter.constraint))), parameter.unconstrained.shape
     return np.zeros(shape, dtype=bool) if diagonal is None else np.triu(np.ones(shape, dtype=bool), diagonal)
-
-
-def _first(parameter: Parameter) -> Transform | None:
-    """What takes the unconstrained numbers: of a covariance it is the bijector of its Cholesky factor."""
-    return next(iter(plain_parts([transform_to(parameter.constraint)])), None)
 
 
 def _inverse(product: Product, size: int, layouts: Sequence[Layout]) -> Arrowhead | Solver:

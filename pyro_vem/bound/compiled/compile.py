@@ -8,12 +8,13 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import AffineTransform, IndependentTransform, Transform, transform_to
+from torch.distributions import AffineTransform, Transform, transform_to
 
 from ...errors import ModelError, UnsupportedModelError
 from ...model.parameters import Parameter
 from ...model.runtime import Execution, Site
 from ...model.sites import Latent
+from ...model.support import plain_parts
 from ...model.together import Together
 from ..dependence import differ, fingerprint
 from .affine import Probe
@@ -82,10 +83,7 @@ def straight(transform: Transform, shape: Sequence[int]) -> Transform:
         >>> straight(dist.transforms.OrderedTransform(), (3,))(torch.zeros(3, dtype=torch.float64))
         tensor([ 0., 10., 20.], dtype=torch.float64)
     """
-    inner = transform
-    while isinstance(inner, IndependentTransform):
-        inner = inner.base_transform
-    if not isinstance(inner, dist.transforms.OrderedTransform):
+    if [type(part) for part in plain_parts([transform])] != [dist.transforms.OrderedTransform]:
         return transform
     return AffineTransform(APART * torch.arange(shape[-1], dtype=torch.float64).expand(*shape), 1.0)
 

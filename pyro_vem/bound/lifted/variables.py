@@ -10,6 +10,7 @@ from torch.distributions import constraints
 from ...model.parameters import Parameter
 from ...model.runtime import Site
 from ...model.sites import Latent
+from ...model.support import element_of
 from ..kl import leaf_of
 from .families import FACTORS, PARAMETERS, Family, block_normal, dirichlet
 
@@ -134,9 +135,7 @@ def latent_variable(latent: Latent, site: Site) -> Variable | str:
 
 def parameter_variable(parameter: Parameter) -> Variable | str:
     """A parameter as a variable, or why it is none."""
-    value, constraint = parameter.init.double(), parameter.constraint
-    while isinstance(constraint, type(constraints.independent(constraints.real, 1))):
-        constraint = constraint.base_constraint
+    value, constraint = parameter.init.double(), element_of(parameter.constraint)
     if "$$$" in parameter.name:
         return "a weight of a module"
     if parameter.is_real:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...model.density import collapsed
 from ...model.parameters import Parameter
 from ...model.runtime import Execution, Site
+from ...model.support import element_of
 from ..kl import leaf_of
 from ..weights import element_weight
 from .covariance import CORRELATION, FORMS, MATRIX, TRIL, Form
@@ -59,7 +60,7 @@ class Search:
         taken = {name for one in found for name in one.names}
         reasons: dict[str, str] = {}
         for name, parameter in self.parameters.items():
-            if name in taken or base_of(parameter) not in (*TRIL, *MATRIX, *CORRELATION):
+            if name in taken or element_of(parameter.constraint) not in (*TRIL, *MATRIX, *CORRELATION):
                 continue
             own = sorted(set(self.seen[name]) & set(self.latents))
             others = sorted(set(self.seen[name]) - set(self.latents))
@@ -77,7 +78,7 @@ class Search:
     def _fitting(self, event_dim: int, constraints: Collection[Any]) -> Iterator[str]:
         """Parameters that are a part of a covariance of any value."""
         for name, parameter in self.parameters.items():
-            if base_of(parameter) in constraints and parameter.init.dim() >= event_dim:
+            if element_of(parameter.constraint) in constraints and parameter.init.dim() >= event_dim:
                 yield name
 
     def _moments(self, form: Form, names: tuple[str, ...]) -> Moments | None:
@@ -204,15 +205,7 @@ def _tril_of(site: Site) -> Tensor:
 
 def may_be_covariance(parameter: Parameter) -> bool:
     """True if a parameter's constraint is one of a covariance."""
-    return any(base_of(parameter) in allowed for form in FORMS for _, allowed in form.parts)
-
-
-def base_of(parameter: Parameter) -> Any:
-    """The constraint of a parameter's elements, or of its matrices."""
-    constraint = parameter.constraint
-    while hasattr(constraint, "base_constraint"):
-        constraint = constraint.base_constraint
-    return constraint
+    return any(element_of(parameter.constraint) in allowed for form in FORMS for _, allowed in form.parts)
 
 
 def is_vectors(site: Site) -> bool:
