@@ -34,10 +34,8 @@ EXPONENTS: dict[type, tuple[str, ...]] = {
     td.NegativeBinomial: ("total_count",),
 }
 SETTLED, ROUGHLY = 1e-9, 1e-8  # change of a term, relative, on doubling its nodes: at the end, and before
-FREE_POINTS, FINE = (
-    4_000,
-    1e-10,
-)  # of a term, nodes times rows that cost next to nothing: settled finely at once
+FREE_POINTS = 4_000  # nodes times rows of a term that cost next to nothing
+FINE = 1e-10  # change at which such a term is settled, from the start
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ class Lifted:
             return coupled_of(execute(values).sites[variable.name], variable)
 
         first = run({**held, **{p.name: start[p.name] for p in parameters}}, start)
-        self.impossible = impossible(pieces(first, depth))
+        known = pieces(first, depth)
+        self.impossible = impossible(known)
         self.discrete = identities(first)
         self.plates = {
             self.discrete[name]: tuple(plate.dim for plate in plates)
@@ -94,7 +95,7 @@ class Lifted:
             self.matching.priors(first, parameters, self.found)
         self.masked = Masked.of(first, depth, self.plates) if self.latents else Masked()
         for name, reason in self.found.rest.items():
-            if pieces(first, depth)[name].discrete:
+            if known[name].discrete:
                 raise UnsupportedModelError(
                     f"site {name!r} depends on a discrete site and has no closed form: {reason} "
                     "(guide=MeanFieldNormal(model) needs none)"
