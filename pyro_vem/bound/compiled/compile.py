@@ -185,7 +185,7 @@ class Compiled:
             term = CompiledTerm(spec, slots, latents)  # type: ignore[arg-type]
             problem = term.problem()
             if problem is None:
-                self.terms[name] = term
+                self.terms[name] = term.begun()
             else:
                 self.refuse(name, problem, is_rough=term.grown is not None)
 

@@ -24,7 +24,7 @@ from .slots import POSITIVE, RATIO, RESIDUAL, Spec
 Key: TypeAlias = tuple[str, ...]
 Inputs: TypeAlias = Mapping[Key, Tensor]
 
-FIRST_NODES = 8
+FIRST_NODES, FREE_NODES = 8, 32  # to begin with; the second where they cost next to nothing: most end there
 MOST_NODES = {"conditions": 64, 1: 128, 2: 32, 3: 16}
 MOST_POINTS = 4_000_000  # nodes times rows of one term
 FEW_POINTS = 256  # nodes of a row that are allowed regardless: as many as draws would be
@@ -79,6 +79,13 @@ class CompiledTerm:
     def form(self) -> Form:
         """How its rows are integrated."""
         return form_of(self.spec, self.random_slots)
+
+    def begun(self) -> "CompiledTerm":
+        """The term with the nodes to begin with."""
+        grid = len(self.random_conditions) if self.has_grid else 0
+        if grid + self.form.dims != 1 or FREE_NODES * len(self.spec.weight) > FREE_POINTS:
+            return self
+        return replace(self, condition_nodes=FREE_NODES) if grid else replace(self, slot_nodes=FREE_NODES)
 
     def problem(self) -> str | None:
         """Why the term cannot be integrated, or None."""
