@@ -71,25 +71,30 @@ def conditional_normal(
     x: Mapping[tuple[str, ...], Tensor],
 ) -> Tensor:
     """E log N(r; 0, s) of each row, with r = offset + sum_g f_g(c) x_g and c independent of the x_g."""
-    residual, mine = slots[RESIDUAL], groups[RESIDUAL]
-    means = [x["mean", RESIDUAL, str(g)] for g in range(len(mine))]
-    square = residual.offset * residual.offset
-    for g, one in enumerate(mine):
-        square = square + _expected(2 * residual.offset * means[g], residual.conditions, x, one)
-        for h in range(g, len(mine)):
-            product = means[g] * means[h]
-            if h > g:
-                product = 2 * product
-            spread = x.get(("cov", RESIDUAL, str(g), RESIDUAL, str(h)))
-            product = product if spread is None else product + spread
-            square = square + _expected(product, residual.conditions, x, one, mine[h])
-    log_scale, variance = slots["scale"].offset, torch.zeros((), dtype=torch.float64)
+    residual = slots[RESIDUAL]
+    alone, variance, scaled = residual.offset, None, []
+    for g, group in enumerate(groups[RESIDUAL]):
+        mean, spread = x["mean", RESIDUAL, str(g)], x.get(("cov", RESIDUAL, str(g), RESIDUAL, str(g)))
+        if group.rate or group.slope:
+            scaled.append((mean, spread, group))
+        else:  # the only one: groups differ by their factors
+            alone, variance = alone + mean, spread
+    square = _plus(alone * alone, variance)
+    for i, (mean, spread, group) in enumerate(scaled):
+        square = square + _expected(2 * alone * mean, residual.conditions, x, group)
+        square = square + _expected(_plus(mean * mean, spread), residual.conditions, x, group, group)
+        for other, _, more in scaled[:i]:
+            square = square + _expected(2 * mean * other, residual.conditions, x, group, more)
+    log_scale, exponent = slots["scale"].offset, torch.zeros((), dtype=torch.float64)
     for g in range(len(groups["scale"])):
         log_scale = log_scale + x["mean", "scale", str(g)]
-        spread = x.get(("cov", "scale", str(g), "scale", str(g)))
-        variance = variance if spread is None else variance + spread
-    precision = torch.exp(2 * variance - 2 * log_scale)
+        exponent = _plus(exponent, x.get(("cov", "scale", str(g), "scale", str(g))))
+    precision = torch.exp(2 * exponent - 2 * log_scale)
     return spec.jacobian - 0.5 * math.log(2 * math.pi) - log_scale - 0.5 * precision * square
+
+
+def _plus(first: Tensor, second: Tensor | None) -> Tensor:
+    return first if second is None else first + second
 
 
 def _expected(
@@ -104,10 +109,10 @@ def _expected(
         by, spread = condition.shift(x["condition", name]), x.get(("spread", name))
         if rates:
             rate = sum(rates[1:], rates[0])
-            exponent = rate * by
-            if spread is not None:
-                exponent, by = exponent + 0.5 * rate**2 * spread, by + rate * spread
+            exponent = rate * by if spread is None else rate * (by + 0.5 * rate * spread)
             factor = factor * exponent.exp()
+            if slopes and spread is not None:
+                by = by + rate * spread
         if slopes:
             lines = [1 + slope * by for slope in slopes]
             line = lines[0] if len(lines) == 1 else lines[0] * lines[1]

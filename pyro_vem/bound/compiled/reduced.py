@@ -176,6 +176,8 @@ def _slopes_after_stirling(t: Tensor) -> tuple[Tensor, Tensor]:
 
 def scaled_square(t: Tensor, d: Tensor, v: Tensor) -> Tensor:
     """exp(2 t) (d^2 + v): what the residual of a Normal costs; twice differentiable."""
+    if not t.requires_grad:
+        return torch.exp(2 * t) * (d * d + v)
     t, d, v = torch.broadcast_tensors(t, d, v)
     with torch.no_grad():
         precision = torch.exp(2 * t)
