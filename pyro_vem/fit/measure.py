@@ -8,7 +8,6 @@ from torch import Tensor
 from ..bound.objective import MOST_AT_ONCE
 from ..bound.tables import ElboTerms, TermRow
 from ..errors import warn
-from ..model.runtime import isolated
 from .setup import Setup
 
 PARTS = 4  # in which draws are added, at most, where they must be fewer than usual
@@ -56,7 +55,7 @@ def exact_table(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Ten
 def _exact_terms(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Terms that need no draws, by site."""
     objective = setup.objective
-    with isolated(torch.float64), torch.no_grad():
+    with torch.no_grad():
         return objective.exact_terms(phi, theta)
 
 

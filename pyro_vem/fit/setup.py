@@ -231,7 +231,7 @@ def set_up(
     guide = _bound_guide(_chosen(guide, model, lifted), model, latents, call)
     if lifted is not None and isinstance(guide, MeanFieldConjugate):
         guide.blocks, guide.singles = lifted.blocks, lifted.singles
-    guide_program = discover_modules(_program(guide, part), raw) if guide is not None else None
+    guide_program = _guide_program(guide, part, raw) if guide is not None else None
     problem = Problem(program, guide_program, call, map_sites, proto.names)
     found = _guide_parameters(guide_program, call)
     processes, found = processes.laid_out(guide, latents, found, theta.size)
@@ -279,6 +279,12 @@ def _program(fn: Callable[..., Any], part: Rows | Share | None) -> Program:
     program.around = part.around if part is not None else None
     program.is_batched = isinstance(part, Rows)
     return program
+
+
+def _guide_program(guide: Any, part: Rows | Share | None, raw: Arguments) -> Program:
+    program = _program(guide, part)
+    has_modules = not isinstance(guide, FactorisedNormal) or bool(guide.encoded)
+    return discover_modules(program, raw) if has_modules else program
 
 
 def _lifted(
