@@ -104,10 +104,10 @@ class Border:
                 if closed is not None and closed.is_exact:  # factors cost little, their products much
                     state = self._profiled(state, gtol) if block == "joint" else state
                 elif run.setup.phi.size or block == "joint":
-                    state, _ = step(
+                    state = step(
                         run.setup, state, block, run.scales, iteration=run.iterations,
                         gtol=gtol, method=run.method(block), max_iter=MOST_FOLLOWED,
-                    )  # fmt: skip
+                    )[0]  # fmt: skip
         finally:
             run.scales.held = held
         return state

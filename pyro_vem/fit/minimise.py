@@ -22,6 +22,7 @@ class Minimum:
         gradient: Euclidean norm of the gradient in scaled coordinates there.
         is_solved: whether it is small enough with grown sds as lengths; in the first ones it may not be.
         iterations: of the optimiser.
+        smooth: the function, where it ended.
     """
 
     x: Vector
@@ -31,6 +32,7 @@ class Minimum:
     iterations: int
     evaluations: int
     products: int
+    smooth: Smooth
 
 
 def minimise(
@@ -85,7 +87,9 @@ def minimise(
     is_solved = float(np.linalg.norm(smooth.gradient(best[0]))) <= gtol
     gradient = float(np.linalg.norm(smooth.plain_gradient(best[0])))
     point = smooth.point(best[0])
-    return Minimum(point, best[1], gradient, is_solved, iterations, smooth.evaluations, smooth.products)
+    return Minimum(
+        point, best[1], gradient, is_solved, iterations, smooth.evaluations, smooth.products, smooth
+    )
 
 
 def _search(

@@ -66,6 +66,7 @@ class Run:
     saddles: int = 0  # that the fit has left
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     is_warm: bool = False  # whether an earlier fit has left both blocks where they are
+    evaluated: tuple[State, Smooth] | None = None  # where the last step of all that moves has ended
     is_expected: bool = False  # whether phi has followed the extrapolated theta
 
     @regular("the start")
@@ -139,11 +140,13 @@ class Run:
             self.record(row)
             if self.closed.is_all_of[block]:
                 return
-        self.state, row = step(
+        self.evaluated = None  # or two graphs would be kept at a time
+        self.state, row, smooth = step(
             self.setup, self.state, block, self.scales,
             iteration=iteration, gtol=self.gtol, method=self.method(block),
             max_iter=self.options.step_iterations,
         )  # fmt: skip
+        self.evaluated = None if smooth is None else (self.state, smooth)
         self.record(row)
 
     def schedule_of(self, iteration: int, schedule: Schedule) -> Schedule:
@@ -251,8 +254,7 @@ class Run:
         is_slow = gain > most * tol  # no gradient tells what functions of the caller have left
         if not is_solved or is_slow or (self.iterations < self.next_check and not self.is_stalled()):
             return False
-        scale = self.scales.of(self.state, "joint", self.iterations)
-        smooth = Smooth(joint_loss(self.setup), self.state.joint, scale)
+        smooth = self._smooth()
         left = remaining(smooth, tol)
         if left.is_small(tol) or (left.is_no_maximum and gain < tol):
             if self._has_left_saddle(smooth):
@@ -263,6 +265,14 @@ class Run:
         self.failed += 1
         self.next_check = self.iterations + min(2**self.failed, 32)
         return False
+
+    def _smooth(self) -> Smooth:
+        """The bound as a function of all that moves, about where it is; evaluated there if the step was."""
+        scale = self.scales.of(self.state, "joint", self.iterations)
+        known, self.evaluated = self.evaluated, None
+        if known is not None and known[0] is self.state:
+            return known[1].in_units_of(scale)
+        return Smooth(joint_loss(self.setup), self.state.joint, scale)
 
     def _has_left_saddle(self, smooth: Smooth) -> bool:
         """True if the point was a saddle of the bound, and the fit goes on from a higher one."""

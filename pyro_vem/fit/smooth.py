@@ -86,6 +86,14 @@ class Smooth:
         self._whole: Vector | None = None
         self._hessian: Vector | None = None
 
+    def in_units_of(self, scale: Vector) -> "Smooth":
+        """The same function about the point that it was evaluated at last, which costs no evaluation."""
+        assert self._at is not None
+        twin = Smooth(self.loss, self.point(self._at), scale)
+        twin._at, twin._leaf, twin._value = twin.zero, self._leaf, self._value
+        twin._number, twin._gradient = self._number, self._gradient
+        return twin
+
     def point(self, a: Vector) -> Vector:
         """The point on the original scale, this process's entries of it."""
         return self._placed(a)[0]

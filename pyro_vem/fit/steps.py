@@ -31,8 +31,11 @@ def step(
     gtol: float,
     method: Method,
     max_iter: int,
-) -> tuple[State, Step]:
+) -> tuple[State, Step, Smooth | None]:
     """Raise the bound in one block ("E", "M" or "joint"); the other block cannot move.
+
+    Returns the new state, a row of history, and the bound as a function of all that moves, evaluated there,
+    where this block is all.
 
     Args:
         setup: the problem.
@@ -50,7 +53,7 @@ def step(
     Raises:
         NonMonotoneError: if the bound fell.
     """
-    start = time.perf_counter()
+    start, smooth = time.perf_counter(), None
     has_lengths = block != "M" and bool(free_sites(setup.guide))
     most = min(max_iter, RESCALE_AFTER) if has_lengths and method == "newton" else max_iter
     new, evaluations, products = state, 0, 0
@@ -66,6 +69,7 @@ def step(
         setup.captures.spent += time.perf_counter() - begin
         evaluations, products = evaluations + result.evaluations, products + result.products
         is_stuck = result.iterations < most and not (result.is_solved and result.iterations)
+        smooth = result.smooth if x.size == state.joint.size and loss.both is None else None
         if result.gradient <= gtol or is_stuck:
             break
     _check_rise(state.elbo, new.elbo, block, iteration)
@@ -73,7 +77,7 @@ def step(
         iteration, block, state.elbo, new.elbo, result.gradient,
         evaluations, products, time.perf_counter() - start,
     )  # fmt: skip
-    return new, row
+    return new, row, smooth
 
 
 def hooked(
