@@ -426,6 +426,19 @@ def test_a_closed_over_float32_tensor_gets_a_hint(fit):
         fit(model, {"y": Y})
 
 
+def test_a_state_that_is_written_over_gets_a_remedy(fit):
+    def model(y):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        h = torch.zeros(len(y))
+        for t in range(1, len(y)):
+            h[t] = a * h[t - 1] + y[t - 1]
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(h, 1.0), obs=y)
+
+    with pytest.raises(vem.ModelError, match=r"in a list, and put them together by torch\.stack"):
+        fit(model, {"y": torch.arange(6.0)})
+
+
 def test_no_observed_site_fits_the_prior_and_says_so(fit):
     def model(y=None):
         with pyro.plate("rows", 3):

@@ -119,13 +119,13 @@ def check_second_derivatives(setup: Setup, state: State, scale: Vector) -> None:
     Operations with a first derivative only mostly do not raise: autograd takes the second for zero.
 
     Raises:
-        ModelError: where the gradient itself is not finite.
+        ModelError: where the gradient itself is not finite, or torch has none.
     """
     if not state.joint.size:
         return
     smooth = Smooth(joint_loss(setup), state.joint, scale)
     zero, probe = smooth.zero, np.cos(np.arange(smooth.zero.size))
-    expected = smooth.difference_product(zero, probe)
+    expected = _differenced(smooth, probe)
     if not np.isfinite(expected).all() and not np.isfinite(smooth.gradient(zero)).all():
         raise ModelError(_without_slope(setup, state))
     try:
@@ -137,6 +137,18 @@ def check_second_derivatives(setup: Setup, state: State, scale: Vector) -> None:
         setup.objective.add_note(
             "Hessian products are differences of the gradient: second derivatives are wrong"
         )
+
+
+def _differenced(smooth: Smooth, probe: Vector) -> Vector:
+    try:
+        return smooth.difference_product(smooth.zero, probe)
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise ModelError(
+            "the model writes into a tensor that its gradient needs, as `h[t] = a * h[t - 1]` does: collect "
+            "the parts in a list, and put them together by torch.stack"
+        ) from error
 
 
 def _without_slope(setup: Setup, state: State) -> str:
