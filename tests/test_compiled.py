@@ -130,6 +130,20 @@ def mixed_conditions():
         pyro.sample("y", dist.Normal(m + b * t[GROUP] + tau * u[GROUP], sigma), obs=REAL)
 
 
+def medians():
+    """Laplace densities, one of a latent, with random scales and a random asymmetry."""
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    b = pyro.sample("b", dist.LogNormal(0.0, 0.5))
+    k = pyro.sample("k", dist.LogNormal(0.5, 0.4))
+    pyro.sample("known", dist.Laplace(0.0, b), obs=torch.tensor(0.8).double())
+    with pyro.plate("rows", 12):
+        e = pyro.sample("e", dist.Laplace(a, b))
+        pyro.sample("y", dist.Laplace(e, b), obs=REAL)
+        pyro.sample("skew", dist.AsymmetricLaplace(a, b, 2.0), obs=REAL)
+        # Here the residual and the scale share a latent.
+        pyro.sample("tied", dist.AsymmetricLaplace(a, (0.3 * a + b.log()).exp(), k), obs=REAL)
+
+
 def simplex_and_interval():
     p = pyro.sample("p", dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0]).double()))
     u = pyro.sample("u", dist.Uniform(-1.0, 2.0))
@@ -163,6 +177,7 @@ MODELS = {
     "weighted": weighted,
     "rates": rates,
     "scales": scales,
+    "medians": medians,
     "mixed conditions": mixed_conditions,
     "simplex and interval": simplex_and_interval,
 }

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import distributions as td
 
 from .affine import AffineSlot, Local
 from .expect import CompiledTerm
+from .forms import KINKED
 from .moments import LATENTS, PARAMETERS, Where
 from .slots import RATIO, RESIDUAL
 
@@ -58,7 +58,7 @@ def _is_mergeable(term: CompiledTerm) -> bool:
 def _layout(term: CompiledTerm) -> tuple[object, ...]:
     """What must agree beside the family: in quadratures the random slots, and the nodes."""
     spec = term.spec
-    if term.form.dims == 0 and spec.slots[0] in (RESIDUAL, RATIO) and spec.family is not td.Laplace:
+    if term.form.dims == 0 and spec.slots[0] in (RESIDUAL, RATIO) and spec.family not in KINKED:
         return ()
     return spec.latent is None, term.random_slots, term.condition_nodes, term.slot_nodes
 

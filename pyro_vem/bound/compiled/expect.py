@@ -105,8 +105,6 @@ class CompiledTerm:
             return "the distance of its cutpoints is random"
         if self.form.dims and self.form.dims not in MOST_NODES:
             return f"{self.form.dims} random slots together"
-        if self.spec.family is td.Laplace and self.random_slots not in ((), (RESIDUAL,)):
-            return "a Laplace density with a random scale is not smooth"
         return None
 
     @property

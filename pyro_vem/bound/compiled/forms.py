@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributions as td
 
+from ..kl.quadrature import softplus
 from .reduced import mean_after_stirling, mean_softplus, scaled_square
 from .slots import RATIO, RESIDUAL, Spec, ordered
 from .student import mean_normaliser, mean_tail
@@ -30,6 +31,7 @@ REACH = 8.0  # of the trapezoid rule, in standard deviations
 FEW = 8  # nodes up to which Gauss-Hermite is always better: narrow factors need no more
 CHEAPER = 8  # nodes that cost what one does which derivatives are taken through
 LOGIT = (td.Bernoulli, td.Binomial, td.NegativeBinomial, td.Geometric)
+KINKED = (td.Laplace, dist.AsymmetricLaplace)  # smooth only where the residual is random
 # Log densities that grow at most linearly in their slots: the trapezoid rule beats Gauss-Hermite.
 BOUNDED = (*LOGIT, dist.OrderedLogistic, td.StudentT, td.Cauchy, td.HalfCauchy)
 
@@ -110,8 +112,10 @@ def form_of(spec: Spec, random: tuple[str, ...]) -> Form:
 
     if not random:
         return form(_known, 0)
-    if family is td.Normal or (family is td.Laplace and random == (RESIDUAL,)):
-        return form(_normal if family is td.Normal else _laplace, 0)
+    if family is td.Normal:
+        return form(_normal, 0)
+    if family in KINKED:
+        return form(_laplace, int("asymmetry" in random))
     if spec.slots[0] == RATIO and family in (td.HalfNormal, td.Exponential):
         return form(_half_normal if family is td.HalfNormal else _exponential, 0)
     if spec.slots[0] == RATIO and family in (td.Gamma, dist.InverseGamma):
@@ -153,11 +157,31 @@ def _normal(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rul
 
 
 def _laplace(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
-    m, v, log_b = mean[RESIDUAL], cov[RESIDUAL, RESIDUAL], mean["scale"]
+    """Both sides of E |r| exp(t), t = -log scale (+ log asymmetry on the right, - on the left).
+
+    Under the weight exp(t) the residual r is Gaussian still, its mean moved by their covariance.
+    """
+    zero, k = torch.zeros((), dtype=torch.float64), "asymmetry"
+    m_s, m_k, v_k = mean["scale"], mean.get(k, zero), _of(cov, k, k)
+    total = m_k - m_s - (mean_softplus(2 * m_k, 2 * root(v_k), *rule) if k in random else softplus(2 * m_k))
+    for side in (1, -1):
+        m_t = side * m_k - m_s
+        v_t = v_k + _of(cov, "scale", "scale") - 2 * side * _of(cov, "scale", k)
+        m = mean[RESIDUAL] + side * _of(cov, RESIDUAL, k) - _of(cov, RESIDUAL, "scale")
+        total = total - 0.5 * (_distance(m, cov.get((RESIDUAL, RESIDUAL))) + side * m) * torch.exp(
+            m_t + v_t / 2
+        )
+    return total
+
+
+def _distance(m: Tensor, v: Tensor | None) -> Tensor:
+    """E |r| of Gaussians."""
+    if v is None:
+        return m.abs()
     sd = root(v)
-    distance = sd * math.sqrt(2 / math.pi) * torch.exp(-0.5 * (m / sd) ** 2)
-    distance = distance + m * torch.erf(m / (sd * math.sqrt(2)))
-    return -math.log(2) - log_b - distance * torch.exp(-log_b)
+    return sd * math.sqrt(2 / math.pi) * torch.exp(-0.5 * (m / sd) ** 2) + m * torch.erf(
+        m / (sd * math.sqrt(2))
+    )
 
 
 def _half_normal(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:

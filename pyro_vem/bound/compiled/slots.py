@@ -30,6 +30,7 @@ from ..weights import element_weight
 LOCATION: dict[type, tuple[str, ...]] = {
     td.Normal: ("scale",),
     td.Laplace: ("scale",),
+    dist.AsymmetricLaplace: ("scale", "asymmetry"),
     td.Cauchy: ("scale",),
     dist.Logistic: ("scale",),
     td.Gumbel: ("scale",),
@@ -63,7 +64,7 @@ GENERAL: dict[type, tuple[str, ...]] = {
     dist.OrderedLogistic: ("predictor", "cut", "gap"),
 }
 POSITIVE = frozenset(
-    ["scale", "df", "rate", "concentration", "concentration0", "concentration1", "total_count"]
+    ["scale", "asymmetry", "df", "rate", "concentration", "concentration0", "concentration1", "total_count"]
 )
 RESIDUAL, RATIO, VALUE = "residual", "log ratio", "value"
 
