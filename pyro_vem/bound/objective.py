@@ -55,6 +55,7 @@ class Objective:
         self._batches: tuple[Batch, ...] | None = None  # of the terms that run the model
         self.elsewhere: Values = {}  # other parameters of the model, to see what rows depend on
         self.is_twice = True  # second derivatives by autograd are right
+        self.has_kinks = False  # and say nothing of kinks, which terms have at the draws
 
     @property
     def noise(self) -> dict[str, Tensor]:

@@ -19,8 +19,9 @@ MOST_TERMS = 64
 def jumping(setup: Setup, state: State) -> str | None:
     """Name of a term that changes with a latent where its gradient does not show it, or None.
 
-    Of a continuous function of Gaussian noise e, E[e f(e)] and E[f'(e)] are equal (Stein's identity). Through
-    a jump, or where values leave torch, f' is zero and E[e f(e)] is not: no step of the fit has seen it.
+    Of a continuous function of Gaussian noise e, E[e f(e)] and E[f'(e)] are equal, and so are
+    E[(e^2 - 1) f(e)] and E[e f'(e)] (Stein's identity). Through a jump, or where values leave torch, f' is
+    zero and what stands beside it is not: no step of the fit has seen what a mean does, or an sd.
     """
     objective = setup.objective
     rows = objective.rest.rows
@@ -34,10 +35,13 @@ def jumping(setup: Setup, state: State) -> str | None:
     phi = setup.phi.constrained(torch.as_tensor(state.phi))
     theta = setup.theta_values(torch.as_tensor(state.theta))
     for name, values, slopes in objective.slopes(phi, theta, both):
-        odd = (values[:PAIRS] - values[PAIRS:]) / 2
+        odd, even = (values[:PAIRS] - values[PAIRS:]) / 2, (values[:PAIRS] + values[PAIRS:]) / 2
         for site, one in noise.items():
-            followed = (slopes[site][:PAIRS] + slopes[site][PAIRS:]) / 2
-            if _differ(odd.reshape(-1, *(1,) * (one.dim() - 1)) * one - followed):
+            shape = (-1, *(1,) * (one.dim() - 1))
+            there, back = slopes[site][:PAIRS], slopes[site][PAIRS:]
+            by_mean = odd.reshape(shape) * one - (there + back) / 2
+            by_sd = (even - even.mean()).reshape(shape) * (one * one - 1) - one * (there - back) / 2
+            if _differ(by_mean) or _differ(by_sd):
                 return name
     return None
 

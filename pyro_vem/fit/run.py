@@ -16,7 +16,7 @@ from .acceleration import Extrapolation
 from .border import Border
 from .checkpoint import Checkpoint, snapshot
 from .closed import ClosedForm
-from .exactness import check_kl, compile_terms, more_draws, prepare, settle, settle_nodes
+from .exactness import MOST_DRAWS, check_kl, compile_terms, more_draws, prepare, settle, settle_nodes
 from .minimise import Method
 from .profile import Profile
 from .result import VEMResult
@@ -27,8 +27,8 @@ from .smooth import Smooth
 from .starts import finite_elbo, initial_values, scattered
 from .state import State, elbo_at, joint_loss
 from .status import Status, Step, progress_bar
-from .steps import check_second_derivatives, hooked, note_idle, start_variances, step
-from .stopping import remaining, runaway, stalled, standing_still
+from .steps import check_second_derivatives, expect_kinks, hooked, note_idle, start_variances, step
+from .stopping import GRADIENT_LIMIT, remaining, runaway, scaled_gradient, stalled, standing_still
 
 Schedule = Literal["auto", "alternate", "accelerated", "profile", "joint"]
 StepMethod = Literal["auto", "newton", "lbfgs"]
@@ -64,6 +64,7 @@ class Run:
     next_check: int = 0
     closed: ClosedForm | None = None
     saddles: int = 0  # that the fit has left
+    is_lost: bool = False  # whether the gradient jumps too much to vanish
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     is_warm: bool = False  # whether an earlier fit has left both blocks where they are
     evaluated: tuple[State, Smooth] | None = None  # where the last step of all that moves has ended
@@ -252,6 +253,8 @@ class Run:
         self.gtol = float(np.clip(0.1 * max(gain, 0.0) ** 0.5, final, max(final, self.gtol)))
         most = 1 if self.hooks else 10 if self.closed is not None else 1e3 if has_both else np.inf
         is_slow = gain > most * tol  # no gradient tells what functions of the caller have left
+        if is_solved and self._is_level(gain):
+            return self._is_as_near_as_kinks_let()
         if not is_solved or is_slow or (self.iterations < self.next_check and not self.is_stalled()):
             return False
         smooth = self._smooth()
@@ -266,11 +269,34 @@ class Run:
         self.next_check = self.iterations + min(2**self.failed, 32)
         return False
 
+    def _is_level(self, gain: float) -> bool:
+        """True if the last E-step on draws ended short of a zero gradient, with nothing left to gain."""
+        objective = self.setup.objective
+        if not self.history or not objective.is_random or objective.is_exact:
+            return False
+        row = self.history[-1]
+        return row.block in ("E", "joint") and row.gradient > self.gtol and gain < self.tolerance()
+
+    def _is_as_near_as_kinks_let(self) -> bool:
+        """The stopping rule without curvatures, which kinks have none of; more draws where it fails."""
+        objective = self.setup.objective
+        had_kinks, most = objective.has_kinks, 4 * objective.num_draws
+        expect_kinks(self.setup)
+        gradient = scaled_gradient(self._smooth())
+        if gradient < GRADIENT_LIMIT:
+            objective.add_note(f"the gradient jumps by {gradient:.1g} posterior sd where it vanishes: kinks")
+            return True
+        if had_kinks and most <= MOST_DRAWS:
+            objective.take_draws(most)
+            self._changed(f"{most:,} draws: the gradient jumps by {gradient:.2g} posterior sd at kinks")
+        self.is_lost = had_kinks and most > MOST_DRAWS
+        return False
+
     def _smooth(self) -> Smooth:
         """The bound as a function of all that moves, about where it is; evaluated there if the step was."""
         scale = self.scales.of(self.state, "joint", self.iterations)
         known, self.evaluated = self.evaluated, None
-        if known is not None and known[0] is self.state:
+        if known is not None and known[0] is self.state and not self.setup.objective.has_kinks:
             return known[1].in_units_of(scale)
         return Smooth(joint_loss(self.setup), self.state.joint, scale)
 
@@ -310,7 +336,8 @@ class Run:
 
     def is_stalled(self) -> bool:
         """True if the last steps used up their iterations for next to nothing, or none moves anything."""
-        return stalled(self.history, 2 * self.options.step_iterations) or self._is_still()
+        is_stalled = stalled(self.history, 2 * self.options.step_iterations)
+        return is_stalled or self.is_lost or self._is_still()
 
     def _is_still(self) -> bool:
         """True if rounds of closed forms are down to rounding, which takes back every step of theirs."""

@@ -18,6 +18,7 @@ Vector: TypeAlias = NDArray[np.float64]
 Flags: TypeAlias = NDArray[np.bool_]
 
 DIFFERENCE = 1e-4  # step of differences of a gradient, in scaled coordinates
+ACROSS = 0.3  # the same where the gradient has jumps: across so many of them that their sum is a slope
 FEW_PRODUCTS, STILL = 10, 0.03  # products, and the part of the tolerance that they add to no gain worth it
 
 
@@ -29,6 +30,7 @@ class Loss:
         function: the function, differentiable by autograd.
         is_twice: whether autograd's second derivatives can be believed; if not, Hessian products
             are differences of the gradient.
+        has_kinks: whether its gradient is a sum of many small jumps.
         is_small: whether operations cost the same for a matrix of directions as for one, so that the
             whole Hessian costs about two of its products.
         both, product: value and gradient, and Hessian times vector, if they are known as graphs.
@@ -37,6 +39,7 @@ class Loss:
 
     function: Callable[[Tensor], Tensor]
     is_twice: bool = True
+    has_kinks: bool = False
     is_small: bool = False
     both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     product: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -130,7 +133,7 @@ class Smooth:
         """Hessian with respect to `a`, times `v`."""
         self.products += 1
         if not self.loss.is_twice:
-            return self.difference_product(a, v)
+            return self.difference_product(a, v, ACROSS if self.loss.has_kinks else DIFFERENCE)
         self._move(a)
         if self.loss.is_small:
             return np.asarray(self._dense_hessian(a) @ v)
@@ -168,9 +171,9 @@ class Smooth:
             (size, size), matvec=lambda v: self.hessian_product(self.zero, np.ravel(v)), dtype=float
         )
 
-    def difference_product(self, a: Vector, v: Vector) -> Vector:
-        """The Hessian product by central differences of the gradient."""
-        step = DIFFERENCE / max(float(np.linalg.norm(v)), 1e-300)
+    def difference_product(self, a: Vector, v: Vector, length: float = DIFFERENCE) -> Vector:
+        """The Hessian product by central differences of the gradient, a scaled length from `a`."""
+        step = length / max(float(np.linalg.norm(v)), 1e-300)
         twin = copy.copy(self)
         twin.evaluations = 0
         product = (twin.gradient(a + step * v) - twin.gradient(a - step * v)) / (2 * step)

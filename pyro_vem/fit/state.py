@@ -1,12 +1,15 @@
 """Where a fit is, and the bound as a function of one block of parameters."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..model.checks import SingularMatrix
 from .capture import function_of
+from .processes import Spread
 from .setup import Setup
 from .smooth import Loss, Vector
 
@@ -47,7 +50,13 @@ def joint_loss(setup: Setup) -> Loss:
     """Minus the bound as a function of the joint vector."""
     function, nothing = function_of(setup, "joint"), torch.zeros(0)
     spread = setup.processes.spread("joint")
-    return Loss(lambda x: function(x, nothing), setup.objective.is_twice, setup.is_small, spread=spread)
+    return _loss(setup, lambda x: function(x, nothing), spread)
+
+
+def _loss(setup: Setup, function: Callable[[Tensor], Tensor], spread: Spread) -> Loss:
+    objective = setup.objective
+    is_twice = objective.is_twice and not objective.has_kinks
+    return Loss(function, is_twice, objective.has_kinks, setup.is_small, spread=spread)
 
 
 def loss_of(setup: Setup, state: State, block: str) -> tuple[Loss, Vector]:
@@ -58,12 +67,12 @@ def loss_of(setup: Setup, state: State, block: str) -> tuple[Loss, Vector]:
         "joint": (state.joint, np.zeros(0)),
     }[block]
     rest = torch.as_tensor(other)
-    function, is_twice = function_of(setup, block), setup.objective.is_twice
-    loss = Loss(lambda a: function(a, rest), is_twice, setup.is_small, spread=setup.processes.spread(block))
+    function = function_of(setup, block)
+    loss = _loss(setup, lambda a: function(a, rest), setup.processes.spread(block))
     captured = None if setup.is_our_code else setup.captures.of(setup, block, torch.as_tensor(x), rest)
     if captured is None:
         return loss, x
-    product = (lambda a, v: captured.product(a, rest, v)[0]) if is_twice else None
+    product = (lambda a, v: captured.product(a, rest, v)[0]) if loss.is_twice else None
     return replace(loss, both=lambda a: captured.both(a, rest), product=product), x
 
 

@@ -52,10 +52,15 @@ class Remaining:
 
 def remaining(smooth: Smooth, tol: float) -> Remaining:
     """Predict what a joint Newton step would gain from where `smooth` has its origin."""
-    gradient = float(np.linalg.norm(smooth.gradient(smooth.zero))) / max(1, smooth.zero.size) ** 0.5
+    gradient = scaled_gradient(smooth)
     if gradient >= GRADIENT_LIMIT:
         return Remaining(float("inf"), gradient)
     return Remaining(predicted_gain(smooth, tol=tol), gradient)
+
+
+def scaled_gradient(smooth: Smooth) -> float:
+    """Its norm where `smooth` has its origin, per square root of dimension: posterior sds."""
+    return float(np.linalg.norm(smooth.gradient(smooth.zero))) / max(1, smooth.zero.size) ** 0.5
 
 
 def stalled(history: Sequence[Step], budget: int) -> bool:
