@@ -15,7 +15,7 @@ def scores(y):
     sd = pyro.param("sd", torch.ones(4), constraint=dist.constraints.positive)
     with pyro.plate("rows", len(y)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-        pyro.sample("y", dist.Normal(z @ w, sd).to_event(1), obs=y)
+        pyro.sample("y", dist.MultivariateNormal(z @ w, scale_tril=sd.diag()), obs=y)  # with no slots
 
 
 def bent(y):

@@ -204,12 +204,15 @@ def test_moments_are_the_m_step_of_vectors_with_a_full_factor(fit):
     assert all("closed form" in row.note for row in found.history if row.block == "M")
 
 
-def loadings(y, start):
+def loadings(y, start, is_compiled=True):
     w = pyro.param("w", start)
     sd = pyro.param("sd", torch.ones(y.shape[1]), constraint=constraints.positive)
     with pyro.plate("rows", len(y)):
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.sample("y", dist.Normal(z @ w, sd).to_event(1), obs=y)
+        if is_compiled:
+            pyro.sample("y", dist.Normal(z @ w, sd).to_event(1), obs=y)
+        else:  # a family without slots
+            pyro.sample("y", dist.MultivariateNormal(z @ w, scale_tril=sd.diag()), obs=y)
 
 
 @pytest.mark.parametrize("constraint", [constraints.corr_cholesky, dist.constraints.unit_lower_cholesky])
@@ -270,7 +273,8 @@ def test_zero_loadings_are_a_saddle_that_is_left(fit, guide):
 def test_a_parameter_that_starts_at_zero_hides_no_latent(fit):
     """At zero loadings the likelihood does not see the latents: it must be drawn all the same."""
     y = draws(80, 2, seed=1) @ draws(2, 5, seed=2) + 0.5 * draws(80, 5, seed=3)
-    found = fit(loadings, {"y": y - y.mean(0), "start": torch.zeros(2, 5)}, max_iter=2)
+    data = {"y": y - y.mean(0), "start": torch.zeros(2, 5), "is_compiled": False}
+    found = fit(loadings, data, max_iter=2)
     (likelihood,) = [row for row in found.plan.rows if row.site == "y"]
     assert likelihood.method == "draws"
     assert {batch.scope for batch in found.setup.objective.batches} == {("z",)}

@@ -15,8 +15,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-Values: TypeAlias = Mapping[str, Tensor]
-"""Unconstrained values by variable, each flat: (size,), or (points, size)."""
+from .bilinear import Bilinear, Values
 
 Evaluate: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """Slots by key, (points, rows) each, at a batch of points."""
@@ -109,17 +108,19 @@ class Condition:
 
 @dataclass(frozen=True)
 class AffineSlot:
-    """offset + conditions' parts + sum of locals and denses."""
+    """offset + conditions' parts + sum of locals and denses, and of products of other variables."""
 
     offset: Tensor
     conditions: dict[str, Condition]
     locals: dict[str, Local]
     denses: dict[str, Dense]
+    products: Bilinear | None = None
 
     @property
     def variables(self) -> tuple[str, ...]:
         """Variables that the slot depends on."""
-        return (*self.conditions, *self.locals, *self.denses)
+        multiplied = self.products.variables if self.products is not None else ()
+        return (*self.conditions, *self.locals, *self.denses, *multiplied)
 
     def factors(self, part: "Scaled", given: Values) -> list[Tensor]:
         """What a coefficient is multiplied by at values of the conditions, (..., rows) each."""
@@ -150,7 +151,7 @@ class AffineSlot:
                 total = total + product(at, part.coefficient, *self.factors(part, given))
         for name, dense in self.denses.items():
             total = total + product(values[name] @ dense.matrix.mT, *self.factors(dense, given))
-        return total
+        return total if self.products is None else total + self.products.at(values)
 
 
 def differs(a: Tensor, b: Tensor, scale: Tensor, rounding: float = ROUNDING) -> Tensor:

@@ -49,7 +49,7 @@ def _is_mergeable(term: CompiledTerm) -> bool:
     slots = term.slots.values()
     return (
         is_plain
-        and not any(slot.conditions or slot.denses for slot in slots)
+        and not any(slot.conditions or slot.denses or slot.products is not None for slot in slots)
         and len(spec.weight) <= MOST_ROWS
         and max(map(len, _columns(term))) <= MOST_COLUMNS
     )

@@ -8,6 +8,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch import distributions as td
 from torch.distributions import AffineTransform, Transform, transform_to
 
 from ...errors import ModelError, UnsupportedModelError
@@ -22,7 +23,7 @@ from .blocks import merge
 from .expect import CompiledTerm
 from .fit_slots import SlotFitter, worst_gap
 from .moments import Moments, slices
-from .slots import Spec, read, spec_of
+from .slots import RESIDUAL, Spec, read, spec_of
 from .stack import Stack
 
 FINAL_DRAWS = 256  # of the fitted guide, at which compiled slots are held against the model again
@@ -46,6 +47,12 @@ class Variables:
         sizes = {name: latent.unconstrained.numel() for name, latent in self.latents.items()}
         sizes |= {f"${name}": p.unconstrained.numel() for name, p in self.parameters.items()}
         return sizes | {f"${name}": s.unconstrained.numel() for name, s in self.map_sites.items()}
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of each, before it is flattened."""
+        shapes = {name: latent.unconstrained.shape for name, latent in self.latents.items()}
+        return shapes | {f"${name}": shape for name, (shape, _) in self._unconstrained.items()}
 
     @functools.cached_property
     def _unconstrained(self) -> dict[str, tuple[torch.Size, Transform]]:
@@ -174,7 +181,8 @@ class Compiled:
         points = [{k: Probe._normal(generator, n) for k, n in self.variables.sizes.items()} for _ in range(3)]
         self._check_static(points)
         probe = Probe(self._evaluate, self.variables.sizes, generator)
-        fitter = SlotFitter(probe, list(probe.here), generator)
+        squared = [f"{name}\0{RESIDUAL}" for name, spec in self.specs.items() if spec.family is td.Normal]
+        fitter = SlotFitter(probe, list(probe.here), generator, squared, self.variables.shapes)
         latents = frozenset(self.variables.latents)
         for name, spec in self.specs.items():
             slots = {slot: fitter.fit(f"{name}\0{slot}") for slot in spec.slots}

@@ -55,6 +55,8 @@ def is_conditional_normal(
     if spec.family is not td.Normal or not any(c in latents for c in conditions):
         return False
     residual, scale = slots[RESIDUAL], slots["scale"]
+    if residual.products is not None:
+        return False
     own = residual.conditions.values()
     if any(bool((c.linear != 0).any() or (c.size != 0).any()) for c in own):
         return False

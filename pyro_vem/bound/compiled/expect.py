@@ -72,7 +72,7 @@ class CompiledTerm:
         return tuple(
             name
             for name, slot in self.slots.items()
-            if any(k in self.latents and k not in given for k in (*slot.locals, *slot.denses))
+            if any(k in self.latents and k not in given for k in slot.variables)
         )
 
     @functools.cached_property
@@ -99,12 +99,25 @@ class CompiledTerm:
                     live = slot.locals[name].coefficient != 0
                     if not torch.equal(slot.locals[name].index[live], index[live]):
                         return f"rows see {name} at two elements"
+        shared = self._shared()
+        if shared is not None:
+            return f"products of {shared}, which its scale depends on too"
         if self.grown is not None:
             return f"the exponential of an exponential of {self.grown} has no finite expectation"
         if "gap" in self.random_slots:
             return "the distance of its cutpoints is random"
         if self.form.dims and self.form.dims not in MOST_NODES:
             return f"{self.form.dims} random slots together"
+        return None
+
+    def _shared(self) -> str | None:
+        """A latent in products that another slot sees: no two moments of the residual are enough."""
+        products = {s: slot.products.variables for s, slot in self.slots.items() if slot.products is not None}
+        for s, names in products.items():
+            others = {k for other, slot in self.slots.items() if other != s for k in slot.variables}
+            for name in names:
+                if name in self.latents and name in others:
+                    return name
         return None
 
     @property
@@ -151,6 +164,9 @@ class CompiledTerm:
         for slot, groups in self.groups.items():
             for g, group in enumerate(groups):
                 found["mean", slot, str(g)] = _mean_input(group, len(self.spec.weight))
+            products = self.slots[slot].products
+            for (side, key), entry in products.inputs(self.latents).items() if products else ():
+                found["product", slot, side, key] = entry
         random = self.random_slots
         for i, a in enumerate(random):
             for b in random[i:]:
@@ -254,6 +270,13 @@ class CompiledTerm:
                 _, a, one, b, other = key
                 part = product(value, *factors[a][int(one)], *factors[b][int(other)])
                 cov[a, b] = cov[a, b] + part if (a, b) in cov else part
+        for s, slot in self.slots.items():
+            if slot.products is not None:
+                mine = {(key[2], key[3]): v for key, v in x.items() if key[:2] == ("product", s)}
+                more, spread = slot.products.moments(mine)
+                mean[s] = mean[s] + more
+                if spread is not None:
+                    cov[s, s] = cov[s, s] + spread if (s, s) in cov else spread
         return mean, cov
 
     @property
@@ -276,7 +299,16 @@ class CompiledTerm:
         if not free:
             return f"a function of {', '.join(held)}" if held else "a constant"
         given = f" given {', '.join(held)}" if held else ""
-        return f"affine in {', '.join(free)}{given}, checked against the model"
+        multiplied = [k for k in free if k in self._multiplied]
+        parts = [", ".join(k for k in free if k not in multiplied)]
+        parts += [f"products of {', '.join(multiplied)}"] if multiplied else []
+        return f"affine in {' and '.join(filter(None, parts))}{given}, checked against the model"
+
+    @property
+    def _multiplied(self) -> set[str]:
+        """Variables in products, as a plan names them."""
+        products = [slot.products for slot in self.slots.values() if slot.products is not None]
+        return {k.removeprefix("$") for one in products for k in one.variables}
 
 
 def _local_input(name: str, index: Tensor, coefficient: Tensor, of_variance: bool) -> Input:

@@ -1,7 +1,7 @@
 """From probes to affine slots: conditions, coefficients, offsets, and the check that believes them."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ from .affine import (
     Dependence,
     Local,
     Probe,
-    Values,
     compact,
     dependence_on,
     differs,
     pick,
 )
+from .bilinear import Values
+from .fit_products import ProductFitter
 
 MOST_CONDITIONS = 2
 MOST_TOGETHER = 12  # variables of which pairs are tried as conditions
@@ -36,10 +37,25 @@ class NotAffine(Exception):
 
 
 class SlotFitter:
-    """Fits every slot of a model from one shared set of probes."""
+    """Fits every slot of a model from one shared set of probes.
 
-    def __init__(self, probe: Probe, keys: Sequence[str], generator: torch.Generator) -> None:
-        self.probe, self.keys = probe, keys
+    Args:
+        probe: evaluates the slots.
+        keys: the slots.
+        generator: of the points.
+        squared: slots of which two moments are all that is needed: they may have products of latents.
+        shapes: of the variables.
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        keys: Sequence[str],
+        generator: torch.Generator,
+        squared: Collection[str] = (),
+        shapes: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        self.probe, self.keys, self.generator = probe, keys, generator
         self.found = {key: self._dependences(key) for key in keys}
         self.joint: dict[frozenset[str], dict[str, Tensor]] = {}
         self.splits: dict[str, tuple[list[str], list[str]] | str] = {}
@@ -48,6 +64,7 @@ class SlotFitter:
                 self.splits[key] = self._split(key)
             except NotAffine as reason:
                 self.splits[key] = str(reason)
+        self._find_products([key for key in squared if isinstance(self.splits[key], str)], shapes or {})
         self._probe_conditions()
         self._probe_dense()
         points = [
@@ -94,6 +111,16 @@ class SlotFitter:
         if len(conditions) > MOST_CONDITIONS:
             raise NotAffine(f"not affine in {', '.join(conditions)} together")
         return conditions, rest
+
+    def _find_products(self, keys: Collection[str], shapes: Mapping[str, Sequence[int]]) -> None:
+        """Products in slots that are not affine, even given some variables."""
+        known = {key: {k: d.is_affine for k, d in self.found[key].items()} for key in keys}
+        fitter = ProductFitter(self.probe, known, shapes, self.generator)
+        self.products = fitter.found
+        for key, products in fitter.found.items():
+            self.splits[key] = [], [k for k in self.found[key] if k not in products.variables]
+        for key, reason in fitter.refused.items():
+            self.splits[key] = f"{self.splits[key]}: {reason}"
 
     def _candidates(self, key: str, rest: list[str], held: int) -> Iterator[tuple[str, ...]]:
         """Further variables to condition on, the fewest and smallest first."""
@@ -183,7 +210,10 @@ class SlotFitter:
                 locals_[k] = Local(index, coefficient, rate, slope)
                 offset -= coefficient * probe.base[k][index]
         parts = {c: self._condition(key, c, locals_, denses) for c in conditions}
-        return AffineSlot(offset, parts, locals_, denses)
+        products = self.products.get(key)
+        if products is not None:
+            offset -= products.at(probe.base)
+        return AffineSlot(offset, parts, locals_, denses, products)
 
     def _factors(
         self, key: str, k: str, conditions: list[str]
