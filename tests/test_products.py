@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import pyro_vem as vem
+from pyro_vem.fit.turns import Turns
 from pyro_vem.model.runtime import isolated
 
 D = torch.float64
@@ -285,3 +286,41 @@ def test_a_bend_that_no_probe_meets_is_found_at_the_end(fit):
     result = fit(model, {"y": 40 * draws(10, 2) @ draws(2, 4, seed=1)}, max_iter=2, options=few)
     assert result.plan["y"].method == "draws"
     assert any("sampled from here on" in note and "y" in note for note in result.plan.notes)
+
+
+def test_what_can_be_turned_is_turned(fit, monkeypatch):
+    """The same optimum in fewer products: the valley of rotations is followed along its bend."""
+    data = {"y": matrix_data(100, 12, 3), "factors": 3}
+    found = fit(matrix, data)
+    monkeypatch.setattr(Turns, "of", staticmethod(lambda setup, block: None))
+    plain = fit(matrix, data)
+    assert found.elbo == pytest.approx(plain.elbo, abs=1e-7)
+    products, before = (sum(row.products for row in one.history) for one in (found, plain))
+    assert products < 0.5 * before
+
+
+def test_columns_of_factors_are_turned_against_each_other():
+    """The sums of products of means stay as they are, whatever the matrix; nothing else moves."""
+    w, z = torch.arange(8).reshape(4, 2).T, 8 + torch.arange(12).reshape(6, 2).T
+    turns = Turns(((w, z),))
+    x = draws(25)
+    there = turns.placed(torch.cat([x, draws(4, seed=1)]))
+    assert bool((there[:20] != x[:20]).all())
+    torch.testing.assert_close(there[20:], x[20:])
+    torch.testing.assert_close(there[w].T @ there[z], x[w].T @ x[z])
+    torch.testing.assert_close(turns.placed(torch.cat([x, torch.zeros(4, dtype=D)])), x)
+
+
+def test_groups_that_share_a_variable_are_turned_together(fit):
+    """Two sets of loadings multiply the same scores; a triangle of loadings has no turns."""
+
+    def model(y):
+        w, z, v = vectors("w", 4), vectors("z", 12), vectors("v", 3)  # z first in the second pair
+        pyro.sample("y", dist.Normal(z @ w.T, 0.5).to_event(2), obs=y[:, :4])
+        pyro.sample("x", dist.Normal(v @ z.T, 0.5).to_event(2), obs=y[:, 4:].T)
+
+    result = fit(model, {"y": draws(12, 7)})
+    (turns,) = Turns.of(result.setup, "E").sides
+    assert sorted(side.shape[1] for side in turns) == [7, 12]
+    assert Turns.of(fit(MODELS["triangular"]).setup, "E") is None
+    assert Turns.of(fit(listed).setup, "E") is None

@@ -16,6 +16,7 @@ from .setup import Setup
 from .smooth import DIFFERENCE, Smooth, Vector
 from .state import State, elbo_at, joint_loss, loss_of, moved
 from .status import Step
+from .turns import Turns
 
 RESCALE_AFTER = 10  # Newton iterations
 STILL = 100.0  # squares of the gradient asked for, which is the tenth of a root: nats that as many must gain
@@ -57,12 +58,14 @@ def step(
     start, smooth = time.perf_counter(), None
     has_lengths = block != "M" and bool(free_sites(setup.guide))
     most = min(max_iter, RESCALE_AFTER) if has_lengths and method == "newton" else max_iter
+    turns = Turns.of(setup, block) if has_lengths and method == "newton" else None
     new, evaluations, products = state, 0, 0
     for left in range(max_iter, 0, -most):
         begin, before = time.perf_counter(), new.elbo
         scale = scales.of(new, block, iteration)
         loss, x = loss_of(setup, new, block)
-        result = minimise(
+        can_turn = turns is not None and loss.both is None and bool(scale.all())  # a length of zero holds
+        result = (turns.minimise if turns is not None and can_turn else minimise)(
             loss, x, scale, gtol=gtol, max_iter=min(most, left), method=method,
             log_sds=scales.log_sds(x.size) if has_lengths else None,
         )  # fmt: skip
