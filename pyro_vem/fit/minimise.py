@@ -22,7 +22,7 @@ class Minimum:
         gradient: Euclidean norm of the gradient in scaled coordinates there.
         is_solved: whether it is small enough with grown sds as lengths; in the first ones it may not be.
         iterations: of the optimiser.
-        smooth: the function, where it ended.
+        smooth: the function, where it ended; None where it is of other coordinates.
     """
 
     x: Vector
@@ -32,7 +32,7 @@ class Minimum:
     iterations: int
     evaluations: int
     products: int
-    smooth: Smooth
+    smooth: Smooth | None
 
 
 def minimise(

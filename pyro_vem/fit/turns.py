@@ -90,7 +90,7 @@ class Turns:
             replace(loss, function=lambda point: loss.function(self.placed(point))),
             np.concatenate([start, none]), np.concatenate([scale, lengths]), log_sds=flags, **settings,
         )  # fmt: skip
-        return replace(found, x=self.placed(torch.as_tensor(found.x)).numpy())
+        return replace(found, x=self.placed(torch.as_tensor(found.x)).numpy(), smooth=None)
 
 
 def _where(setup: Setup, guide: FactorisedNormal, side: Places, block: str) -> Tensor | None:
