@@ -81,6 +81,14 @@ def shared_hub():
     pyro.sample("y", dist.Normal(score @ w.T + 0.5 * w.sum(-1), 0.7).to_event(2), obs=Y)
 
 
+def states():
+    """Vectors, one after the other, seen through one matrix."""
+    w, x = vectors("w", COLUMNS), torch.zeros(FACTORS)
+    for t in range(4):
+        x = pyro.sample(f"x{t}", dist.Normal(0.9 * x, 1.0).to_event(1))
+        pyro.sample(f"y{t}", dist.Normal(w @ x, 0.5).to_event(1), obs=Y[t])
+
+
 def means_of_latents():
     """The products are the mean of a latent."""
     w, z = vectors("w", COLUMNS), vectors("z", ROWS)
@@ -125,6 +133,7 @@ MODELS = {
     "ratings": ratings,
     "listed": listed,
     "shared hub": shared_hub,
+    "states": states,
     "means of latents": means_of_latents,
     "nonnegative": nonnegative,
 }
@@ -324,3 +333,10 @@ def test_groups_that_share_a_variable_are_turned_together(fit):
     assert sorted(side.shape[1] for side in turns) == [7, 12]
     assert Turns.of(fit(MODELS["triangular"]).setup, "E") is None
     assert Turns.of(fit(listed).setup, "E") is None
+
+
+def test_a_start_at_the_saddle_ends_at_the_optimum(fit):
+    data = {"y": matrix_data(20, 6), "factors": 2}
+    found = fit(matrix, data, init={"w": torch.zeros(6, 2), "z": torch.zeros(20, 2)})
+    assert any("left a saddle of the bound" in row.note for row in found.history)
+    assert found.elbo == pytest.approx(fit(matrix, data).elbo, abs=1e-6)

@@ -84,10 +84,8 @@ class ProductFitter:
         shape = tuple(self.shapes[name])
         places = torch.arange(self.probe.sizes[name])
         axes = sorted((d for d in range(len(shape)) if 1 < shape[d] <= MOST_FACTORS), key=lambda d: shape[d])
-        ways = [
-            [places],
-            *([*places.reshape(shape).movedim(d, 0).flatten(1)] for d in axes if len(shape) > 1),
-        ]
+        slices = (places.reshape(shape).movedim(d, 0).reshape(shape[d], -1) for d in axes)
+        ways = [[places], *([*way] for way in slices)]
         for way in ways:
             units = [Unit(name, positions) for positions in way]
             if self._are_seen(units[:1]) and self._are_seen(units):  # what a slice shows, most ways fail at
