@@ -65,3 +65,18 @@ def test_their_bound_is_the_evidence_of_factors_that_are_known(fit):
 def test_terms_that_are_no_polynomial_keep_their_draws(fit):
     result = fit(bent, {"y": factor_data()["y"][:6]}, max_iter=20, options=vem.FitOptions(compiled=False))
     assert drawn(result) >= 256
+
+
+def test_history_has_the_draws_of_each_bound(fit):
+    result = fit(scores, factor_data())
+    assert {row.draws for row in result.history} == {256, 32}
+    z = torch.tensor([0.3, -0.8])
+
+    def exact(y):
+        pyro.sample(
+            "y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0).expand([2]).to_event(1), obs=y
+        )
+
+    assert {row.draws for row in fit(exact, {"y": z}).history} == {0}
+    curve = vem.plots.elbo(result).lines[0].get_ydata()
+    assert (curve[1:] <= curve[:-1] + 1e-9).all()

@@ -437,6 +437,9 @@ class Run:
         """Add a row to the history, and tell whoever watches."""
         if row is None:
             return
+        objective = self.setup.objective
+        is_drawn = objective.is_random and not objective.is_exact
+        row = replace(row, draws=objective.num_draws if is_drawn else 0)
         self.history.append(row)
         if self.state.joint.size <= MOST_KEPT:
             self.points.append(self.state)

@@ -45,6 +45,7 @@ class Step:
         evaluations, products: bound evaluations and Hessian-vector products spent.
         seconds: wall time.
         note: what was unusual, empty otherwise.
+        draws: fixed draws that the bound is on after the step; 0 where no term is on draws.
     """
 
     iteration: int
@@ -56,6 +57,7 @@ class Step:
     products: int
     seconds: float
     note: str = ""
+    draws: int = 0
 
     @property
     def gain(self) -> float:

@@ -8,6 +8,7 @@ import torch
 
 from ..errors import ModelError, unknown_names
 from ..fit.result import VEMResult
+from ..fit.status import Step
 from ..model.device import on_its_device
 from ..model.runtime import isolated
 from .comparison import Comparison
@@ -39,7 +40,7 @@ def elbo(fit: VEMResult, ax: Any = None) -> Any:
     final = fit.history[-1].after
     floor = 1e-12 * (1 + abs(final))
     colours = {"start": "0.6", "E": "C0", "M": "C1", "joint": "C2"}
-    gaps = [max(final - row.after, floor) for row in fit.history]
+    gaps = [max(final - after, floor) for after in _on_last_draws(fit.history)]
     ax.semilogy(range(1, len(gaps) + 1), gaps, color="0.8", zorder=0)
     for block, colour in colours.items():
         points = [
@@ -54,6 +55,15 @@ def elbo(fit: VEMResult, ax: Any = None) -> Any:
     ax.set_ylabel("final bound - bound (nats)")
     ax.legend(frameon=False)
     return ax
+
+
+def _on_last_draws(history: Sequence[Step]) -> list[float]:
+    """The bound after each step, without what changed where the fit went over to other draws."""
+    shift, found = 0.0, []
+    for row, before in zip(reversed(history), [*reversed(history[:-1]), history[0]], strict=True):
+        found.append(row.after + shift)
+        shift += row.gain if row.draws != before.draws else 0.0
+    return found[::-1]
 
 
 @on_its_device
