@@ -116,6 +116,17 @@ def matched_noise(
     )
 
 
+def widest(specs: Sequence[NoiseSpec], num_draws: int) -> int:
+    """Latents of the largest clique."""
+    total = sum(spec.size for spec in specs)
+    if total < num_draws // 2:
+        return total
+    groups = _by_plates(specs)
+    return max(
+        sum(other.width for other in groups if set(other.plates) <= set(group.plates)) for group in groups
+    )
+
+
 @dataclass(frozen=True)
 class _Group:
     """Sites that share all their plates: one clique for each element of those plates."""

@@ -244,6 +244,10 @@ class Objective:
             twin._noise = dict(noise)
         return twin
 
+    def twin(self) -> "Objective":
+        """The same bound, whose draws stay as they are when this one's change."""
+        return copy.copy(self)
+
     def with_other_draws(self, num_draws: int) -> "Objective":
         """The same bound on draws of another seed, and another number of them."""
         twin = copy.copy(self)

@@ -78,6 +78,11 @@ class Captures:
         self.done.clear()
         self.reasons.clear()
 
+    def start_again(self) -> None:
+        """The bound takes longer or shorter from here on: what has been spent says nothing of it."""
+        self.forget()
+        self.spent = 0.0
+
 
 def function_of(setup: "Setup", block: str) -> Callable[[Tensor, Tensor], Tensor]:
     """Minus the bound as a function of one block and the other."""

@@ -22,7 +22,6 @@ from ..model.runtime import isolated, repeatable, reuse_memory
 from ..model.sites import near_median
 from .capture import Compile
 from .checkpoint import Checkpoint
-from .exactness import fewer_draws
 from .jumps import jumping
 from .minibatch import fit_batches
 from .processes import Processes
@@ -194,6 +193,8 @@ def _finished(run: Run, max_iter: int, schedule: Schedule) -> VEMResult:
         if run.setup.processes.count > 1:  # the others do not know
             raise
         status = Status.interrupted
+        if run.few.is_on:
+            run.few.end(is_told=False)
         run.save(is_last=True)
     finally:
         run.close()
@@ -298,21 +299,24 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
     """E-step and M-step in turn until nothing is left to gain."""
     run.start_variances()
     run.border.look_inside()
-    fewer_draws(run.setup, run.state.phi, run.state.theta)
+    run.few.begin(max_iter)
     for iteration in range(run.iterations + 1, max_iter + 1):
         how = run.schedule_of(iteration, schedule)
         if how == "profile":
             run.profile(iteration)
         else:
             run.step("joint" if how == "joint" else "E", iteration)
-        if run.is_diverged():
+        if run.few.is_on:
+            run.few.watch()
+        elif run.is_diverged():
             return Status.diverged
-        if run.is_converged() and not run.is_reopened():
+        elif run.is_converged() and not run.is_reopened():
             run.polish()
             return _ended(run)
-        run.border.go()
-        if run.is_stalled():
-            return Status.diverged if run.is_diverged(is_last=True) else Status.stalled
+        else:
+            run.border.go()
+            if run.is_stalled():
+                return Status.diverged if run.is_diverged(is_last=True) else Status.stalled
         if run.schedule_of(iteration + 1, schedule) in ("alternate", "accelerated"):
             run.maximise(iteration, how == "accelerated")
         run.save()

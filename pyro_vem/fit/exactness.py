@@ -9,10 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..bound.deterministic import Deterministic, Flat, factors_of
-from ..bound.objective import Objective, Values
 from ..errors import ModelError
 from ..guides.factorised import FactorisedNormal
-from ..model.checks import SingularMatrix
 from ..model.parameters import PartlyHeld
 from ..model.sites import Latent
 from .measure import MOST_NUMBERS, disagreement
@@ -28,8 +26,6 @@ MOST_CHECKED = 500_000  # densities evaluated for that check
 CHECK_LIMIT = 5.0  # standard errors, of each term
 DRAW_ERROR = 0.1  # posterior sds that fixed draws may move the optimum by
 MOST_DRAWS = 4096
-FEW_DRAWS = (32, 64)  # that may do where terms are polynomials
-SAME = 1e-10  # of a term, between numbers of draws
 FEW_ERROR = 1e-5  # posterior sds that few draws may move the optimum by: more than rounding does
 
 
@@ -86,7 +82,7 @@ def settle_nodes(setup: Setup, phi: Vector, theta: Vector, *, is_last: bool = Fa
     before, factors may be wider than any grid, or the start as narrow as is lucky.
     """
     objective, processes = setup.objective, setup.processes
-    values, was_exact = _values(setup, phi, theta), objective.is_exact
+    values, was_exact = values_of(setup, phi, theta), objective.is_exact
     is_other = processes.any(objective.exact is not None and objective.exact.refine(*values, is_last))
     had = _agreed(setup, objective.nodes)
     is_looked_at = objective.is_gridded and (bool(had) if is_last else any(had.values()))
@@ -121,7 +117,7 @@ def prepare(setup: Setup, phi: Vector, theta: Vector) -> None:
         ModelError: if closed forms differ between processes.
     """
     processes, objective = setup.processes, setup.objective
-    exact, values = objective.exact, _values(setup, phi, theta)
+    exact, values = objective.exact, values_of(setup, phi, theta)
     if processes.count > 1:
         _check_closed_forms(setup)
         refused = {} if exact is None else {n: r for n, r in exact.refused.items() if n not in exact.names}
@@ -161,7 +157,7 @@ def check_kl(setup: Setup, phi: Vector, theta: Vector) -> None:
     objective = setup.objective
     if not objective.is_random or objective.is_exact or not objective.plan.exact:
         return
-    values = _values(setup, phi, theta)
+    values = values_of(setup, phi, theta)
     gap = disagreement([objective.sample(*values, SELF_CHECK, 1, ("densities", "terms"))])
     reason = setup.processes.first(gap)
     if reason is not None:
@@ -188,7 +184,7 @@ def settle(setup: Setup, state: State) -> str | None:
     if change is not None:
         return change
     objective = setup.objective
-    values = _values(setup, state.phi, state.theta)
+    values = values_of(setup, state.phi, state.theta)
     exact = objective.exact
     here = exact.recheck(*values, RECHECK_SEED) if exact is not None else []
     wrong = setup.processes.union({name: exact.refused[name] for name in here} if exact is not None else {})
@@ -221,7 +217,7 @@ def _gaps_to_draws(setup: Setup, state: State) -> dict[str, str]:
     Each exact term is compared with its own average over draws through the ordinary model,
     and where every term is exact the whole bound with the average of log p - log q.
     """
-    objective, values = setup.objective, _values(setup, state.phi, state.theta)
+    objective, values = setup.objective, values_of(setup, state.phi, state.theta)
     with torch.no_grad():
         exact_terms = objective.exact_terms(*values)
     not_averages = objective.exact.not_averages if objective.exact is not None else frozenset()
@@ -246,38 +242,6 @@ def _gaps_to_draws(setup: Setup, state: State) -> dict[str, str]:
     if len(gaps) > 1:
         gaps.pop("the bound", None)  # the terms say why
     return gaps
-
-
-def fewer_draws(setup: Setup, phi: Vector, theta: Vector) -> None:
-    """As few fixed draws as give the same bound, on the way there.
-
-    Averages of cubic polynomials in the latents of a clique are exact however many matched draws there are:
-    factor scores under loadings that are parameters, states of a linear system. Two points that have nothing
-    in particular tell those from other terms. Where a fit ends it returns to the full number.
-    """
-    objective = setup.objective
-    if not objective.is_random or objective.is_exact or setup.processes.count > 1:
-        return
-    noise = np.random.default_rng(objective.seed)
-    points = [
-        _values(setup, *(x + 0.5 * noise.standard_normal(x.size) for x in (phi, theta))) for _ in range(2)
-    ]
-    for few in FEW_DRAWS:
-        twin = objective.with_other_draws(few)
-        if few < objective.num_draws and all(_is_same(objective, twin, *point) for point in points):
-            if twin.plan.notes == objective.plan.notes:  # all moments are matched
-                objective.take_draws(few)
-            return
-
-
-def _is_same(one: Objective, other: Objective, phi: Values, theta: Values) -> bool:
-    """Whether two numbers of draws give the same terms at a point."""
-    try:
-        with torch.no_grad():
-            first, second = one.terms(phi, theta), other.terms(phi, theta)
-    except SingularMatrix:
-        return False
-    return all(bool((first[n] - second[n]).abs() <= SAME * (1 + first[n].abs())) for n in first)
 
 
 def more_draws(setup: Setup, state: State, scale: Vector) -> str | None:
@@ -318,5 +282,6 @@ def _means(setup: Setup) -> NDArray[np.bool_]:
     return np.concatenate([is_mean, np.zeros(setup.theta.size, dtype=bool)])
 
 
-def _values(setup: Setup, phi: Vector, theta: Vector) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def values_of(setup: Setup, phi: Vector, theta: Vector) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Flat vectors as parameters by name, constrained."""
     return setup.phi.constrained(torch.as_tensor(phi)), setup.theta_values(torch.as_tensor(theta))

@@ -17,6 +17,7 @@ from .border import Border
 from .checkpoint import Checkpoint, snapshot
 from .closed import ClosedForm
 from .exactness import MOST_DRAWS, check_kl, compile_terms, more_draws, prepare, settle, settle_nodes
+from .few import FewDraws
 from .minimise import Method
 from .profile import Profile
 from .result import VEMResult
@@ -43,6 +44,7 @@ MOST_KEPT = 100_000  # parameters of which the points after each step are kept, 
 NEWTON_LIMIT = 5_000_000  # parameters in a block beyond which its Krylov vectors outgrow memory
 MOST_SADDLES = 5  # that a fit leaves
 MOST_POLISHED = 30  # rounds of closed forms after convergence
+FIRST_GTOL = 1e-2  # scaled gradient norm, of first steps
 FIXED = 1e-13  # movement in a round at which closed forms stand still
 
 
@@ -59,7 +61,7 @@ class Run:
     progress: bool | None
     history: list[Step] = field(default_factory=list)
     points: list[State] = field(default_factory=list)
-    gtol: float = 1e-2
+    gtol: float = FIRST_GTOL
     failed: int = 0
     next_check: int = 0
     closed: ClosedForm | None = None
@@ -99,16 +101,21 @@ class Run:
                 is_random = is_level or (number > 0 and theta.size > 0)
                 self.state = self.closed.scattered(self.state, setup.objective.seed + number, is_random)
         self.first = self.state
-        if not (phi.size and theta.size):
-            self.gtol = self._final_gtol()  # no other block to wait for
+        self.reset_gtol()
         self.iterations = 0
         self.scales = Scales(setup, self.hooks)
+        self.few = FewDraws(self)
         self.border = Border(self, {edge.name for edge in warm.boundary} if warm is not None else ())
         if not setup.is_our_code:
             check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
         if warm is None:
             note_idle(setup, self.state)
         self.bar = progress_bar(self.progress if setup.processes.rank == 0 else False)
+
+    def reset_gtol(self, first: float | None = None) -> None:
+        """How small gradients have to be at first; as at last where no other block waits."""
+        is_alone = not (self.setup.phi.size and self.setup.theta.size)
+        self.gtol = self._final_gtol() if is_alone else first or FIRST_GTOL
 
     def start_variances(self) -> None:
         """The variances near their optimum, unless an earlier fit has left them somewhere."""
@@ -246,7 +253,7 @@ class Run:
 
         A check costs as much as several steps, so after one that fails the next waits.
         """
-        gain, tol, final = self._gain_of_round(), self.tolerance(), self._final_gtol()
+        gain, tol, final = self.gain_of_round(), self.tolerance(), self._final_gtol()
         has_both = self.setup.theta.size and self.setup.phi.size
         is_solved = not has_both or self.gtol <= final
         # Inexact at first: a block need not be solved far beyond what a round gains.
@@ -330,7 +337,7 @@ class Run:
             return False
         gains = [0.0, 0.0, 0.0]
         for row in self.history:
-            if 0 <= self.iterations - row.iteration < 3:
+            if row.block != "check" and 0 <= self.iterations - row.iteration < 3:
                 gains[self.iterations - row.iteration] += row.gain
         return gains[1] > 0.5 * gains[2] and gains[1] > 10 * self.tolerance()
 
@@ -372,7 +379,7 @@ class Run:
         self.state = replace(self.state, elbo=elbo)
         self.record(Step(self.iterations, "check", before, elbo, 0.0, 1, 0, 0.0, change))
 
-    def _gain_of_round(self) -> float:
+    def gain_of_round(self) -> float:
         """Gain of the last M-step and the E-step after it (or of the joint step)."""
         blocks = [row for row in self.history if row.iteration >= self.iterations - 1]
         last = [row for row in blocks if row.iteration == self.iterations or row.block == "M"]
@@ -400,10 +407,7 @@ class Run:
     def save(self, is_last: bool = False) -> None:
         """Write the checkpoint, if there is to be one."""
         self.checkpoint.save(
-            lambda: snapshot(
-                self.setup, self.state, tuple(self.history), self.iterations, time.perf_counter() - self.begin
-            ),
-            is_last,
+            lambda: snapshot(*self.few.saved(), self.iterations, time.perf_counter() - self.begin), is_last
         )
 
     def polish(self) -> None:
@@ -433,7 +437,7 @@ class Run:
         size = self.setup.processes.spread(block).size(sizes.get(block, sum(sizes.values())))
         return "newton" if size <= NEWTON_LIMIT else "lbfgs"
 
-    def record(self, row: Step | None) -> None:
+    def record(self, row: Step | None, is_told: bool = True) -> None:
         """Add a row to the history, and tell whoever watches."""
         if row is None:
             return
@@ -446,6 +450,6 @@ class Run:
         if self.bar is not None:
             self.bar.set_postfix_str(f"{row.block}-step {row.iteration}, ELBO {row.after:.6f}", refresh=False)
             self.bar.update()
-        for callback in self.callbacks:
+        for callback in self.callbacks if is_told else ():
             with torch.no_grad():  # of a copy: what a callback writes into is its own
                 callback(row, self.setup.theta_values(torch.tensor(self.state.theta)))

@@ -34,7 +34,7 @@ class FitOptions:
     """Settings that are rarely needed.
 
     Attributes:
-        num_draws: fixed draws for terms without a closed form; even.
+        num_draws: fixed draws for terms without a closed form; even. On the way fewer may serve.
         elbo_draws: most fresh draws spent on the reported ELBO.
         step_iterations: most optimiser iterations within one E- or M-step.
         compiled: whether terms are compiled to closed forms and quadratures where they can be.

@@ -1,0 +1,213 @@
+"""Few draws on the way: fits with terms on fixed draws climb on a part of them, and end on all."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..bound.draws import widest
+from ..bound.objective import Objective, Values
+from ..model.checks import SingularMatrix
+from .exactness import values_of
+from .scales import Scales
+from .setup import Setup
+from .state import State, elbo_at
+from .status import Step
+from .stopping import runaway
+
+if TYPE_CHECKING:
+    from .run import Run
+
+FEW_DRAWS = (32, 64, 128, 256)  # that may do
+SAME = 1e-10  # of a term, between numbers of draws
+PER_LATENT = 4  # draws for each latent of a clique: with few more than two, factors fit the draws
+PER_OPERATION = 2000  # numbers that take as long as calling the operation that makes them
+SHARE = 0.5  # of the work of all draws, that few may take
+ROUGH = 0.03  # gradient norm on few draws; the optimum on all of them is mostly farther
+GAIN = 1e-3  # nats of a round on few draws, likewise
+CLOSE = 1e-3  # gradient norm of the first steps on all draws
+CONFIRMED = 0.5  # of the rise on few draws, that has to be there on all of them
+FEWEST_ROUNDS = 10  # of a fit that has any to spare
+
+Point: TypeAlias = tuple[Values, Values]
+
+
+class FewDraws:
+    """The part of a run that is on few of its fixed draws.
+
+    Its optimum there is near the one on all of them, where Newton's method takes a step or two. What is
+    decided (convergence, divergence, a stall) is decided on all draws.
+
+    Args:
+        run: at its start.
+    """
+
+    def __init__(self, run: "Run") -> None:
+        self.run = run
+        self._start: State | None = None  # where all draws were left
+        self._first = 0.0  # the bound there on few draws
+        self._all = run.setup  # the problem on all of them
+        self._last_round = 0
+
+    @property
+    def is_on(self) -> bool:
+        """True while the bound is on few draws, and another one on all of them."""
+        return self._start is not None
+
+    def begin(self, max_iter: int) -> None:
+        """Take few draws, if terms are the same on them, or the fit has some way to go and it saves work."""
+        run, setup, objective = self.run, self.run.setup, self.run.setup.objective
+        if not objective.is_random or objective.is_exact or setup.processes.count > 1:
+            return
+        few, is_same, share = _number(setup, run.state)
+        if is_same:
+            objective.take_draws(few)
+        is_short = run.is_warm or max_iter < FEWEST_ROUNDS or run.tol >= GAIN or objective.has_kinks
+        if is_same or is_short or setup.captures.mode is True or share > SHARE:
+            return
+        self._all = replace(setup, objective=objective.twin())
+        objective.take_draws(few)
+        state = replace(run.state, elbo=elbo_at(setup, run.state.phi, run.state.theta))
+        if not np.isfinite(state.elbo):
+            objective.take_full_draws()
+            return
+        self._start, self._first, self._last_round = run.state, state.elbo, run.iterations + max_iter // 2
+        run.gtol = ROUGH
+        self._go_to(state, f"{few} of {objective.full_draws:,} draws on the way")
+
+    def watch(self) -> None:
+        """After a step: go on with all draws where few have done their part, or led astray."""
+        run = self.run
+        name = runaway(run.setup, run.state, run.first)
+        if name is not None:
+            self.end(f"{name!r} ran away")
+        elif self._is_stuck:
+            self.end("a step gained nothing, and its gradient stayed")
+        elif self._is_done():
+            self.end()
+
+    @property
+    def _is_stuck(self) -> bool:
+        """True if a step has found no way on where the slope is not small, as at a kink."""
+        row = self.run.history[-1]
+        return row.block in ("E", "joint") and row.gradient > self.run.gtol and row.gain < GAIN
+
+    def _is_done(self) -> bool:
+        run, setup = self.run, self.run.setup
+        is_one_problem = run.history[-1].block == "joint" or not (setup.phi.size and setup.theta.size)
+        is_solved = is_one_problem and run.history[-1].gradient <= run.gtol
+        is_late = run.iterations >= self._last_round
+        return is_solved or is_late or run.gain_of_round() < GAIN
+
+    def end(self, lost: str = "", is_told: bool = True) -> None:
+        """All draws from here on, or from the start again.
+
+        Args:
+            lost: what happened on few draws, if they have lost the way.
+            is_told: whether callbacks are told.
+        """
+        run, setup = self.run, self.run.setup
+        state, note = self._on_all(lost)
+        is_back = state is self._start
+        setup.objective.take_full_draws()
+        self._start = None
+        if is_back:
+            run.scales = Scales(setup, run.hooks)
+        run.reset_gtol(None if is_back else CLOSE)
+        self._go_to(state, note, is_told)
+
+    def saved(self) -> tuple[Setup, State, tuple[Step, ...]]:
+        """The problem, a state and a history to go on from: all of them on all draws."""
+        run, history = self.run, tuple(self.run.history)
+        if not self.is_on:
+            return run.setup, run.state, history
+        state, note = self._on_all("")
+        row = replace(self._row(state, note), draws=self._all.objective.num_draws)
+        return self._all, state, (*history, row)
+
+    def _on_all(self, lost: str) -> tuple[State, str]:
+        """Where to go on with all draws, and what to say: from the start where the rise is not there."""
+        run, start = self.run, self._start
+        assert start is not None
+        here = replace(run.state, elbo=elbo_at(self._all, run.state.phi, run.state.theta))
+        promised, rise = run.state.elbo - self._first, here.elbo - start.elbo
+        if not lost and not rise >= CONFIRMED * promised:
+            lost = f"the bound rose by {promised:.3g} nats, and on all of them by {rise:.3g}"
+        draws = f"{self._all.objective.num_draws:,} draws from"
+        return (start, f"{draws} the start again: on few {lost}") if lost else (here, f"{draws} here on")
+
+    def _go_to(self, state: State, note: str, is_told: bool = True) -> None:
+        """Another bound from here on, and maybe another place."""
+        run, row = self.run, self._row(state, note)
+        run.forget_rounds()
+        run.setup.captures.start_again()
+        run.is_expected, run.next_check, run.state = False, 0, state
+        run.record(row, is_told)
+
+    def _row(self, state: State, note: str) -> Step:
+        return Step(self.run.iterations, "check", self.run.state.elbo, state.elbo, 0.0, 1, 0, 0.0, note)
+
+
+def _number(setup: Setup, state: State) -> tuple[int, bool, float]:
+    """How few draws may do, whether all terms are the same on them, and their share of the work.
+
+    Averages of cubic polynomials in the latents of a clique are exact however many matched draws there are:
+    factor scores under loadings that are parameters, states of a linear system. Two points that have nothing
+    in particular tell those from other terms.
+    """
+    objective = setup.objective
+    noise = np.random.default_rng(objective.seed)
+    points = [
+        values_of(setup, *(x + 0.5 * noise.standard_normal(x.size) for x in (state.phi, state.theta)))
+        for _ in range(2)
+    ]
+    for few in FEW_DRAWS:
+        width = widest(objective.specs, few)
+        if few >= objective.num_draws:
+            break
+        if few <= 2 * width:  # moments are not matched
+            continue
+        is_same, share = _compared(objective, objective.with_other_draws(few), points)
+        if is_same or few >= PER_LATENT * width:
+            return few, is_same, share
+    return objective.num_draws, False, 1.0
+
+
+def _compared(one: Objective, other: Objective, points: Sequence[Point]) -> tuple[bool, float]:
+    """Whether two numbers of draws give the same terms at points, and the second's share of the work."""
+    share = 1.0
+    for i, point in enumerate(points):
+        try:
+            (first, work), (second, less) = _counted(one, point), _counted(other, point)
+        except SingularMatrix:
+            return False, share
+        share = share if i else less / work
+        if any(bool((first[n] - second[n]).abs() > SAME * (1 + first[n].abs())) for n in first):
+            return False, share
+    return True, share
+
+
+def _counted(objective: Objective, point: Point) -> tuple[dict[str, Tensor], float]:
+    """The terms at a point, and what they took."""
+    with torch.no_grad(), _Work() as work:
+        return objective.terms(*point), work.done
+
+
+class _Work(TorchDispatchMode):
+    """Work that is the same each time, as seconds are not: numbers made, and operations called."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.done = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.done += PER_OPERATION
+        for tensor in made if isinstance(made, list | tuple) else (made,):
+            if isinstance(tensor, Tensor) and not tensor._is_view():
+                self.done += tensor.numel()
+        return made
