@@ -16,8 +16,9 @@ from .acceleration import Extrapolation
 from .border import Border
 from .checkpoint import Checkpoint, snapshot
 from .closed import ClosedForm
-from .exactness import MOST_DRAWS, check_kl, compile_terms, more_draws, prepare, settle, settle_nodes
+from .exactness import check_kl, compile_terms, more_draws, prepare, settle, settle_nodes
 from .few import FewDraws
+from .kinks import Kinks
 from .minimise import Method
 from .profile import Profile
 from .result import VEMResult
@@ -28,8 +29,8 @@ from .smooth import Smooth
 from .starts import finite_elbo, initial_values, scattered
 from .state import State, elbo_at, joint_loss
 from .status import Status, Step, progress_bar
-from .steps import check_second_derivatives, expect_kinks, hooked, note_idle, start_variances, step
-from .stopping import GRADIENT_LIMIT, remaining, runaway, scaled_gradient, stalled, standing_still
+from .steps import check_second_derivatives, hooked, note_idle, start_variances, step
+from .stopping import remaining, runaway, stalled, standing_still
 
 Schedule = Literal["auto", "alternate", "accelerated", "profile", "joint"]
 StepMethod = Literal["auto", "newton", "lbfgs"]
@@ -66,7 +67,6 @@ class Run:
     next_check: int = 0
     closed: ClosedForm | None = None
     saddles: int = 0  # that the fit has left
-    is_lost: bool = False  # whether the gradient jumps too much to vanish
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     is_warm: bool = False  # whether an earlier fit has left both blocks where they are
     evaluated: tuple[State, Smooth] | None = None  # where the last step of all that moves has ended
@@ -105,6 +105,7 @@ class Run:
         self.iterations = 0
         self.scales = Scales(setup, self.hooks)
         self.few = FewDraws(self)
+        self.kinks = Kinks(self)
         self.border = Border(self, {edge.name for edge in warm.boundary} if warm is not None else ())
         if not setup.is_our_code:
             check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
@@ -125,7 +126,7 @@ class Run:
         self.record(row)
         change = settle_nodes(self.setup, self.state.phi, self.state.theta)  # now, not after a whole fit
         if change is not None:
-            self._changed(change)
+            self.changed(change)
 
     def step(self, block: str, iteration: int) -> None:
         """One step; a block without parameters is skipped."""
@@ -260,11 +261,11 @@ class Run:
         self.gtol = float(np.clip(0.1 * max(gain, 0.0) ** 0.5, final, max(final, self.gtol)))
         most = 1 if self.hooks else 10 if self.closed is not None else 1e3 if has_both else np.inf
         is_slow = gain > most * tol  # no gradient tells what functions of the caller have left
-        if is_solved and self._is_level(gain):
-            return self._is_as_near_as_kinks_let()
+        if is_solved and self.kinks.hold_up(gain):
+            return self.kinks.are_passed()
         if not is_solved or is_slow or (self.iterations < self.next_check and not self.is_stalled()):
             return False
-        smooth = self._smooth()
+        smooth = self.smooth()
         left = remaining(smooth, tol)
         if left.is_small(tol) or (left.is_no_maximum and gain < tol):
             if self._has_left_saddle(smooth):
@@ -276,30 +277,7 @@ class Run:
         self.next_check = self.iterations + min(2**self.failed, 32)
         return False
 
-    def _is_level(self, gain: float) -> bool:
-        """True if the last E-step on draws ended short of a zero gradient, with nothing left to gain."""
-        objective = self.setup.objective
-        if not self.history or not objective.is_random or objective.is_exact:
-            return False
-        row = self.history[-1]
-        return row.block in ("E", "joint") and row.gradient > self.gtol and gain < self.tolerance()
-
-    def _is_as_near_as_kinks_let(self) -> bool:
-        """The stopping rule without curvatures, which kinks have none of; more draws where it fails."""
-        objective = self.setup.objective
-        had_kinks, most = objective.has_kinks, 4 * objective.num_draws
-        expect_kinks(self.setup)
-        gradient = scaled_gradient(self._smooth())
-        if gradient < GRADIENT_LIMIT:
-            objective.add_note(f"the gradient jumps by {gradient:.1g} posterior sd where it vanishes: kinks")
-            return True
-        if had_kinks and most <= MOST_DRAWS:
-            objective.take_draws(most)
-            self._changed(f"{most:,} draws: the gradient jumps by {gradient:.2g} posterior sd at kinks")
-        self.is_lost = had_kinks and most > MOST_DRAWS
-        return False
-
-    def _smooth(self) -> Smooth:
+    def smooth(self) -> Smooth:
         """The bound as a function of all that moves, about where it is; evaluated there if the step was."""
         scale = self.scales.of(self.state, "joint", self.iterations)
         known, self.evaluated = self.evaluated, None
@@ -344,7 +322,7 @@ class Run:
     def is_stalled(self) -> bool:
         """True if the last steps used up their iterations for next to nothing, or none moves anything."""
         is_stalled = stalled(self.history, 2 * self.options.step_iterations)
-        return is_stalled or self.is_lost or self._is_still()
+        return is_stalled or self.kinks.are_too_large or self._is_still()
 
     def _is_still(self) -> bool:
         """True if rounds of closed forms are down to rounding, which takes back every step of theirs."""
@@ -358,7 +336,7 @@ class Run:
             scale = self.scales.of(self.state, "joint", self.iterations)
             change = more_draws(self.setup, self.state, scale)
         if change is not None:
-            self._changed(change)
+            self.changed(change)
             self.next_check = 0
         return change is not None
 
@@ -367,7 +345,7 @@ class Run:
         for name in ("profiled", "extrapolation"):
             self.__dict__.pop(name, None)
 
-    def _changed(self, change: str) -> None:
+    def changed(self, change: str) -> None:
         """Record that the bound itself is another one from here on."""
         self.setup.captures.forget()
         self.setup.objective.take_full_draws()

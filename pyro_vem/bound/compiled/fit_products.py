@@ -181,7 +181,7 @@ class ProductFitter:
         """
         for name in self.names[key]:
             if not self.units[name]:
-                raise NoProducts(f"rows see several elements of {name} along each of its axes")
+                raise NoProducts(f"rows see several elements of {name}, or are not affine in it")
         units = [u for name in self.names[key] for u in self.units[name] if bool(u.seen[key].slope.any())]
         if not units or len(units) * len(self.probe.here[key]) > MOST_DENSE:
             raise NoProducts("products of several elements")
