@@ -119,7 +119,14 @@ def nonnegative():
     pyro.sample("y", dist.Normal(h @ w.T, s).to_event(2), obs=Y.exp())
 
 
+def exponentials():
+    """A sum of exponentials of latents: each is a product with a constant."""
+    v = pyro.sample("v", dist.Normal(torch.zeros(COLUMNS), 0.5).to_event(1))
+    pyro.sample("y", dist.Normal(Y @ v.exp(), 0.7).to_event(1), obs=X)
+
+
 MODELS = {
+    "exponentials": exponentials,
     "factors": factors(),
     "einsum": factors(lambda w, z: torch.einsum("jk,ik->ij", w, z)),
     "of covariates": factors(lambda w, z: X.unsqueeze(-1) * (z @ w.T) + 2 * z.sum(-1, keepdim=True)),
