@@ -35,13 +35,13 @@ def test_each_step_leaves_the_other_block_bitwise_unchanged(fit, monkeypatch):
 
     def watched(setup, state, block, scale, **kwargs):
         phi, theta = state.phi.copy(), state.theta.copy()
-        new, row = original(setup, state, block, scale, **kwargs)
+        new, *rest = original(setup, state, block, scale, **kwargs)
         assert np.array_equal(state.phi, phi)  # a state is never changed in place
         assert np.array_equal(state.theta, theta)
         same_phi, same_theta = np.array_equal(new.phi, phi), np.array_equal(new.theta, theta)
         seen.append((block, same_phi, same_theta))
         assert isinstance(new, State)
-        return new, row
+        return new, *rest
 
     monkeypatch.setattr(run, "step", watched)
     fit(zoo.pumps, zoo.PUMPS)

@@ -156,6 +156,7 @@ def local(x, y):
         pyro.sample("y", dist.Normal(z * x, 1.0), obs=y)
 
 
+@pytest.mark.slow
 def test_steps_of_rows_do_not_overshoot_where_the_bound_is_flat(fit, monkeypatch):
     """Supports of very different widths; a factor beyond the limit of sds is told."""
     generator = torch.Generator().manual_seed(0)
@@ -329,7 +330,7 @@ def within(x, y, seen, width):
     [
         (missing, "y_unobserved", lambda seen: ~seen),
         (left_out, "u", lambda seen: seen),
-        (within, "u", torch.ones_like),
+        pytest.param(within, "u", torch.ones_like, marks=pytest.mark.slow),
     ],
 )
 def test_masks_and_bounds_are_those_of_a_batch(fit, model, site, is_used):
@@ -585,6 +586,7 @@ def test_arguments_of_a_stream_that_hold_no_rows_may_be_longer_than_a_batch(fit)
     )
 
 
+@pytest.mark.slow
 def test_the_last_passes_leave_correlated_factors_where_the_bound_is_high(fit):
     """Twenty columns with a common part: nats lost in closed form, the posterior being Gaussian."""
 
