@@ -59,6 +59,7 @@ def step(
     has_lengths = block != "M" and bool(free_sites(setup.guide))
     most = min(max_iter, RESCALE_AFTER) if has_lengths and method == "newton" else max_iter
     turns = Turns.of(setup, block) if has_lengths and method == "newton" else None
+    is_drawn = setup.objective.is_random and not setup.objective.is_exact
     new, evaluations, products = state, 0, 0
     for left in range(max_iter, 0, -most):
         begin, before = time.perf_counter(), new.elbo
@@ -73,7 +74,7 @@ def step(
         setup.captures.spent += time.perf_counter() - begin
         evaluations, products = evaluations + result.evaluations, products + result.products
         is_stuck = result.iterations < most and not (result.is_solved and result.iterations)
-        is_stuck |= new.elbo - before < STILL * gtol**2  # kinks of the draws: as low as they let it
+        is_stuck |= is_drawn and new.elbo - before < STILL * gtol**2  # kinks: as low as they let it
         smooth = result.smooth if x.size == state.joint.size and loss.both is None else None
         if result.gradient <= gtol or is_stuck:
             break
