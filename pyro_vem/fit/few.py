@@ -67,7 +67,8 @@ class FewDraws:
         if is_same:
             objective.take_draws(few)
         is_short = run.is_warm or max_iter < FEWEST_ROUNDS or run.tol >= GAIN or objective.has_kinks
-        if is_same or is_short or setup.captures.mode is True or share > SHARE:
+        is_parallel = torch.get_default_device().type != "cpu"  # draws there take no time of their own
+        if is_same or is_short or is_parallel or setup.captures.mode is True or share > SHARE:
             return
         self._all = replace(setup, objective=objective.twin())
         objective.take_draws(few)
