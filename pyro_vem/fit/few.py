@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..bound.draws import widest
 from ..bound.objective import Objective, Values
@@ -67,8 +67,7 @@ class FewDraws:
         if is_same:
             objective.take_draws(few)
         is_short = run.is_warm or max_iter < FEWEST_ROUNDS or run.tol >= GAIN or objective.has_kinks
-        is_parallel = torch.get_default_device().type != "cpu"  # draws there take no time of their own
-        if is_same or is_short or is_parallel or setup.captures.mode is True or share > SHARE:
+        if is_same or is_short or setup.captures.mode is True or share > SHARE:
             return
         self._all = replace(setup, objective=objective.twin())
         objective.take_draws(few)
@@ -172,53 +171,43 @@ def _number(setup: Setup, state: State) -> tuple[int, bool, float]:
             break
         if few <= 2 * width:  # moments are not matched
             continue
-        other = objective.with_other_draws(few)
-        if _are_same(objective, other, points):
-            return few, True, 0.0
-        if few >= PER_LATENT * width:
-            return few, False, _share(objective, other, points[0])
+        is_same, share = _compared(objective, objective.with_other_draws(few), points)
+        if is_same or few >= PER_LATENT * width:
+            return few, is_same, share
     return objective.num_draws, False, 1.0
 
 
-def _are_same(one: Objective, other: Objective, points: Sequence[Point]) -> bool:
-    """Whether two numbers of draws give the same terms at points."""
-    for point in points:
+def _compared(one: Objective, other: Objective, points: Sequence[Point]) -> tuple[bool, float]:
+    """Whether two numbers of draws give the same terms at points, and the second's share of the work."""
+    share = 1.0
+    for i, point in enumerate(points):
         try:
-            with torch.no_grad():
-                first, second = one.terms(*point), other.terms(*point)
+            (first, work), (second, less) = _counted(one, point), _counted(other, point)
         except SingularMatrix:
-            return False
+            return False, share
+        share = share if i else less / work
         if any(bool((first[n] - second[n]).abs() > SAME * (1 + first[n].abs())) for n in first):
-            return False
-    return True
+            return False, share
+    return True, share
 
 
-def _share(one: Objective, other: Objective, point: Point) -> float:
-    """What a second, smaller number of draws takes of the work of the first."""
+def _counted(objective: Objective, point: Point) -> tuple[dict[str, Tensor], float]:
+    """The terms at a point, and what they took."""
     with torch.no_grad(), _Work() as work:
-        try:
-            other.terms(*point)
-        except SingularMatrix:
-            return 1.0
-    if not other.is_vectorised:  # a run each
-        return other.num_draws / one.num_draws
-    called = PER_OPERATION * work.operations
-    return (called + other.num_draws * work.numbers) / (called + one.num_draws * work.numbers)
+        return objective.terms(*point), work.done
 
 
-class _Work(TorchFunctionMode):
-    """Work that is the same each time, as seconds are not: operations called, and numbers made in a draw.
-
-    A mode of the dispatcher would see more of both, and load torch's compiler.
-    """
+class _Work(TorchDispatchMode):
+    """Work that is the same each time, as seconds are not: numbers made, and operations called."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.operations, self.numbers = 0, 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.done = 0.0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        tensors = [t for t in (made if isinstance(made, list | tuple) else (made,)) if isinstance(t, Tensor)]
-        self.operations += bool(tensors)
-        self.numbers += sum(tensor.numel() for tensor in tensors if not tensor._is_view())
+        self.done += PER_OPERATION
+        for tensor in made if isinstance(made, list | tuple) else (made,):
+            if isinstance(tensor, Tensor) and not tensor._is_view():
+                self.done += tensor.numel()
         return made
