@@ -187,6 +187,14 @@ class Objective:
                     found |= self._evaluated(batch, phi, theta)
         return found
 
+    def drawn_terms(self, phi: Values, theta: Values) -> dict[str, Tensor]:
+        """The terms that the draws enter, in nats."""
+        found: dict[str, Tensor] = {}
+        for batch in self.batches:
+            if batch.scope and not batch.nodes:
+                found |= self._evaluated(batch, phi, theta)
+        return found
+
     def _rest_terms(self, phi: Values, theta: Values) -> dict[str, Tensor]:
         """The terms that are not compiled."""
         if not self.rest.rows:

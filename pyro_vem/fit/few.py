@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from ..bound.draws import widest
 from ..bound.objective import Objective, Values
@@ -171,43 +171,53 @@ def _number(setup: Setup, state: State) -> tuple[int, bool, float]:
             break
         if few <= 2 * width:  # moments are not matched
             continue
-        is_same, share = _compared(objective, objective.with_other_draws(few), points)
-        if is_same or few >= PER_LATENT * width:
-            return few, is_same, share
+        other = objective.with_other_draws(few)
+        if _are_same(objective, other, points):
+            return few, True, 0.0
+        if few >= PER_LATENT * width:
+            return few, False, _share(objective, other, points[0])
     return objective.num_draws, False, 1.0
 
 
-def _compared(one: Objective, other: Objective, points: Sequence[Point]) -> tuple[bool, float]:
-    """Whether two numbers of draws give the same terms at points, and the second's share of the work."""
-    share = 1.0
-    for i, point in enumerate(points):
+def _are_same(one: Objective, other: Objective, points: Sequence[Point]) -> bool:
+    """Whether two numbers of draws give the same terms at points."""
+    for point in points:
         try:
-            (first, work), (second, less) = _counted(one, point), _counted(other, point)
+            with torch.no_grad():
+                first, second = one.terms(*point), other.terms(*point)
         except SingularMatrix:
-            return False, share
-        share = share if i else less / work
+            return False
         if any(bool((first[n] - second[n]).abs() > SAME * (1 + first[n].abs())) for n in first):
-            return False, share
-    return True, share
+            return False
+    return True
 
 
-def _counted(objective: Objective, point: Point) -> tuple[dict[str, Tensor], float]:
-    """The terms at a point, and what they took."""
+def _share(one: Objective, other: Objective, point: Point) -> float:
+    """What a second, smaller number of draws takes of the work of the first."""
     with torch.no_grad(), _Work() as work:
-        return objective.terms(*point), work.done
+        try:
+            other.drawn_terms(*point)
+        except SingularMatrix:
+            return 1.0
+    if not other.is_vectorised:  # a run each
+        return other.num_draws / one.num_draws
+    called = PER_OPERATION * work.operations
+    return (called + other.num_draws * work.numbers) / (called + one.num_draws * work.numbers)
 
 
-class _Work(TorchDispatchMode):
-    """Work that is the same each time, as seconds are not: numbers made, and operations called."""
+class _Work(TorchFunctionMode):
+    """Work that is the same each time, as seconds are not: operations called, and numbers made in a draw.
+
+    A mode of the dispatcher would see more of both, and load torch's compiler.
+    """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.done = 0.0
+        super().__init__()
+        self.operations, self.numbers = 0, 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        self.done += PER_OPERATION
-        for tensor in made if isinstance(made, list | tuple) else (made,):
-            if isinstance(tensor, Tensor) and not tensor._is_view():
-                self.done += tensor.numel()
+        tensors = [t for t in (made if isinstance(made, list | tuple) else (made,)) if isinstance(t, Tensor)]
+        self.operations += bool(tensors)
+        self.numbers += sum(tensor.numel() for tensor in tensors)
         return made
