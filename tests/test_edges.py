@@ -302,3 +302,43 @@ def test_a_singular_covariance_has_no_limit_of_its_own():
         edges = Edges(setup, lambda *_: None)
         named[constraint] = [str(edge) for edge in edges.named(np.array([0.0, 0.0, 0.0, -1.0]))]
     assert list(named.values()) == [["cov[1, 1] at its limit"], ["cov[1, 1] = 0"]]
+
+
+def two_factors(y):
+    """More factors than the data have: errors of some columns go to zero (Heywood cases)."""
+    w = pyro.param("w", 0.5 * torch.randn(2, y.shape[1], generator=torch.Generator().manual_seed(7)))
+    sd = pyro.param("sd", torch.ones(y.shape[1]), constraint=constraints.positive)
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z @ w, sd).to_event(1), obs=y)
+
+
+def most_likely(y, factors, starts=6):
+    """The maximum of the marginal likelihood of factor analysis, by SciPy."""
+    cross, num, size = (y.T @ y).numpy(), *y.shape
+    split = factors * size
+
+    def value(x):
+        w, sd = x[:split].reshape(factors, size), x[split:]
+        cov = w.T @ w + np.diag(sd**2 + 1e-10)
+        root, inverse = np.linalg.slogdet(cov)[1], np.linalg.inv(cov)
+        slope = num * inverse - inverse @ cross @ inverse
+        total = 0.5 * (num * (size * np.log(2 * np.pi) + root) + np.sum(inverse * cross))
+        return total, np.concatenate([(w @ slope).ravel(), np.diag(slope) * sd])
+
+    found = []
+    for seed in range(starts):
+        start = np.concatenate([np.random.default_rng(seed).standard_normal(split), np.ones(size)])
+        options = {"maxiter": 20_000, "ftol": 1e-15, "gtol": 1e-8}
+        found.append(-optimize.minimize(value, start, jac=True, method="L-BFGS-B", options=options).fun)
+    return max(found)
+
+
+def test_an_error_that_loadings_have_to_follow_to_zero(fit):
+    noise = torch.Generator().manual_seed(3)
+    z, w = torch.randn(25, 1, generator=noise, dtype=D), torch.randn(1, 5, generator=noise, dtype=D)
+    y = z @ w + torch.randn(25, 5, generator=noise, dtype=D)
+    result = fit(two_factors, {"y": y}, max_iter=40)
+    assert result.converged
+    assert [str(edge) for edge in result.boundary] == ["sd[2] = 0"]
+    assert result.elbo == pytest.approx(most_likely(y, 2), abs=TINY)  # loadings turn until scores part

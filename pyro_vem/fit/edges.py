@@ -20,7 +20,9 @@ STRIDE = float(np.log(10.0))  # towards an edge, unconstrained: a variance falls
 MOST_STRIDES = 12
 # Of slopes in a stride: less than a square root falls, and a likelihood without end falls not at all.
 DECAY = 0.5
-DRIFTED, FARTHER = 1.0, 5.0  # towards an edge, before a slow fit tries it, and before a converged one does
+# Towards an edge: before a slow fit tries it, tries it whatever factors alone can follow (loadings may have
+# to turn with them), and before a converged one does.
+DRIFTED, GONE, FARTHER = 1.0, 3.0, 5.0
 MOST_NAMED = 6  # numbers of a parameter that a sentence lists
 ROUGH, PRECISE = 1e-5, 1e-2  # gradient norm, for a nat of slope and for one of tolerance
 FIRST_TRY = 16  # round: before, steps of all parameters at once may end a slow fit
@@ -127,7 +129,8 @@ class Edges:
             return None
         self.tries += 1
         self.next_try = iteration + 4**self.tries
-        found = self._reached(state, self._plausible(state, chosen, tol), tol)
+        gone = self.drifted(state.theta, GONE)
+        found = self._reached(state, np.where(gone != 0, gone, self._plausible(state, chosen, tol)), tol)
         if found is None:
             return None
         reached, chosen = found
@@ -185,14 +188,17 @@ class Edges:
         for _ in range(MOST_STRIDES):
             if not chosen.any():
                 return None
-            moved = self._moved(state, state.theta + STRIDE * chosen)
+            # What is held goes on with it: two errors near zero fix two factors together.
+            moved = self._moved(state, state.theta + STRIDE * np.where(chosen != 0, chosen, self.held))
             trial = self.follow(moved, chosen != 0, _precision(slopes, tol), BOTH)
             if trial is None:
                 return None
             now = self._slopes(trial, chosen)
             limit = np.maximum(DECAY * slopes, LEFT * tol / float((chosen != 0).sum()))
-            is_lost = (chosen != 0) & ((now < -LEFT * tol) | (now > limit))
-            if is_lost.any():  # a maximum lies between; or it rises without end
+            is_inwards = (chosen != 0) & (now < -LEFT * tol)
+            # A maximum lies between for the worst of them, or the bound rises without end.
+            is_lost = is_inwards & (now <= 0.1 * now.min()) if is_inwards.any() else now > limit
+            if is_lost.any():
                 chosen, state, slopes = np.where(is_lost, 0.0, chosen), begin, before
                 continue
             if not trial.elbo >= state.elbo - tol:
