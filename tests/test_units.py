@@ -141,3 +141,26 @@ def test_profile_steps_grow_where_the_profile_is_convex(fit, noise):
     result = fit(model, {"y": y}, guide="auto", max_iter=60)
     assert result.converged
     assert float(result.params["t"]) == pytest.approx(np.sqrt(float(y.square().mean()) - noise**2), rel=1e-5)
+
+
+@pytest.mark.parametrize(("offset", "prior_sd"), [(1e4, 1e5), (1e4, 1e7), (-2e3, 1e5)])
+def test_data_far_from_a_vague_prior_are_fitted_as_if_they_were_near(fit, offset, prior_sd):
+    """The same posterior, its intercept moved: means reach it alone, and then nothing differs."""
+    year = torch.arange(100, dtype=D) / 2
+    y = 0.1 * year + torch.randn(100, generator=torch.Generator().manual_seed(3), dtype=D)
+
+    def model(y, centre):
+        a = pyro.sample("a", dist.Normal(centre, prior_sd))
+        b = pyro.sample("b", dist.Normal(0.0, prior_sd))
+        s = pyro.sample("s", dist.HalfNormal(10.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(a + b * year, s), obs=y)
+
+    near = fit(model, {"y": y, "centre": -offset})
+    far = fit(model, {"y": y + offset, "centre": 0.0})
+    assert far.converged
+    assert far.elbo == pytest.approx(near.elbo, abs=1e-6)
+    assert float(far.guide_params["guide.loc.a"]) == pytest.approx(
+        float(near.guide_params["guide.loc.a"]) + offset, abs=1e-4
+    )
+    assert sum(row.evaluations for row in far.history) < 60  # steps in all coordinates took 9,000

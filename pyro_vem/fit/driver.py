@@ -297,7 +297,7 @@ def _threads(data: Any) -> int | None:
 
 def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
     """E-step and M-step in turn until nothing is left to gain."""
-    run.start_variances()
+    run.start_factors()
     run.border.look_inside()
     run.few.begin(max_iter)
     for iteration in range(run.iterations + 1, max_iter + 1):

@@ -29,7 +29,7 @@ from .smooth import Smooth
 from .starts import finite_elbo, initial_values, scattered
 from .state import State, elbo_at, joint_loss
 from .status import Status, Step, progress_bar
-from .steps import check_second_derivatives, hooked, note_idle, start_variances, step
+from .steps import check_second_derivatives, hooked, note_idle, start_factors, step
 from .stopping import remaining, runaway, stalled, standing_still
 
 Schedule = Literal["auto", "alternate", "accelerated", "profile", "joint"]
@@ -118,11 +118,11 @@ class Run:
         is_alone = not (self.setup.phi.size and self.setup.theta.size)
         self.gtol = self._final_gtol() if is_alone else first or FIRST_GTOL
 
-    def start_variances(self) -> None:
+    def start_factors(self) -> None:
         """The variances near their optimum, unless an earlier fit has left them somewhere."""
         if self.is_warm:
             return
-        self.state, row = start_variances(self.setup, self.state)
+        self.state, row = start_factors(self.setup, self.state)
         self.record(row)
         change = settle_nodes(self.setup, self.state.phi, self.state.theta)  # now, not after a whole fit
         if change is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ModelError, NonMonotoneError
 from ..guides.factorised import FactorisedNormal
+from ..model.parameters import is_identity
 from .minimise import Method, minimise
 from .scales import Scales, free_sites
 from .setup import Setup
@@ -20,6 +21,9 @@ from .turns import Turns
 
 RESCALE_AFTER = 10  # Newton iterations
 STILL = 100.0  # squares of the gradient asked for, which is the tenth of a root: nats that as many must gain
+FAR = 1e3  # posterior sds from where means are moved alone first
+FAR_ITERATIONS = 10
+NO_LESS = 1e-8  # precision of a start, in its variance: differences say nothing of less
 HOOK_DRAWS, HOOK_SEED = 512, 271_828  # what a caller's M-step sees of the latents
 
 
@@ -215,8 +219,8 @@ def _check_rise(before: float, after: float, block: str, iteration: int) -> None
         )
 
 
-def start_variances(setup: Setup, state: State) -> tuple[State, Step | None]:
-    """Two fixed-point steps on the variances of free Gaussian factors.
+def start_factors(setup: Setup, state: State) -> tuple[State, Step | None]:
+    """Two fixed-point steps on the variances of free Gaussian factors, after their means if those are far.
 
     At the optimum sigma^2 = sigma^2 / (1 - dELBO/d log sigma); the iteration moves variances
     near their optimum at the price of two gradients, before the first Newton step.
@@ -229,7 +233,10 @@ def start_variances(setup: Setup, state: State) -> tuple[State, Step | None]:
     where = setup.phi.where(guide.scale_name(site) for site in free)
     loss, phi = loss_of(setup, state, "E")
     smooth = Smooth(loss, phi, np.ones_like(phi))
-    at, elbo, norm = smooth.zero, state.elbo, 0.0
+    near, evaluations, products = _means_from_afar(setup, guide, state, smooth)
+    if products:
+        smooth = Smooth(loss, near.phi, np.ones_like(phi))
+    at, elbo, norm = smooth.zero, near.elbo, 0.0
     for _ in range(2):
         gradient = smooth.gradient(at)
         step = 0.5 * np.log(np.clip(1 + loss.spread.own(gradient), 0.04, 1e4))
@@ -238,5 +245,32 @@ def start_variances(setup: Setup, state: State) -> tuple[State, Step | None]:
             break
         at, elbo, norm = trial, -smooth.value(trial), float(np.linalg.norm(gradient))
     new = replace(state, phi=smooth.point(at), elbo=elbo)
-    seconds = time.perf_counter() - start
-    return new, Step(0, "start", state.elbo, elbo, norm, smooth.evaluations, 0, seconds)
+    seconds, evaluations = time.perf_counter() - start, evaluations + smooth.evaluations
+    return new, Step(0, "start", state.elbo, elbo, norm, evaluations, products, seconds)
+
+
+def _means_from_afar(
+    setup: Setup, guide: FactorisedNormal, state: State, smooth: Smooth
+) -> tuple[State, int, int]:
+    """Means of real latents moved alone where they start a thousand posterior sds away; what it took.
+
+    The bound of Normal terms is quadratic in them, so that one Newton step is right however long it is (an
+    intercept of 10,000 under a vague prior). With variances among the coordinates, whose logs it is
+    exponential in, steps of that length lead nowhere.
+    """
+    free = free_sites(guide)
+    real = [site.name for site in guide.latents() if site.name in free and is_identity(site.transform)]
+    if not real or setup.processes.count > 1:
+        return state, 0, 0
+    is_loc, is_scale = (setup.phi.where(map(of, real)) for of in (guide.loc_name, guide.scale_name))
+    gradient = smooth.gradient(smooth.zero)
+    sd = np.exp(state.phi[is_scale]) / np.sqrt(np.maximum(1 + gradient[is_scale], NO_LESS))  # at the optimum
+    distance = float(np.linalg.norm(gradient[is_loc] * sd)) / sd.size**0.5
+    if not FAR < distance < np.inf:
+        return state, 0, 0
+    scale = np.zeros_like(state.phi)
+    scale[is_loc] = distance * sd
+    found = minimise(
+        smooth.loss, state.phi, scale, gtol=distance, max_iter=FAR_ITERATIONS, method="newton"
+    )  # to a sd
+    return replace(state, phi=found.x, elbo=-found.value), found.evaluations, found.products
