@@ -83,8 +83,10 @@ def test_the_density_is_that_of_pyro(fit, schools, model):
     """Against Pyro's potential: value and gradient at random points, also when captured."""
     result = schools if model == "schools" else fit(constrained, {"y": torch.tensor([0.5, 1.0, 2.5])})
     with isolated(torch.float64):
-        ours = Density.of(result)
-        _, potential, transforms, _ = initialize_model(result.setup.problem.bound_model(result.params))
+        ours, call = Density.of(result), result.setup.problem.call
+        _, potential, transforms, _ = initialize_model(
+            result.model, model_args=call.args, model_kwargs=call.kwargs
+        )
         graph = ours.captured(is_long=False)
         assert graph.told == "traced"
         for seed in range(5):

@@ -151,12 +151,12 @@ class Graph:
                 found.add(site)
         return frozenset(found)
 
-    def with_edges(self, edges: Collection[tuple[str, str]], note: str) -> "Graph":
-        """The graph with more direct dependences (parent, child)."""
+    def with_edges(self, edges: Collection[tuple[str, str]]) -> "Graph":
+        """The graph with more direct dependences (parent, child), which redrawing has shown."""
         parents, notes = dict(self.parents), dict(self.notes)
         for parent, child in edges:
             parents[child] = parents[child] | {parent}
-            notes[child] = note
+            notes[child] = "found by redrawing"
         return Graph(self.order, parents, self.weights, notes)
 
 
@@ -357,7 +357,7 @@ def _redraw(
             and differ(fingerprint(before.sites[child]), fingerprint(after.sites[child]))
             for parent in changed
         ]
-        result.append(graph.with_edges(edges, "found by redrawing") if edges else graph)
+        result.append(graph.with_edges(edges) if edges else graph)
     return result
 
 

@@ -1,6 +1,6 @@
 """A model, a guide and their data as one problem; its plan, from one checked run."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,17 +66,6 @@ class Problem:
         for name in sorted(self.names ^ run.sites.keys()):
             raise UnsupportedModelError(f"site {name!r} appears in some runs of the model only")
         return run
-
-    def bound_model(self, theta: Values) -> Callable[[], Any]:
-        """The model with its data and parameters in place, all in float64, for NUTS."""
-        points = {name: theta[name] for name in self.map_sites}
-        params = {name: value for name, value in theta.items() if name not in points}
-
-        def model() -> Any:
-            with pyro.condition(data=points):
-                return self.model.call(params, self.call.args, self.call.kwargs)
-
-        return model
 
     def run(self, phi: Values, theta: Values, noise: Values) -> tuple[dict[str, Any], Execution]:
         """Guide sites and the model run against them."""

@@ -19,6 +19,7 @@ Flags: TypeAlias = NDArray[np.bool_]
 
 DIFFERENCE = 1e-4  # step of differences of a gradient, in scaled coordinates
 ACROSS = 0.3  # the same where the gradient has jumps: across so many of them that their sum is a slope
+MOST_PRODUCTS = 400  # of a predicted gain
 FEW_PRODUCTS, STILL = 10, 0.03  # products, and the part of the tolerance that they add to no gain worth it
 
 
@@ -273,14 +274,13 @@ def curvature_scale(loss: Loss, x: Vector, probes: int = 8) -> Vector:
     return smooth.spread.own(1.0 / np.sqrt(np.maximum(magnitude, 1e-8 * magnitude.max())))
 
 
-def predicted_gain(smooth: Smooth, *, tol: float, max_products: int = 400) -> float:
+def predicted_gain(smooth: Smooth, *, tol: float) -> float:
     """What a Newton step from the origin would gain, 1/2 g' H^-1 g, by conjugate gradients.
 
     Args:
         smooth: the function, about the point.
         tol: what the gain is held against: a sum that has passed it, or has come to a standstill far
             below it, is returned as it is.
-        max_products: most Hessian-vector products.
 
     Returns:
         The predicted gain in nats, or the part of it that is more than tol; +inf if the Hessian is
@@ -297,7 +297,7 @@ def predicted_gain(smooth: Smooth, *, tol: float, max_products: int = 400) -> fl
     direction = residual.copy()
     gains, square = [0.0], float(residual @ residual)
     target = 1e-8 * square if square > tol else 1e-2 * square  # far below tol a rough figure will do
-    for _ in range(min(max_products, 2 * zero.size + 10)):
+    for _ in range(min(MOST_PRODUCTS, 2 * zero.size + 10)):
         is_still = len(gains) > FEW_PRODUCTS and gains[-1] - gains[-1 - FEW_PRODUCTS] < STILL * tol
         if square <= target or gains[-1] > tol or is_still:
             return gains[-1]

@@ -148,9 +148,8 @@ def prototype(
         parameters = tuple(_with_init(p, init) for p in parameters)
     for parameter in parameters:
         off_boundary(parameter.name, transform_to(parameter.constraint), parameter.init)
-    values = {name: first.sites[name]["value"] for name in known}
     latents = tuple(latent_of(first.sites[name]) for name in known)
-    latents = _check_static(program, call, latents, values, parameters)
+    latents = _check_static(program, call, latents, parameters)
     return Prototype(
         latents,
         {name: plates_of(s) for name, s in first.sites.items() if s["is_observed"]},
@@ -224,7 +223,6 @@ def _check_static(
     program: Program,
     call: Arguments,
     latents: tuple[Latent, ...],
-    values: Mapping[str, Tensor],
     parameters: tuple[Parameter, ...],
 ) -> tuple[Latent, ...]:
     """Run again at the same values, then at others: what must not change, must not change."""

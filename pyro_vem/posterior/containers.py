@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from scipy.special import logsumexp
 
 from ..errors import warn
@@ -78,32 +77,6 @@ def container(
 def _plain(name: str) -> str:
     """Names of ``pyro.poutine.scope`` have slashes, which separate groups in files and trees."""
     return name.replace("/", ".")
-
-
-def quantiles(data: Any, names: Sequence[str], probs: Sequence[float]) -> pd.DataFrame:
-    """Quantiles of the posterior draws, a row for each scalar under ArviZ's label.
-
-    The intervals of ``arviz.summary``, and the plots of them, are not the same in 0.x and 1.x.
-
-    Args:
-        data: ArviZ data with a posterior.
-        names: its variables.
-        probs: of the quantiles, in [0, 1]; the columns.
-
-    Example:
-        >>> x = np.arange(202.0).reshape(1, 101, 2)
-        >>> data = container({"posterior": {"x": (["chain", "draw", "row"], x)}}, {"row": "AB"}, {})
-        >>> print(quantiles(data, ["x"], [0.25, 0.5]))
-              0.25   0.50
-        x[A]  50.0  100.0
-        x[B]  51.0  101.0
-    """
-    import arviz as az
-
-    index = az.summary(data, var_names=list(names), kind="stats").index
-    parts = [data.posterior[name].quantile(list(probs), ("chain", "draw")) for name in names]
-    values = np.concatenate([part.values.reshape(len(probs), -1) for part in parts], axis=1)
-    return pd.DataFrame(values.T, index=index, columns=list(probs))
 
 
 def psis(log_ratio: Vector) -> tuple[Vector, float]:

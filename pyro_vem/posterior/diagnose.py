@@ -191,7 +191,7 @@ def diagnose(fit: VEMResult, *, num_draws: int = NUM_DRAWS, restarts: int = 0, s
         moves = drift(fit, best)
         for texts, more in zip((reasons, actions, notes), of_the_parameters(fit, moves, gap), strict=True):
             texts += more
-    rows = row_khat(fit, seed=seed) if finite.all() else None
+    rows = row_khat(fit, seed) if finite.all() else None
     notes += unmoved(fit) + (rows.notes if rows is not None else [])
     if verdict is not Verdict.UNRELIABLE:
         chosen = f"correction={correction!r}" if correction else ""

@@ -57,7 +57,7 @@ class RowKhat:
         return [f"k-hat above {limit} in {self.num_high} rows of plate {plate!r}: {worst:.2f} in row {row}"]
 
 
-def row_khat(fit: VEMResult, num_draws: int = NUM_DRAWS, seed: int = 1) -> RowKhat | None:
+def row_khat(fit: VEMResult, seed: int = 1) -> RowKhat | None:
     """k-hat of each row of the largest plate with latents inside; None where rows cannot be told apart.
 
     The weights of a row are those of its own latents only, so that k-hat does not grow with the
@@ -73,7 +73,7 @@ def row_khat(fit: VEMResult, num_draws: int = NUM_DRAWS, seed: int = 1) -> RowKh
     if owners is None:
         return None
     numbers = sum(len(owner) for owner in owners.values())
-    num = min(num_draws, max(200, MOST_NUMBERS // max(1, numbers)))
+    num = min(NUM_DRAWS, max(200, MOST_NUMBERS // max(1, numbers)))
     noise = {spec.name: torch.zeros(num, *spec.shape, dtype=torch.float64) for spec in specs}
     noise |= independent_noise(inside, num, torch.Generator().manual_seed(seed))
     log_weights, _ = by_owner(at_noise(fit, noise, "model_rows", "guide_rows"), owners, plate.size)

@@ -91,12 +91,12 @@ def pyro_cold(density, draws, warmup, seed):
 
 def pyro_alone(fit, draws, warmup):
     """Pyro with its defaults on its own potential: no part of this package."""
-    model, chains, start = fit.setup.problem.bound_model(fit.params), [], time.perf_counter()
+    call, chains, start = fit.setup.problem.call, [], time.perf_counter()
     diverging = torch.zeros(CHAINS, draws, dtype=torch.bool)
     for chain in range(CHAINS):
         pyro.set_rng_seed(chain)
-        mcmc = MCMC(NUTS(model), draws, warmup_steps=warmup, disable_progbar=True)
-        mcmc.run()
+        mcmc = MCMC(NUTS(fit.model), draws, warmup_steps=warmup, disable_progbar=True)
+        mcmc.run(*call.args, **call.kwargs)
         chains.append(mcmc.get_samples())
         diverging[chain, mcmc.diagnostics()["divergences"]["chain 0"]] = True
     seconds = time.perf_counter() - start
@@ -123,7 +123,8 @@ def medians(rows):
 
 def gradients(fit, density, traced, compiled, rounds=25, calls=40):
     """Milliseconds of a log density with its gradient, each way in turns; how much faster than Pyro's."""
-    init, potential, _, _ = initialize_model(fit.setup.problem.bound_model(fit.params))
+    call = fit.setup.problem.call
+    init, potential, _, _ = initialize_model(fit.model, model_args=call.args, model_kwargs=call.kwargs)
     z = density.start(0)
     ways = {
         "Pyro's potential": lambda: potential_grad(potential, init),

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,7 +45,6 @@ def compact(values: Tensor) -> Tensor:
     return values[:1] if bool(high - low <= 1e-13 * high.abs()) else values
 
 
-@runtime_checkable
 class Scaled(Protocol):
     """Parts of a slot whose coefficients depend on conditions, see `Local`."""
 
@@ -122,7 +121,7 @@ class AffineSlot:
         multiplied = self.products.variables if self.products is not None else ()
         return (*self.conditions, *self.locals, *self.denses, *multiplied)
 
-    def factors(self, part: "Scaled", given: Values) -> list[Tensor]:
+    def factors(self, part: Scaled, given: Values) -> list[Tensor]:
         """What a coefficient is multiplied by at values of the conditions, (..., rows) each."""
         rates = [
             torch.exp(rate * self.conditions[name].shift(given[name])) for name, rate in part.rate.items()

@@ -317,15 +317,6 @@ class Lifted:
             value = torch.where(self.impossible[table.name], -torch.inf, value)
         return Factor(table.name, value, table.discrete, table.scale)
 
-    def natural(
-        self, names: Sequence[str], statistics: Values, theta: Values, kept: dict[str, Tensor] | None = None
-    ) -> list[Tensor]:
-        """Derivatives of the expected log joint in some variables' statistics.
-
-        Written out, or with discrete sites by autograd, where `kept` is as in `expected`.
-        """
-        return self.slopes(names, (), statistics, theta, kept)[0]
-
     def slopes(
         self,
         names: Sequence[str],
@@ -334,7 +325,11 @@ class Lifted:
         theta: Values,
         kept: dict[str, Tensor] | None = None,
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The same, and derivatives in the log densities of some sites, where these have discrete ones."""
+        """Derivatives of the expected log joint in some variables' statistics, and in sites' log densities.
+
+        The second of sites with discrete ones only. Written out, or with discrete sites by autograd, where
+        `kept` is as in `expected`.
+        """
         tables = self.tables(theta)
         entered = [t for t in tables.values() if not t.scope.isdisjoint(names)]
         shapes = {n: t.shape for n in sites if isinstance(t := tables[n], Table) and t.discrete}
@@ -349,11 +344,9 @@ class Lifted:
             found = list(torch.autograd.grad(total, parts, materialize_grads=True))
         return found[: len(leaves)], dict(zip(raised, found[len(leaves) :], strict=True))
 
-    def total(
-        self, names: Sequence[str], statistics: Values, theta: Values, kept: dict[str, Tensor] | None = None
-    ) -> Tensor:
+    def total(self, names: Sequence[str], statistics: Values, theta: Values) -> Tensor:
         """The part of the expected log joint that some variables enter."""
-        return torch.stack(list(self.expected(statistics, theta, names, kept).values())).sum()
+        return torch.stack(list(self.expected(statistics, theta, names).values())).sum()
 
     def responsibilities(self, statistics: Values, theta: Values) -> dict[str, Tensor]:
         """Marginal probabilities of each discrete site: (values, *plates)."""
