@@ -462,6 +462,23 @@ def test_a_runaway_fit_says_which_site(fit):
     assert not result.converged
 
 
+def test_several_factors_with_large_correlations_have_not_run_away(fit):
+    """Beside the diagonal a Cholesky factor is real, also where a parameter holds one for each kind."""
+
+    def model(y):
+        several = dist.constraints.independent(dist.constraints.lower_cholesky, 1)
+        tril = pyro.param("tril", torch.eye(2).repeat(2, 1, 1), constraint=several)
+        with pyro.plate("kinds", 2), pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), scale_tril=tril), obs=y)
+
+    noise = torch.randn(50, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.stack([noise[..., 0], 300 * noise[..., 0] + noise[..., 1]], -1)
+    result = fit(model, {"y": y})
+    assert result.status is vem.Status.converged
+    expected = torch.linalg.cholesky(torch.einsum("nki,nkj->kij", y, y) / len(y))
+    assert torch.allclose(result.params["tril"], expected, rtol=1e-4)
+
+
 def test_guide_sites_are_checked(fit):
     def extra(y):
         with pyro.plate("rows", len(y)):

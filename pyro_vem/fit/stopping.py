@@ -13,6 +13,7 @@ from ..bound.lifted.families import INVERSE_GAMMA, SD
 from ..bound.lifted.variables import Coding
 from ..guides.factorised import FactorisedNormal
 from ..model.parameters import Parameter
+from ..model.support import element_of
 from .setup import Setup
 from .smooth import Smooth, Vector, predicted_gain
 from .state import State
@@ -97,7 +98,7 @@ def runaway(setup: Setup, state: State, start: State) -> str | None:
     for parameter in setup.theta.parameters:
         coding, where = tabulated.get(parameter.name), setup.theta.where([parameter.name])
         support = coding.variable.support if coding is not None else None
-        if parameter.constraint is constraints.simplex or support == "unit":
+        if element_of(parameter.constraint) is constraints.simplex or support == "unit":
             continue  # a probability, at whose edge the bound has its maximum: a value that never occurs
         limit = _limit(parameter, start.theta[where])
         is_gone = (drift[where] > limit).any()
@@ -122,7 +123,7 @@ def _limit(parameter: Parameter, start: Vector) -> Vector:
     real = DRIFT * (1 + np.abs(start))
     if parameter.is_real:
         return real
-    if parameter.constraint in (*TRIL, *MATRIX):  # beside the diagonal such a factor is real
+    if element_of(parameter.constraint) in (*TRIL, *MATRIX):  # beside the diagonal such a factor is real
         shape = parameter.unconstrained.shape
         is_diagonal = np.broadcast_to(np.eye(shape[-1], dtype=bool), shape).reshape(-1)
         return np.where(is_diagonal, FAR * (1 + np.abs(start)), real)
