@@ -51,25 +51,28 @@ class NonMonotoneError(VEMError):
     """
 
 
-def unknown_names(what: str, given: Iterable[str], known: Iterable[str]) -> str | None:
-    """A sentence on the names in `given` that are not in `known`, with close matches.
+def check_names(
+    what: str, given: Iterable[str], known: Iterable[str], kind: type[Exception] = ModelError
+) -> None:
+    """Raise an error about the names in `given` that are not in `known`, with close matches.
 
     Example:
-        >>> unknown_names("fixed=", ["tua"], ["mu", "tau"])
-        "fixed=: unknown name 'tua' (did you mean 'tau'?). Known names: 'mu', 'tau'."
-        >>> unknown_names("fixed=", ["mu"], ["mu", "tau"]) is None
-        True
+        >>> check_names("fixed=", ["tau"], ["mu", "tau"])
+        >>> check_names("fixed=", ["tua"], ["tau"])
+        Traceback (most recent call last):
+        ...
+        pyro_vem.errors.ModelError: fixed=: unknown name 'tua' (did you mean 'tau'?). Known names: 'tau'.
     """
     known = list(known)
     unknown = [name for name in given if name not in known]
     if not unknown:
-        return None
+        return
     parts = []
     for name in unknown:
         close = difflib.get_close_matches(name, known, n=1)
         parts.append(f"unknown name {name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
     listing = ", ".join(repr(name) for name in known) or "none"
-    return f"{what}: {', '.join(parts)}. Known names: {listing}."
+    raise kind(f"{what}: {', '.join(parts)}. Known names: {listing}.")
 
 
 def warn(message: str) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..bound.tables import ElboTerms
-from ..errors import ModelError, unknown_names
+from ..errors import ModelError, check_names
 from ..guides.factorised import Factorised
 from ..model.parameters import Block, Parameter
 from ..model.prototype import Prototype
@@ -176,9 +176,7 @@ class Processes:
         if not self.plates:
             return proto
         known = {plate.name for plates in proto.plates for plate in plates}
-        message = unknown_names("FitOptions(sharded=)", sorted(self.plates), sorted(known))
-        if message:
-            raise ModelError(message)
+        check_names("FitOptions(sharded=)", sorted(self.plates), sorted(known))
         for name, plates in proto.observed.items():
             if self.plates.isdisjoint(plate.name for plate in plates):
                 raise ModelError(

@@ -12,7 +12,7 @@ from ..bound.lifted.lifted import Lifted
 from ..bound.lifted.terms import LiftedTerms
 from ..bound.objective import Objective
 from ..bound.problem import Problem, plan_problem
-from ..errors import ModelError, UnsupportedModelError, unknown_names, warn
+from ..errors import ModelError, UnsupportedModelError, check_names, warn
 from ..guides.conjugate import MeanFieldConjugate
 from ..guides.factorised import Factorised, FactorisedNormal
 from ..guides.mean_field import MeanFieldNormal
@@ -355,12 +355,8 @@ def _model_block(
     latents = [site.name for site in proto.latents]
     names = [p.name for p in proto.parameters]
     modules = sorted({name.split("$$$")[0] for name in names if "$$$" in name})
-    for message in (
-        unknown_names("vem_model(map_sites=)", roles.map_sites, latents),
-        unknown_names("vem_model(fixed=)", roles.fixed, [*names, *modules]),
-    ):
-        if message:
-            raise ModelError(message)
+    check_names("vem_model(map_sites=)", roles.map_sites, latents)
+    check_names("vem_model(fixed=)", roles.fixed, [*names, *modules])
     fixed = {name for name in names if name in roles.fixed or name.split("$$$")[0] in roles.fixed}
     moved = [p for p in proto.parameters if p.name not in fixed]
     for name in roles.map_sites:

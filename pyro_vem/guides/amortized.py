@@ -8,9 +8,9 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, unknown_names
+from ..errors import ModelError, check_names
 from ..model.sites import Latent
-from .factorised import FactorisedNormal, check_sites
+from .factorised import FactorisedNormal
 
 
 class AmortizedNormal(FactorisedNormal):
@@ -71,9 +71,7 @@ class AmortizedNormal(FactorisedNormal):
         for site in self.encoders:
             if site not in self.inputs:
                 raise ModelError(f"inputs: no entry for the encoder of site {site!r}")
-            message = unknown_names(f"inputs of site {site!r}", self.inputs[site], self._signature.parameters)
-            if message:
-                raise ModelError(message)
+            check_names(f"inputs of site {site!r}", self.inputs[site], self._signature.parameters)
 
     @property
     def encoded(self) -> tuple[str, ...]:
@@ -81,9 +79,7 @@ class AmortizedNormal(FactorisedNormal):
         return tuple(self.encoders)
 
     def _check(self) -> None:
-        message = check_sites("encoders", self.encoded, self._latents or ())
-        if message:
-            raise ModelError(message)
+        check_names("encoders", self.encoded, [site.name for site in self._latents or ()])
 
     def moments(self, site: Latent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The encoder's mean and sd, or those of the site's own factor."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
-from ..errors import unknown_names
 from ..model.data import Arguments
 from ..model.parameters import is_identity
 from ..model.prototype import discover_modules, on_other_data, prototype
@@ -197,8 +196,3 @@ def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Shapes:
     """Of the tensors among some arguments."""
     named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
     return tuple((name, tuple(value.shape)) for name, value in named.items() if isinstance(value, Tensor))
-
-
-def check_sites(what: str, names: tuple[str, ...], latents: tuple[Latent, ...]) -> str | None:
-    """A sentence on names that are no latent site, or None."""
-    return unknown_names(what, names, [site.name for site in latents])

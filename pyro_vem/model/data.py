@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ModelError, unknown_names
+from ..errors import ModelError, check_names
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,7 @@ def _check_signature(model: Callable[..., Any], call: Arguments) -> None:
     signature = inspect.signature(target)
     parameters = signature.parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        message = unknown_names("data", call.names, [p.name for p in parameters])
-        if message:
-            raise ModelError(message)
+        check_names("data", call.names, [p.name for p in parameters])
     try:
         signature.bind(*call.args, **call.kwargs)
     except TypeError as error:

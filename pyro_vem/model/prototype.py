@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
-from ..errors import ModelError, UnsupportedModelError, unknown_names
+from ..errors import ModelError, UnsupportedModelError, check_names
 from .checks import check_parameter, regular, run_checked
 from .data import Arguments
 from .density import lean_log_prob
@@ -70,9 +70,7 @@ class Prototype:
             ModelError: if there is none.
         """
         known = {plate.name: plate for plates in self.plates for plate in plates}
-        message = unknown_names("plate", (name,), list(known))
-        if message:
-            raise ModelError(message)
+        check_names("plate", (name,), known)
         return known[name]
 
     def latent(self, name: str) -> Latent:
@@ -142,9 +140,7 @@ def prototype(
     parameters = parameters_of(program, first)
     known = [n for n, site in first.sites.items() if not (site["is_observed"] or is_summed_out(site))]
     if isinstance(init, Mapping):
-        message = unknown_names("init", init, [*known, *(p.name for p in parameters)])
-        if message:
-            raise ModelError(message)
+        check_names("init", init, [*known, *(p.name for p in parameters)])
         parameters = tuple(_with_init(p, init) for p in parameters)
     for parameter in parameters:
         off_boundary(parameter.name, transform_to(parameter.constraint), parameter.init)

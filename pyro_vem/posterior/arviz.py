@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bound.lifted.marginal import Marginal
-from ..errors import ModelError, unknown_names
+from ..errors import ModelError, check_names
 from ..fit.result import VEMResult
 from .checks import run_at
 from .containers import Variables, approximate_loo, container, psis
@@ -83,9 +83,7 @@ def to_arviz(
     """
     listed = (groups,) if isinstance(groups, str) else tuple(groups)
     wanted = ALL_GROUPS if listed == ("all",) else listed
-    message = unknown_names("groups", wanted, ALL_GROUPS)
-    if message:
-        raise ValueError(message)
+    check_names("groups", wanted, ALL_GROUPS, ValueError)
     names = _Names(fit, dims or {})
     found, attrs = _drawn(fit, wanted, names, num_draws, seed, correction)
     found |= _predicted(fit, wanted, names, num_draws, seed, correction)
@@ -169,9 +167,9 @@ def loo(
             "whose rows are to be left out together (var_name=[...])"
         )
     names = sites if var_name is None else [var_name] if isinstance(var_name, str) else list(var_name)
-    message = unknown_names("var_name", names, sites) or ("" if names else "var_name: no site is named")
-    if message:
-        raise ValueError(message)
+    check_names("var_name", names, sites, ValueError)
+    if not names:
+        raise ValueError("var_name: no site is named")
     _check_rows(fit, names)
     needed = ("sample_stats", "log_likelihood")
     data = to_arviz(fit, groups=needed, num_draws=num_draws, seed=seed, correction=correction)

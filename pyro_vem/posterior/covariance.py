@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.special import gammaln, hermitenorm
 from torch import Tensor
 
-from ..errors import ModelError, unknown_names
+from ..errors import ModelError, check_names
 from ..fit.edges import is_simplex, positions
 from ..fit.result import VEMResult
 from ..model.runtime import isolated
@@ -99,7 +99,7 @@ def _of_params(fit: VEMResult, names: Sequence[str] | None, plate: str | None) -
     theta = fit.setup.theta
     if not theta.size:
         raise ModelError("the model has no free parameters (pyro.param, or map_sites of vem_model)")
-    _check_names(names, theta.names)
+    check_names("names", names or (), theta.names)
     matrix = sandwich(fit, plate) if plate is not None else inverse_of_params(fit)
     jacobian = jacobian_of_params(fit)
     labels = [label for name in theta.names for label in _labels(name, tuple(fit.params[name].shape))]
@@ -151,7 +151,7 @@ def _weighted(fit: VEMResult, names: Sequence[str] | None) -> pd.DataFrame:
     pool = usable_pool(fit)
     values = at_noise(fit, pool.noise, "values")["values"]
     latents = [site.name for site in fit.setup.prototype.latents if site.name not in fit.params]
-    _check_names(names, latents)
+    check_names("names", names or (), latents)
     chosen = [name for name in latents if names is None or name in names]
     table = np.concatenate([values[name].reshape(len(pool.weights), -1).numpy() for name in chosen], axis=1)
     labels = [label for name in chosen for label in _labels(name, tuple(values[name].shape[1:]))]
@@ -162,7 +162,7 @@ def _weighted(fit: VEMResult, names: Sequence[str] | None) -> pd.DataFrame:
 def _of_latents(fit: VEMResult, names: Sequence[str] | None) -> pd.DataFrame:
     """Linear response: a Normal on the unconstrained scale, pushed through each site's bijector."""
     response = fit._linear_response
-    _check_names(names, [site.name for site in response.sites])
+    check_names("names", names or (), [site.name for site in response.sites])
     labels: list[str] = []
     spans, transformed, start = [], [], 0
     for site in response.sites:
@@ -210,9 +210,3 @@ def _hermite(site: Latent, loc: Vector, sd: Vector) -> Vector:
 
 def _labels(name: str, shape: tuple[int, ...]) -> list[str]:
     return [f"{name}[{', '.join(map(str, i))}]" if shape else name for i in np.ndindex(*shape)]
-
-
-def _check_names(names: Sequence[str] | None, known: Sequence[str]) -> None:
-    message = unknown_names("names", names or (), known)
-    if message:
-        raise ModelError(message)

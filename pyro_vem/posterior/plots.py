@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import ModelError, unknown_names
+from ..errors import ModelError, check_names
 from ..fit.result import VEMResult
 from ..fit.status import Step
 from ..model.device import on_its_device
@@ -176,9 +176,7 @@ def forest(
     if var_names is None:
         table = table.loc[table["wasserstein_sd"].nlargest(MOST_ROWS).index.sort_values()]
     else:
-        message = unknown_names("var_names", var_names, list(dict.fromkeys(sites)))
-        if message:
-            raise ValueError(message)
+        check_names("var_names", var_names, dict.fromkeys(sites), ValueError)
         table = table[sites.isin(var_names)]
     ax = _axes(ax, height=1.3 + 0.3 * len(table))
     at = np.arange(len(table))

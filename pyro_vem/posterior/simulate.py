@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pyro.distributions import Unit
 from torch import Tensor
 
-from ..errors import ModelError, unknown_names
+from ..errors import ModelError, check_names
 from ..fit.result import VEMResult
 from ..model.data import Arguments
 from ..model.runtime import Execution, Program, Site, is_deterministic, isolated
@@ -261,9 +261,7 @@ def _given(fit: VEMResult, params: Mapping[str, Any]) -> dict[str, Tensor]:
     """The caller's values for parameters and latents, checked."""
     setup, proto = fit.setup, fit.setup.prototype
     known = {p.name: p.init for p in proto.parameters} | {site.name: site.init for site in proto.latents}
-    message = unknown_names("params", params, known)
-    if message:
-        raise ModelError(message)
+    check_names("params", params, known)
     given = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in params.items()}
     for name, value in given.items():
         shapes = tuple(value.shape), tuple(known[name].shape)
