@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributions import ComposeTransform, IndependentTransform, transform_to
+from torch.distributions import transform_to
 from torch.distributions.transforms import Transform
 
 from ..errors import ModelError
+from .support import plain_parts
 
 
 def is_identity(transform: Transform) -> bool:
@@ -23,9 +24,18 @@ def is_identity(transform: Transform) -> bool:
         >>> is_identity(biject_to(constraints.real)), is_identity(biject_to(constraints.positive))
         (True, False)
     """
-    while isinstance(transform, IndependentTransform):
-        transform = transform.base_transform
-    return isinstance(transform, ComposeTransform) and not transform.parts
+    return not plain_parts([transform])
+
+
+def is_elementwise(transform: Transform) -> bool:
+    """True for a bijector that moves each element by itself.
+
+    Example:
+        >>> from torch.distributions import biject_to, constraints
+        >>> is_elementwise(biject_to(constraints.positive)), is_elementwise(biject_to(constraints.simplex))
+        (True, False)
+    """
+    return all(part.domain.event_dim == 0 for part in plain_parts([transform]))
 
 
 def off_boundary(name: str, transform: Transform, value: Tensor) -> None:
@@ -34,11 +44,9 @@ def off_boundary(name: str, transform: Transform, value: Tensor) -> None:
     Example:
         >>> off_boundary("sd", transform_to(torch.distributions.constraints.positive), torch.tensor(1e-8))
     """
-    inverse, inner = transform.inv(value), transform
-    while isinstance(inner, IndependentTransform):
-        inner = inner.base_transform
+    inverse = transform.inv(value)
     stuck = ~torch.isfinite(inverse)
-    if inner.domain.event_dim == 0:
+    if is_elementwise(transform):
         moved = (transform(inverse + 0.1) - value).abs()
         stuck = stuck | (moved <= 1e-9 * value.abs())  # torch clamps: 1 in (0, 1) has a finite logit
     if bool(stuck.any()):

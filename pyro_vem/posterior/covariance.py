@@ -13,9 +13,9 @@ from torch import Tensor
 from ..errors import ModelError, check_names
 from ..fit.edges import is_simplex, positions
 from ..fit.result import VEMResult
+from ..model.parameters import is_elementwise, is_identity
 from ..model.runtime import isolated
 from ..model.sites import Latent
-from ..model.support import plain_parts
 from .arrowhead import Vector
 from .importance import at_noise, usable_pool
 from .linear_response import inverse_hessian
@@ -192,13 +192,12 @@ def _of_latents(fit: VEMResult, names: Sequence[str] | None) -> pd.DataFrame:
 
 def _hermite(site: Latent, loc: Vector, sd: Vector) -> Vector:
     """Coefficients of T(loc + sd z) in normalised Hermite polynomials, (scalars, orders)."""
-    parts = plain_parts([site.transform])
-    if any(part.domain.event_dim for part in parts):
+    if not is_elementwise(site.transform):
         raise ModelError(
             f"site {site.name!r}: its bijector ties its elements; take draws with "
             "fit.sample(n, correction='linear_response') instead"
         )
-    if not parts:
+    if is_identity(site.transform):
         return np.stack([loc, sd], axis=1) @ np.eye(2, ORDERS)
     nodes, mass = np.polynomial.hermite_e.hermegauss(NODES)
     points = loc + sd * nodes[:, None]

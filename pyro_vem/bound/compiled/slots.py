@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from ...model.parameters import is_elementwise, is_identity
 from ...model.runtime import Site
 from ...model.sites import Latent
 from ...model.support import plain_parts
@@ -110,7 +111,7 @@ class Spec:
     @property
     def is_bounded(self) -> bool:
         """True for a latent whose density has a Jacobian on the unconstrained scale."""
-        return self.latent is not None and not _is_real(self.latent)
+        return self.latent is not None and not is_identity(self.latent.transform)
 
     def argument(self, name: str, slot: Tensor) -> Tensor:
         """The argument of the density that a slot stands for."""
@@ -214,7 +215,7 @@ def spec_of(site: Site, latent: Latent | None) -> Spec | str:
     family = _family(leaf.dist)
     if family is None:
         return f"no slots for {type(leaf.dist).__name__}"
-    if latent is not None and not _is_elementwise(latent):
+    if latent is not None and not is_elementwise(latent.transform):
         return "its bijector is not elementwise"
     shape = tuple(np.broadcast_shapes(site["value"].shape, leaf.dist.batch_shape))
     weight = torch.as_tensor(element_weight(site, leaf.inner), dtype=torch.float64)
@@ -237,7 +238,7 @@ def spec_of(site: Site, latent: Latent | None) -> Spec | str:
     if family is td.LogNormal and is_positive:
         return spec(td.Normal, (RESIDUAL, "scale"), is_log=True)
     if family in LOCATION:
-        if latent is not None and not _is_real(latent):
+        if latent is not None and not is_identity(latent.transform):
             return f"{family.__name__} prior on a bounded latent"
         return spec(family, (RESIDUAL, *LOCATION[family]))
     if family in SCALED and is_positive:
@@ -291,14 +292,6 @@ def _family(leaf: Any) -> type | None:
         if (family in LOCATION or family in GENERAL) and is_same_density(type(leaf), family):
             return family
     return None
-
-
-def _is_elementwise(latent: Latent) -> bool:
-    return all(part.domain.event_dim == 0 for part in plain_parts([latent.transform]))
-
-
-def _is_real(latent: Latent) -> bool:
-    return not plain_parts([latent.transform])
 
 
 def _is_log(latent: Latent | None) -> bool:
