@@ -88,7 +88,9 @@ class Deterministic:
         )
         self._flat = flat if self.variables.is_unconstrained else None
         self.shares = {name: problem.share(p.name for p in site.plates) for name, site in latents.items()}
-        self.weights = {name: self.shares[name] * _entropy_weight(site) for name, site in latents.items()}
+        # Elements that the model masks out and never uses have no factor.
+        used = {name: ~site.idle_in(site.unconstrained) for name, site in latents.items()}
+        self.weights = {name: self.shares[name] * used[name].double() for name in latents}
         self.compiled = Compiled(problem.run_model, self.variables, held, seed, self.weights)
         self._weighted: tuple[frozenset[str], Tensor] | None = None
         self.priors = {name: p for name, p in self.compiled.constant.items() if self._has_divergence(name, p)}
@@ -214,12 +216,3 @@ class Deterministic:
         """Names of terms that were refused because they differ from the model at draws of the guide."""
         with torch.no_grad():
             return self.compiled.recheck(self.moments(phi, theta), seed)
-
-
-def _entropy_weight(site: Latent) -> Tensor:
-    """One for each element of a factor, zero for those that the model masks out and never uses."""
-    weight = torch.ones(site.unconstrained.shape, dtype=torch.float64)
-    if site.idle is not None:
-        idle = site.idle.reshape(site.idle.shape + (1,) * (weight.dim() - site.idle.dim()))
-        weight = torch.where(idle, 0.0, weight)
-    return weight.reshape(-1)

@@ -67,6 +67,11 @@ class Latent:
         """The initial value on the unconstrained scale."""
         return self.transform.inv(self.init)
 
+    def idle_in(self, value: Tensor) -> Tensor:
+        """Which numbers of a value, on either scale, belong to idle elements; flat."""
+        idle = torch.tensor(False) if self.idle is None else self.idle
+        return idle.reshape(idle.shape + (1,) * (value.dim() - idle.dim())).expand(value.shape).reshape(-1)
+
 
 def support_and_bijector(site: Site) -> tuple[Any, Transform]:
     """Where a latent's values are, and the bijector there.

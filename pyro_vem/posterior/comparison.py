@@ -309,9 +309,8 @@ def _diverged(draws: pd.DataFrame, known: NDArray[np.bool_]) -> list[str]:
 
 def _idle_scalars(fit: VEMResult, vem: Any) -> list[str]:
     """The elements that the model never uses."""
-    found, ours = [], dataset(vem)
+    found, ours = list[str](), dataset(vem)
     for site in fit.setup.prototype.latents:
         if site.idle is not None and site.name in ours:
-            idle = site.idle.reshape(site.idle.shape + (1,) * site.event_dim).expand(site.init.shape)
-            found += list(itertools.compress(_labels(ours[site.name]), idle.reshape(-1).tolist()))
+            found += itertools.compress(_labels(ours[site.name]), site.idle_in(site.init).tolist())
     return found

@@ -64,7 +64,7 @@ class Density:
         """
         problem = fit.setup.problem
         sites = latents_of(fit)
-        free = torch.cat([~_idle(site) for site in sites]).nonzero()[:, 0]
+        free = torch.cat([~site.idle_in(site.unconstrained) for site in sites]).nonzero()[:, 0]
         if not len(free):
             raise ModelError("nothing to sample: the model uses no element of its latents")
         try:
@@ -183,16 +183,6 @@ class Density:
 def latents_of(fit: VEMResult) -> tuple[Latent, ...]:
     """The latents with a posterior: all but MAP sites."""
     return tuple(s for s in fit.setup.prototype.latents if s.name not in fit.setup.problem.map_sites)
-
-
-def _idle(site: Latent) -> Tensor:
-    """Which unconstrained scalars of a site the model never uses, flat."""
-    shape = site.unconstrained.shape
-    if site.idle is None:
-        return torch.zeros(shape.numel(), dtype=torch.bool)
-    return (
-        site.idle.reshape(site.idle.shape + (1,) * (len(shape) - site.idle.dim())).expand(shape).reshape(-1)
-    )
 
 
 def _guide_draws(fit: VEMResult, sites: tuple[Latent, ...]) -> Tensor:

@@ -226,10 +226,8 @@ def _idle(fit: VEMResult, size: int) -> Vector:
                     result[where] = unused.reshape(-1)
     for site, *positions in _factors(fit):
         if site.idle is not None:
-            shape = site.unconstrained.shape
-            flags = site.idle.reshape(site.idle.shape + (1,) * (len(shape) - site.idle.dim())).expand(shape)
             for where in positions:
-                result[where] = flags.reshape(-1).double().numpy()
+                result[where] = site.idle_in(site.unconstrained).numpy()
     return result
 
 

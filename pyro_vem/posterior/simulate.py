@@ -201,12 +201,9 @@ class Simulator:
         """Names of the scalars that are ranked, and which of all they are."""
         names, kept = [], []
         for site in self.latents:
-            shape = site.init.shape
-            names += [f"{site.name}{list(index) if index else ''}" for index in np.ndindex(*shape)]
-            used = torch.ones(shape, dtype=torch.bool)
-            if site.idle is not None:
-                used &= ~site.idle.reshape(site.idle.shape + (1,) * (len(shape) - site.idle.dim()))
-            kept.append(used.reshape(-1).numpy())
+            indices = np.ndindex(*site.init.shape)
+            names += [f"{site.name}{list(index) if index else ''}" for index in indices]
+            kept.append((~site.idle_in(site.init)).numpy())
         keep = np.concatenate(kept)
         return [name for name, is_kept in zip(names, keep, strict=True) if is_kept], keep
 
