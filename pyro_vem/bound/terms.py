@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-from ..model.density import lean_log_prob
+from ..model.density import lean_log_prob, sum_last
 from ..model.runtime import Site
 from .kl import leaf_of, negative_entropy
 from .kl.table import elements
@@ -81,7 +81,7 @@ def site_divergence(q: Site, p: Site) -> Float[Tensor, "..."]:
     """
     kappa, inner, is_masked = elements(q["fn"], p["fn"])
     if not is_masked and is_same(q["scale"], p["scale"]) and q["mask"] is p["mask"]:
-        return weighted(_summed(kappa, inner), p)
+        return weighted(sum_last(kappa, inner), p)
     weight = element_weight(p, inner)
     result = _product(weight, kappa)
     entropy = _element_entropy(q, inner)
@@ -92,7 +92,7 @@ def site_divergence(q: Site, p: Site) -> Float[Tensor, "..."]:
             f"site {p['name']!r}: scale or mask of guide and model have come to differ, and the entropy of "
             f"{type(leaf_of(q['fn']).dist).__name__} has no closed form"
         )
-    return _summed(result, inner)
+    return sum_last(result, inner)
 
 
 def _product(weight: Tensor | float, value: Tensor) -> Tensor:
@@ -102,12 +102,8 @@ def _product(weight: Tensor | float, value: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * value)
 
 
-def _summed(value: Tensor, inner: int) -> Tensor:
-    return value.sum(list(range(-inner, 0))) if inner else value
-
-
 def _element_entropy(q: Site, inner: int) -> Tensor | None:
     """E[log q] of each element of the divergence; None if it is not closed."""
     leaf = leaf_of(q["fn"])
     value = negative_entropy(leaf.dist)
-    return None if value is None else _summed(value, leaf.inner - inner)
+    return None if value is None else sum_last(value, leaf.inner - inner)

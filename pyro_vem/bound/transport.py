@@ -11,6 +11,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from ..errors import UnsupportedModelError
+from ..model.density import sum_last
 from ..model.runtime import Site
 from ..model.support import unwrapped
 
@@ -167,8 +168,7 @@ def log_density_at(fn: Any, noise: Tensor) -> Tensor | None:
     """
     if isinstance(fn, td.Independent):
         value = log_density_at(fn.base_dist, noise)
-        inner = fn.reinterpreted_batch_ndims
-        return value if value is None or not inner else value.sum(list(range(-inner, 0)))
+        return None if value is None else sum_last(value, fn.reinterpreted_batch_ndims)
     if not isinstance(fn, td.MultivariateNormal):
         return None
     log_volume = fn.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)

@@ -68,6 +68,11 @@ def log_sum_exp(x: Tensor, dims: list[int]) -> Tensor:
     return torch.where(is_possible, log, -torch.inf)
 
 
+def sum_last(value: Tensor, number: int) -> Tensor:
+    """Summed over so many trailing dimensions; the value as it is for none."""
+    return value.sum(list(range(-number, 0))) if number > 0 else value
+
+
 KNOWN: dict[Any, Callable[[Any, Tensor], Tensor]] = {
     td.Categorical.log_prob: _categorical,
     dist.Categorical.log_prob: _categorical,

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch import distributions as td
 
+from ...model.density import sum_last
 from .forms import CorrCholeskyNormal, LogitNormal, StickBreakingNormal
 from .quadrature import mean_softplus
 from .table import is_same_density, leaf_of
@@ -34,9 +35,7 @@ def negative_entropy(q: Any) -> Float[Tensor, "..."] | None:
     value = _of_leaf(leaf.dist)
     if value is None:
         return None
-    shape = q.batch_shape + q.event_shape[: leaf.inner]
-    value = value.expand(shape)
-    return value.sum(list(range(-leaf.inner, 0))) if leaf.inner else value
+    return sum_last(value.expand(q.batch_shape + q.event_shape[: leaf.inner]), leaf.inner)
 
 
 def _of_leaf(q: Any) -> Tensor | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from ...model.density import sum_last
 from .entropy import EULER, HALF_LOG_2_PI, negative_entropy
 from .forms import LogitNormal
 from .quadrature import exponential_mean
@@ -162,9 +163,7 @@ def _weibull_log_normal(q: Any, p: Any) -> Tensor:
 @register_kl(td.LogNormal, dist.ImproperUniform)
 @register_kl(LogitNormal, dist.ImproperUniform)
 def _flat(q: Any, p: Any) -> Tensor:
-    dims = len(p.event_shape)
-    value = _neg_entropy(q).expand(q.batch_shape)
-    return value.sum(list(range(-dims, 0))) if dims else value
+    return sum_last(_neg_entropy(q).expand(q.batch_shape), len(p.event_shape))
 
 
 # On an interval, and on the circle

@@ -12,6 +12,7 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch import distributions as td
 
+from ...model.density import sum_last
 from ...model.support import plain_parts
 from .forms import gaussian_form
 
@@ -212,8 +213,7 @@ def _pushed_alike(q: Any, p: Any) -> Entry | None:
 
     def pushed(q: Any, p: Any) -> Tensor:
         dims = len(q.event_shape) - len(q.base_dist.event_shape)
-        value = divergence(q.base_dist, p.base_dist)
-        return value.sum(list(range(-dims, 0))) if dims > 0 else value
+        return sum_last(divergence(q.base_dist, p.base_dist), dims)
 
     return Entry(pushed, base.is_bound)
 
@@ -259,7 +259,7 @@ def divergence(q: Any, p: Any) -> Float[Tensor, "..."]:
         0.363147
     """
     value, inner, _ = elements(q, p)
-    return value.sum(list(range(-inner, 0))) if inner else value
+    return sum_last(value, inner)
 
 
 class Elements(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from ...errors import UnsupportedModelError
+from ...model.density import sum_last
 from ...model.parameters import Parameter
 from ...model.prototype import Prototype
 from .contraction import Factor, components, log_sum, seat
@@ -274,9 +275,7 @@ class Lifted:
                 is_still = kept is not None and only is not None and table.scope.isdisjoint(only)
                 factor = self._factor(table, statistics, kept if is_still else None)
                 if name in raised:
-                    own = raised[name]
-                    own = own.sum(list(range(-table.inner, 0))) if table.inner else own
-                    factor = replace(factor, value=factor.value + own)
+                    factor = replace(factor, value=factor.value + sum_last(raised[name], table.inner))
                 factors.append(factor)
                 found[name] = torch.zeros((), dtype=torch.float64)
             elif only is None or not table.scope.isdisjoint(only):
@@ -305,9 +304,7 @@ class Lifted:
 
     def _factor(self, table: Table, statistics: Values, kept: dict[str, Tensor] | None = None) -> Factor:
         known = None if kept is None else kept.get(table.name)
-        value = table.value(statistics).expand(table.shape) if known is None else known
-        if table.inner and known is None:
-            value = value.sum(list(range(-table.inner, 0)))
+        value = sum_last(table.value(statistics).expand(table.shape), table.inner) if known is None else known
         value = self.masked.out(table, value)
         if kept is not None:
             kept[table.name] = value

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...model.density import sum_last
 from ...model.runtime import Execution, Site, is_summed_out
 from ...model.sites import plates_of
 from ..terms import log_density
 from .contraction import Factor, components, log_rows, seat
-from .elements import Piece, identities, pieces
+from .elements import identities, pieces
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Marginal:
         factors, depth = [], _depth(run)
         for name, piece in pieces(run, depth).items():
             if piece.discrete:
-                factors.append(_factor(name, piece))
+                value = sum_last(piece.value, piece.inner)
+                factors.append(Factor(name, value, piece.discrete, piece.scale))
                 rows[name] = torch.zeros((), dtype=piece.value.dtype)
             else:
                 value = log_density(run.sites[name])
@@ -88,8 +90,3 @@ class Marginal:
 def _depth(run: Execution) -> int:
     """Dimensions that plates take."""
     return max([-p.dim for site in run.sites.values() for p in plates_of(site)], default=0)
-
-
-def _factor(name: str, piece: Piece) -> Factor:
-    value = piece.value.sum(list(range(-piece.inner, 0))) if piece.inner else piece.value
-    return Factor(name, value, piece.discrete, piece.scale)
