@@ -19,13 +19,13 @@ from ..guides.factorised import Factorised, FactorisedNormal
 from ..guides.mean_field import MeanFieldNormal
 from ..model.parameters import PartlyHeld
 from ..model.runtime import Execution, isolated
+from ..model.support import unwrapped
 
 PRODUCTS = 50  # Hessian products of the extra E-step
 COLLAPSED = 1e-3  # nats of KL per scalar below which data say nothing of a latent
 START_GAP = 0.1  # nats by which another start may be better
 LOC_SCALE = ("Normal", "StudentT", "Laplace", "Cauchy", "Gumbel")
 SCALES = ("scale", "_unbroadcasted_scale_tril", "_unbroadcasted_cov_factor", "_unbroadcasted_cov_diag")
-WRAPPERS = ("Independent", "ExpandedDistribution", "MaskedDistribution")
 FEW_LATENTS = 30  # numbers up to which a full covariance, fitted on draws of all of them, takes seconds
 AGREEMENT = 0.5  # sds by which means of equally good starts may differ
 
@@ -96,7 +96,7 @@ def latent_scales(fit: VEMResult) -> dict[str, bool]:
     for name in runs[0].sites:
         first, second = (_base(run.sites[name]["fn"]) for run in runs)
         if name in latents and any(_moves(first, second, scale) for scale in SCALES):
-            found[name] = type(_base(runs[0].sites[name]["fn"], WRAPPERS)).__name__ in LOC_SCALE
+            found[name] = type(unwrapped(runs[0].sites[name]["fn"])).__name__ in LOC_SCALE
     return found
 
 
@@ -160,9 +160,9 @@ def _moves(first: Any, second: Any, attribute: str) -> bool:
     return isinstance(one, Tensor) and not torch.equal(one, torch.as_tensor(other))
 
 
-def _base(fn: Any, wrappers: tuple[str, ...] | None = None) -> Any:
-    """The distribution inside others, or inside those wrappers only that leave its family as it is."""
-    while hasattr(fn, "base_dist") and (wrappers is None or type(fn).__name__ in wrappers):
+def _base(fn: Any) -> Any:
+    """The distribution inside others."""
+    while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
 
