@@ -115,7 +115,7 @@ class Checkpoint:
 
 def _fingerprint(call: Arguments) -> int:
     found = 0
-    for value in (*call.args, *call.kwargs.values()):
+    for value in call.named.values():
         if isinstance(value, Tensor):
             found = zlib.crc32(value.detach().contiguous().numpy().data, found)
     return found

@@ -1,6 +1,5 @@
 """`AmortizedNormal`: a diagonal Gaussian whose moments come from an encoder of the data."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, check_names
+from ..model.data import signature_of
 from ..model.sites import Latent
 from .factorised import FactorisedNormal
 
@@ -67,7 +67,7 @@ class AmortizedNormal(FactorisedNormal):
         self.inputs = {
             site: (names,) if isinstance(names, str) else tuple(names) for site, names in per_site.items()
         }
-        self._signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+        self._signature = signature_of(model)
         for site in self.encoders:
             if site not in self.inputs:
                 raise ModelError(f"inputs: no entry for the encoder of site {site!r}")

@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -192,7 +192,7 @@ class FactorisedNormal(Factorised):
         return loc, scale
 
 
-def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Shapes:
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shapes:
     """Of the tensors among some arguments."""
-    named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
-    return tuple((name, tuple(value.shape)) for name, value in named.items() if isinstance(value, Tensor))
+    named = Arguments(args, kwargs).named.items()
+    return tuple((name, tuple(value.shape)) for name, value in named if isinstance(value, Tensor))

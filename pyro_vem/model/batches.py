@@ -1,6 +1,5 @@
 """Batches of a user's data: rows of arrays in memory or on disk, or what a DataLoader yields."""
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from .data import Arguments, arguments, by_column, shape_of
+from .data import Arguments, arguments, by_column, shape_of, signature_of
 from .device import as_outside
 
 FEWEST = 4  # rows of a batch, whose halves must still be plates
@@ -50,8 +49,7 @@ class Source:
         data = by_column(data)
         is_batches = isinstance(data, list) and bool(data) and all(isinstance(b, Mapping) for b in data)
         if isinstance(data, tuple | list) and not is_batches:
-            target = model.forward if isinstance(model, torch.nn.Module) else model
-            data = dict(zip(inspect.signature(target).parameters, data, strict=False))
+            data = dict(zip(signature_of(model).parameters, data, strict=False))
         if isinstance(data, Mapping):
             if batch_size is None or batch_size < FEWEST:
                 raise ModelError(f"batch_size={batch_size}: give at least {FEWEST} rows a batch")

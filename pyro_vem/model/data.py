@@ -44,7 +44,7 @@ class Arguments:
 
     def to(self, device: torch.device) -> "Arguments":
         """The same call with every tensor on `device`."""
-        if device.type == "cpu" and not any(_is_elsewhere(value) for value in self._values):
+        if device.type == "cpu" and not any(_is_elsewhere(value) for value in self.named.values()):
             return self
         return Arguments(
             tuple(_moved(value, device) for value in self.args),
@@ -54,12 +54,12 @@ class Arguments:
     @property
     def lists(self) -> tuple[str, ...]:
         """Names (or places) of the arguments that are lists, which stay as they are."""
-        named = {**{str(i): value for i, value in enumerate(self.args)}, **self.kwargs}
-        return tuple(name for name, value in named.items() if isinstance(value, list | tuple))
+        return tuple(name for name, value in self.named.items() if isinstance(value, list | tuple))
 
     @property
-    def _values(self) -> tuple[Any, ...]:
-        return *self.args, *self.kwargs.values()
+    def named(self) -> dict[str, Any]:
+        """Arguments by name, or by place."""
+        return {**{str(i): value for i, value in enumerate(self.args)}, **self.kwargs}
 
 
 def _is_elsewhere(value: Any) -> bool:
@@ -150,9 +150,13 @@ def arguments(model: Callable[..., Any], data: Any) -> Arguments:
     return call
 
 
+def signature_of(model: Callable[..., Any]) -> inspect.Signature:
+    """Of a function, or of what a module computes."""
+    return inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model)
+
+
 def _check_signature(model: Callable[..., Any], call: Arguments) -> None:
-    target = model.forward if isinstance(model, torch.nn.Module) else model
-    signature = inspect.signature(target)
+    signature = signature_of(model)
     parameters = signature.parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         check_names("data", call.names, [p.name for p in parameters])

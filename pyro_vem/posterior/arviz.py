@@ -1,16 +1,16 @@
 """A fit as ArviZ data, and its leave-one-out cross-validation."""
 
-import inspect
 import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bound.lifted.marginal import Marginal
 from ..errors import ModelError, check_names
 from ..fit.result import VEMResult
+from ..model.data import signature_of
 from .checks import run_at
 from .containers import Variables, approximate_loo, container, psis
 from .importance import Correction, best_pool
@@ -262,9 +262,7 @@ def _observed(fit: VEMResult) -> dict[str, Tensor]:
 def _constant(fit: VEMResult, observed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Numeric arguments of the model that are not observed values themselves."""
     problem = fit.setup.problem
-    fn = problem.model.fn
-    signature = inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn)
-    given = signature.bind(*problem.call.args, **problem.call.kwargs).arguments
+    given = signature_of(problem.model.fn).bind(*problem.call.args, **problem.call.kwargs).arguments
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     return {
         name: value
