@@ -303,7 +303,7 @@ class Objective:
     def draws_for(self, numbers: int) -> int:
         """How many draws work on so many numbers, data and latents; at least 16, at most `MOST_AT_ONCE`."""
         call = self.problem.call
-        data = sum(v.numel() for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor))
+        data = sum(v.numel() for v in call.named.values() if isinstance(v, Tensor))
         size = max(1, data + sum(math.prod(spec.shape) for spec in self.specs))
         return max(16, min(MOST_AT_ONCE, numbers // size))
 
@@ -378,11 +378,16 @@ class Objective:
             flat = self._each(one, noise, most_runs)
         else:
             flat = {name: value.expand(size, *value.shape) for name, value in one({}).items()}
-        groups: dict[str, dict[str, Tensor]] = {group: {} for group in keep}
-        for key, value in flat.items():
-            group, name = key.split("\0")
-            groups[group][name] = value
-        return groups
+        return grouped(flat, keep)
+
+
+def grouped(flat: Values, groups: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Values whose names begin with their group and a zero character, by group and name."""
+    found: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
+    for key, value in flat.items():
+        group, name = key.split("\0")
+        found[group][name] = value
+    return found
 
 
 def _groups(

@@ -10,6 +10,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from ..bound.lifted.marginal import Marginal
+from ..bound.objective import grouped
 from ..errors import ModelError
 from ..fit.result import VEMResult
 from ..guides.factorised import Factorised
@@ -67,7 +68,7 @@ def predict(
         found = {f"latents\0{name}": site["value"] for name, site in latents.items()}
         return found | {f"observed\0{name}": site["value"] for name, site in observed.items()}
 
-    return _grouped(_each(one, values, num_draws, _stream(seed, 1)), ("latents", "observed"))
+    return grouped(_each(one, values, num_draws, _stream(seed, 1)), ("latents", "observed"))
 
 
 def log_likelihood(
@@ -234,11 +235,3 @@ def _each(
     with isolated(torch.float64, seed), torch.no_grad():
         rows = [one({name: value[i] for name, value in values.items()}) for i in range(num_draws)]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def _grouped(flat: Mapping[str, Tensor], groups: tuple[str, ...]) -> Draws:
-    found: Draws = {group: {} for group in groups}
-    for key, value in flat.items():
-        group, name = key.split("\0")
-        found[group][name] = value
-    return found
