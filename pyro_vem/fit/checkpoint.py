@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..bound.tables import ElboTerms
 from ..errors import ModelError
 from ..model.data import Arguments
+from .exactness import values_of
 from .processes import Processes
 from .result import VEMResult
 from .setup import Setup
@@ -123,9 +123,8 @@ def _fingerprint(call: Arguments) -> int:
 
 def snapshot(setup: Setup, state: State, history: tuple[Step, ...], n_iter: int, seconds: float) -> VEMResult:
     """A fit on its way, of the rows of all processes; its bound is what the steps have."""
-    phi = setup.processes.joined(setup.phi.constrained(torch.as_tensor(state.phi)))
-    theta = setup.theta_values(torch.as_tensor(state.theta))
+    phi, theta = values_of(setup, state.phi, state.theta)
     return VEMResult(
-        theta, phi, state.elbo, 0.0, Status.interrupted, n_iter, history, seconds,
+        theta, setup.processes.joined(phi), state.elbo, 0.0, Status.interrupted, n_iter, history, seconds,
         setup.objective.shown_plan, ElboTerms((), state.elbo, 0.0), setup.objective.seed, setup,
     )  # fmt: skip

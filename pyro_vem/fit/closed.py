@@ -6,6 +6,7 @@ from collections.abc import Collection
 import torch
 
 from ..bound.lifted.terms import LiftedTerms
+from .exactness import values_of
 from .setup import Setup
 from .state import State
 from .status import Step
@@ -150,7 +151,6 @@ class ClosedForm:
         """True if components start equal: a saddle, where no step tells them apart."""
         setup = self.setup
         with torch.no_grad():
-            phi = setup.phi.constrained(torch.as_tensor(state.phi))
-            theta = setup.theta_values(torch.as_tensor(state.theta))
+            phi, theta = values_of(setup, state.phi, state.theta)
             is_level = self.terms.lifted.are_level(self.terms.statistics(phi, theta), theta)
         return not setup.processes.any(not is_level)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..bound.draws import independent_noise
 from ..guides.factorised import FactorisedNormal
+from .exactness import values_of
 from .measure import MOST_NUMBERS
 from .setup import Setup
 from .state import State
@@ -32,9 +33,7 @@ def jumping(setup: Setup, state: State) -> str | None:
     generator = torch.Generator().manual_seed(SEED)
     noise = independent_noise(objective.specs, PAIRS, generator)
     both = {name: torch.cat([value, -value]) for name, value in noise.items()}
-    phi = setup.phi.constrained(torch.as_tensor(state.phi))
-    theta = setup.theta_values(torch.as_tensor(state.theta))
-    for name, values, slopes in objective.slopes(phi, theta, both):
+    for name, values, slopes in objective.slopes(*values_of(setup, state.phi, state.theta), both):
         odd, even = (values[:PAIRS] - values[PAIRS:]) / 2, (values[:PAIRS] + values[PAIRS:]) / 2
         for site, one in noise.items():
             shape = (-1, *(1,) * (one.dim() - 1))

@@ -17,6 +17,7 @@ from ..model.device import all_on_its_device, on_device
 from ..model.runtime import isolated
 from .copies import Copied
 from .edges import Edge, sentences
+from .exactness import values_of
 from .measure import exact_table, measure
 from .setup import FitOptions, Setup
 from .state import State
@@ -91,8 +92,10 @@ class VEMResult(Copied):
         boundary: tuple[Edge, ...] = (),
     ) -> "VEMResult":
         """Freeze a state; its bound is measured on fresh draws."""
-        phi = _detached(setup.phi.constrained(torch.as_tensor(state.phi)))
-        theta = _detached(setup.theta_values(torch.as_tensor(state.theta)))
+        phi, theta = (
+            {name: value.detach().clone() for name, value in values.items()}
+            for values in values_of(setup, state.phi, state.theta)
+        )
         # A converged exact bound has been held against draws already (`pyro_vem.fit.exactness`).
         is_settled = setup.objective.is_exact and (status is Status.converged or setup.lifted is not None)
         terms = (
@@ -407,7 +410,3 @@ class VEMResult(Copied):
         from ..posterior.card import html_card
 
         return html_card(self)
-
-
-def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in values.items()}

@@ -10,6 +10,7 @@ from ..errors import ModelError
 from ..guides.factorised import Factorised
 from ..model.parameters import Block
 from ..model.runtime import isolated
+from .exactness import values_of
 from .result import VEMResult
 from .setup import Setup
 from .smooth import Vector
@@ -102,8 +103,7 @@ def scattered(setup: Setup, phi: Vector, theta: Vector) -> tuple[Vector, Vector]
 def finite_elbo(setup: Setup, phi: Vector, theta: Vector) -> float:
     """The bound at the start; raises `ModelError` with the site whose term is not finite."""
     with torch.no_grad():
-        constrained = setup.phi.constrained(torch.as_tensor(phi))
-        terms = setup.objective.terms(constrained, setup.theta_values(torch.as_tensor(theta)))
+        terms = setup.objective.terms(*values_of(setup, phi, theta))
     for name, value in terms.items():
         if not bool(torch.isfinite(value)):
             raise ModelError(

@@ -1,6 +1,6 @@
 """Where a fit is, and the bound as a function of one block of parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +26,11 @@ class State:
     def joint(self) -> Vector:
         """Both blocks as one vector, phi first."""
         return np.concatenate([self.phi, self.theta])
+
+
+def state_at(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor], elbo: float) -> State:
+    """The state at constrained parameters by name."""
+    return State(setup.phi.flat(phi).cpu().numpy(), setup.theta.flat(theta).cpu().numpy(), elbo)
 
 
 def elbo_at(setup: Setup, phi: Vector, theta: Vector) -> float:

@@ -25,7 +25,7 @@ from .exactness import compile_terms, settle
 from .result import VEMResult
 from .setup import FitOptions, Setup, partly_held, set_up
 from .starts import Start
-from .state import State
+from .state import state_at
 from .status import Status, Step
 
 FORMAT = "pyro_vem.result.2"
@@ -171,7 +171,7 @@ def _set_up_again(
 def _check_same(
     path: str | Path, setup: Setup, params: dict[str, Tensor], guide_params: dict[str, Tensor]
 ) -> None:
-    theta = {**setup.theta.constrained(setup.theta.initial()), **setup.held}
+    theta = setup.theta_values(setup.theta.initial())
     phi = setup.phi.constrained(setup.phi.initial())
     for what, stored, here in (("model", params, theta), ("guide", guide_params, phi)):
         shapes = {name: tuple(value.shape) for name, value in stored.items()}
@@ -193,14 +193,10 @@ def _check_bound(
     """Other data of the same shape give another bound on the same draws."""
     if not history:
         return
-    phi, theta = (
-        block.flat(values).cpu().numpy()
-        for block, values in ((setup.phi, guide_params), (setup.theta, params))
-    )
-    with isolated(torch.float64, device=device), torch.no_grad():
-        settle(setup, State(phi, theta, history[-1]["after"]))
-        here = float(setup.objective.value(guide_params, params))
     stored = history[-1]["after"]
+    with isolated(torch.float64, device=device), torch.no_grad():
+        settle(setup, state_at(setup, guide_params, params, stored))
+        here = float(setup.objective.value(guide_params, params))
     if abs(here - stored) > 1e-6 * (1 + abs(stored)):
         raise ModelError(
             f"{path} was fitted to other data: its bound is {stored:.8g} nats on the fixed draws, and here "

@@ -13,7 +13,7 @@ from ..fit.result import VEMResult
 from ..fit.scales import Scales
 from ..fit.smooth import Smooth, newton_step
 from ..fit.starts import merit
-from ..fit.state import State, joint_loss, loss_of
+from ..fit.state import joint_loss, loss_of, state_at
 from ..guides.amortized import AmortizedNormal
 from ..guides.factorised import Factorised, FactorisedNormal
 from ..guides.mean_field import MeanFieldNormal
@@ -41,9 +41,7 @@ def one_more_step(fit: VEMResult) -> tuple[float, float]:
     if not setup.phi.size:
         return 0.0, 0.0
     with isolated(torch.float64):
-        state = State(
-            setup.phi.flat(fit.guide_params).numpy(), setup.theta.flat(fit.params).numpy(), fit.elbo
-        )
+        state = state_at(setup, fit.guide_params, fit.params, fit.elbo)
         joint = Smooth(joint_loss(setup), state.joint, Scales(setup).of(state, "joint", 0))
         gradient = np.linalg.norm(joint.gradient(np.zeros(joint.origin.size))) / joint.origin.size**0.5
         loss, x = loss_of(setup, state, "E")

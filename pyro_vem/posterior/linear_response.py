@@ -18,7 +18,7 @@ from ..fit import edges
 from ..fit.result import VEMResult
 from ..fit.scales import Scales
 from ..fit.smooth import Smooth
-from ..fit.state import State, joint_loss, loss_of
+from ..fit.state import joint_loss, loss_of, state_at
 from ..guides.factorised import FactorisedNormal
 from ..model.parameters import Parameter
 from ..model.runtime import isolated
@@ -126,9 +126,7 @@ def inverse_hessian(fit: VEMResult, block: str) -> tuple[Arrowhead | Solver, Vec
     if not fit.converged:
         raise ModelError(f"the Hessian is looked at where a fit has converged; this one is {fit.status.name}")
     with isolated(torch.float64):
-        phi = setup.phi.flat(fit.guide_params).numpy()
-        theta = setup.theta.flat(fit.params).numpy()
-        state = State(phi, theta, fit.elbo)
+        state = state_at(setup, fit.guide_params, fit.params, fit.elbo)
         scales, held = Scales(setup), edges.positions(setup.theta, fit.boundary)
         scales.held = held  # what is at its boundary stands still, and the rest is as if it were known
         lengths = scales.of(state, block, 0)

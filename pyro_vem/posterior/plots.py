@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ..errors import ModelError, check_names
+from ..fit.exactness import values_of
 from ..fit.result import VEMResult
 from ..fit.status import Step
 from ..model.device import on_its_device
@@ -83,8 +84,7 @@ def terms_over_steps(fit: VEMResult, ax: Any = None) -> Any:
     values: dict[str, list[float]] = {}
     with isolated(torch.float64), torch.no_grad():
         for point in fit._points:
-            phi = setup.phi.constrained(torch.as_tensor(point.phi))
-            found = setup.objective.terms(phi, setup.theta_values(torch.as_tensor(point.theta)))
+            found = setup.objective.terms(*values_of(setup, point.phi, point.theta))
             for name, value in found.items():
                 values.setdefault(name, []).append(float(value))
     ax = _axes(ax)
