@@ -105,8 +105,7 @@ class Pool:
         if self.missing > MISSING_LIMIT or self.is_narrow or not np.isfinite(self.khat):
             return False
         # Of raw weights too: smoothing may level a tail in which one draw holds a tenth of the mass.
-        raw = np.exp(2 * logsumexp(self.log_ratio) - logsumexp(2 * self.log_ratio))
-        is_equal = bool(min(raw, self.effective) > NEARLY_EQUAL * self.best)
+        is_equal = min(effective_of(self.log_ratio), self.effective) > NEARLY_EQUAL * self.best
         return is_equal or (self.khat <= self.limit and self.effective >= self.fewest)
 
     @property
@@ -125,6 +124,11 @@ class Pool:
         index = np.searchsorted(np.cumsum(self.weights), points * self.weights.sum())
         chosen = torch.as_tensor(generator.permutation(np.minimum(index, len(self.weights) - 1)))
         return {name: value.index_select(0, chosen) for name, value in self.noise.items()}
+
+
+def effective_of(log_weights: Vector) -> float:
+    """Effective number of draws with these weights, which need not be normalised."""
+    return float(np.exp(2 * logsumexp(log_weights) - logsumexp(2 * log_weights)))
 
 
 def as_pool(proposal: str, log_ratio: Vector, best: float, noise: Mapping[str, Tensor]) -> Pool:
@@ -155,8 +159,8 @@ def response_pool(fit: VEMResult, response: LinearResponse, num_draws: int, seed
     def noise(num: int) -> tuple[dict[str, Tensor], Vector, float]:
         points, log_q = proposal.draw(num, np.random.default_rng(seed))
         log_ratio = normal.density(points) - log_q
-        best = np.exp(2 * logsumexp(log_ratio) - logsumexp(2 * log_ratio))
-        return as_noise(fit, response, points), log_q - _factor_density(response, points), float(best)
+        best = effective_of(log_ratio)
+        return as_noise(fit, response, points), log_q - _factor_density(response, points), best
 
     return _pool(fit, "linear_response", noise, num_draws)
 
@@ -305,12 +309,15 @@ class _Elliptic:
         return self._density(np.square(noise).sum(0))
 
     def _density(self, square: Vector) -> Vector:
-        d, nu = len(self.root), self.tails
-        log_root = np.log(np.diag(self.root)).sum()
-        if not np.isfinite(nu):
-            return -0.5 * square - 0.5 * d * np.log(2 * np.pi) - log_root
-        norm = gammaln((nu + d) / 2) - gammaln(nu / 2) - 0.5 * d * np.log(nu * np.pi)
-        return norm - 0.5 * (nu + d) * np.log1p(square / nu) - log_root
+        return t_density(square, len(self.root), self.tails) - np.log(np.diag(self.root)).sum()
+
+
+def t_density(square: Vector, dim: int, tails: float) -> Vector:
+    """Log density of a standard t in some dimensions, or of a Normal, at squared distances from zero."""
+    if not np.isfinite(tails):
+        return -0.5 * square - 0.5 * dim * np.log(2 * np.pi)
+    norm = gammaln((tails + dim) / 2) - gammaln(tails / 2) - 0.5 * dim * np.log(tails * np.pi)
+    return norm - 0.5 * (tails + dim) * np.log1p(square / tails)
 
 
 def _factor_density(response: LinearResponse, points: Vector) -> Vector:

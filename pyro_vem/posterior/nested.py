@@ -6,11 +6,11 @@ weighted; the latents of each row are integrated by a few draws of their own, gi
 
 import numpy as np
 from scipy import optimize
-from scipy.special import gammaln, logsumexp, ndtri
+from scipy.special import logsumexp, ndtri
 
 from ..fit.result import VEMResult
 from .arrowhead import Arrowhead, Indices, Vector
-from .importance import TAILS, Pool, affordable, as_pool, at_noise
+from .importance import TAILS, Pool, affordable, as_pool, at_noise, effective_of, t_density
 from .linear_response import LinearResponse, as_noise
 from .rows import by_owner, owners_of
 
@@ -101,8 +101,7 @@ class _Sampler:
     def best(self, num: int) -> float:
         """Effective draws of the globals if their posterior were Normal."""
         z, log_q = _t(np.random.default_rng(0), (num,), len(self.rest))
-        log_ratio = -0.5 * np.square(z).sum(1) - log_q
-        return float(np.exp(2 * logsumexp(log_ratio) - logsumexp(2 * log_ratio)))
+        return effective_of(-0.5 * np.square(z).sum(1) - log_q)
 
 
 def _lattice(generator: np.random.Generator, num: int, rows: int, width: int) -> tuple[Vector, Vector]:
@@ -123,5 +122,4 @@ def _t(generator: np.random.Generator, shape: tuple[int, ...], width: int) -> tu
     """Draws of a standard t in `width` dimensions, and their log density."""
     z = generator.standard_normal((*shape, width))
     z /= np.sqrt(generator.chisquare(TAILS, shape) / TAILS)[..., None]
-    norm = gammaln((TAILS + width) / 2) - gammaln(TAILS / 2) - 0.5 * width * np.log(TAILS * np.pi)
-    return z, norm - 0.5 * (TAILS + width) * np.log1p(np.square(z).sum(-1) / TAILS)
+    return z, t_density(np.square(z).sum(-1), width, TAILS)
