@@ -143,9 +143,7 @@ def _folded(q: Any, p: Any) -> Tensor:
             'sample it with AnalyticKL_ELBO(analytic="never")'
         )
     if isinstance(base, td.Normal):
-        second = (2 * q.loc + 2 * q.scale**2).exp()
-        constant = base.scale.log() - 0.5 * math.log(2 / math.pi)
-        return constant - q.loc + second / (2 * base.scale**2) - normal_entropy(q.scale)
+        return _half_normal(q, base)
     df = torch.ones_like(base.scale) if isinstance(base, td.Cauchy) else base.df
     return _half_student(q, df, base.scale)
 
