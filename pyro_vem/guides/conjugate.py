@@ -46,26 +46,17 @@ def _block(start: Tensor) -> dict[str, tuple[Tensor, Any]]:
     return {"loc": (start, dist.constraints.real), "scale_tril": (tril, dist.constraints.lower_cholesky)}
 
 
-STARTS: dict[str, Shaped] = {
-    "Normal": _normal,
-    "MultivariateNormal": _block,
-    "Gamma": _gamma,
-    "Exponential": _gamma,
-    "Chi2": _gamma,
-    "InverseGamma": _inverse_gamma,
-    "Beta": _beta,
-    "Dirichlet": _dirichlet,
+FAMILIES: dict[str, tuple[Any, Shaped]] = {
+    "Normal": (dist.Normal, _normal),
+    "MultivariateNormal": (dist.MultivariateNormal, _block),
+    "Gamma": (dist.Gamma, _gamma),
+    "Exponential": (dist.Gamma, _gamma),
+    "Chi2": (dist.Gamma, _gamma),
+    "InverseGamma": (dist.InverseGamma, _inverse_gamma),
+    "Beta": (dist.Beta, _beta),
+    "Dirichlet": (dist.Dirichlet, _dirichlet),
 }
-FAMILIES: dict[str, Any] = {
-    "Exponential": dist.Gamma,
-    "Chi2": dist.Gamma,
-    "Gamma": dist.Gamma,
-    "InverseGamma": dist.InverseGamma,
-    "Beta": dist.Beta,
-    "Dirichlet": dist.Dirichlet,
-    "Normal": dist.Normal,
-    "MultivariateNormal": dist.MultivariateNormal,
-}
+"""Of each prior: the class of its factor, and the parameters that this starts with."""
 
 
 class MeanFieldConjugate(Factorised):
@@ -123,9 +114,8 @@ class MeanFieldConjugate(Factorised):
         return {name: phi[self.parameter_name(name, site)] for name in self._starts(known)}
 
     def _starts(self, site: Latent) -> dict[str, tuple[Tensor, Any]]:
-        return STARTS[self.kind(site) or "Normal"](
-            site.init.double() if self.kind(site) else site.unconstrained
-        )
+        kind = self.kind(site)
+        return FAMILIES[kind or "Normal"][1](site.init.double() if kind else site.unconstrained)
 
     def factor(self, site: Latent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The site's factor."""
@@ -140,5 +130,5 @@ class MeanFieldConjugate(Factorised):
         }
         if not kind:
             return normal_through(site.transform, values["loc"], values["scale"], site.event_dim)
-        fn = FAMILIES[kind](**values)
+        fn = FAMILIES[kind][0](**values)
         return fn.to_event(site.event_dim - len(fn.event_shape))
