@@ -37,7 +37,7 @@ def compile_terms(setup: Setup, options: FitOptions) -> None:
     if isinstance(setup.guide, FactorisedNormal):  # no factor for idle elements
         latents = {site.name: site for site in setup.guide.latents()}
     else:
-        latents = {s.name: replace(s, idle=None) for s in setup.prototype.latents if s.name not in map_names}
+        latents = {site.name: replace(site, idle=None) for site in setup.latents}
     if not options.compiled or setup.analytic == "never" or setup.guide is None:
         return
     objective.is_gridded = True

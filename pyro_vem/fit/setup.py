@@ -24,7 +24,7 @@ from ..model.prototype import Prototype, discover_modules, parameters_of, protot
 from ..model.roles import roles_of
 from ..model.rows import Rows, Share
 from ..model.runtime import Program
-from ..model.sites import Strategy
+from ..model.sites import Latent, Strategy
 from .capture import Captures, Compile
 from .processes import Processes
 
@@ -104,6 +104,11 @@ class Setup:
     bounds: bool
     captures: Captures
     processes: Processes = field(default_factory=Processes)
+
+    @property
+    def latents(self) -> tuple[Latent, ...]:
+        """The latents with a posterior: all but MAP sites."""
+        return tuple(s for s in self.prototype.latents if s.name not in self.problem.map_sites)
 
     def map_sites_in(self, plates: Container[str]) -> list[str]:
         """MAP sites inside one of these plates: each of its rows has a value of its own."""

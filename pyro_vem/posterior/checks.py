@@ -90,7 +90,7 @@ def _differs(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
 def latent_scales(fit: VEMResult) -> dict[str, bool]:
     """Latent sites whose scale moves with other latents, and whether `LocScaleReparam` takes them."""
     found, runs = {}, [run_at(fit, shift) for shift in (0.0, 0.5)]
-    latents = {site.name for site in fit.setup.prototype.latents} - set(fit.setup.problem.map_sites)
+    latents = {site.name for site in fit.setup.latents}
     for name in runs[0].sites:
         first, second = (_base(run.sites[name]["fn"]) for run in runs)
         if name in latents and any(_moves(first, second, scale) for scale in SCALES):

@@ -150,7 +150,7 @@ def _weighted(fit: VEMResult, names: Sequence[str] | None) -> pd.DataFrame:
     """Importance-weighted covariance."""
     pool = usable_pool(fit)
     values = at_noise(fit, pool.noise, "values")["values"]
-    latents = [site.name for site in fit.setup.prototype.latents if site.name not in fit.params]
+    latents = [site.name for site in fit.setup.latents]
     check_names("names", names or (), latents)
     chosen = [name for name in latents if names is None or name in names]
     table = np.concatenate([values[name].reshape(len(pool.weights), -1).numpy() for name in chosen], axis=1)

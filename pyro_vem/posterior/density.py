@@ -63,7 +63,7 @@ class Density:
         Otherwise in sds of its guide. Call it, and what it returns, in `isolated(torch.float64)`.
         """
         problem = fit.setup.problem
-        sites = latents_of(fit)
+        sites = fit.setup.latents
         free = torch.cat([~site.idle_in(site.unconstrained) for site in sites]).nonzero()[:, 0]
         if not len(free):
             raise ModelError("nothing to sample: the model uses no element of its latents")
@@ -178,11 +178,6 @@ class Density:
             inner = piece.reshape((*z.shape[:-1], *site.unconstrained.shape))
             found[site.name] = inner, site.transform(inner)
         return found
-
-
-def latents_of(fit: VEMResult) -> tuple[Latent, ...]:
-    """The latents with a posterior: all but MAP sites."""
-    return tuple(s for s in fit.setup.prototype.latents if s.name not in fit.setup.problem.map_sites)
 
 
 def _guide_draws(fit: VEMResult, sites: tuple[Latent, ...]) -> Tensor:

@@ -248,7 +248,7 @@ def _without_draws(
     densities = fit.draw(1, seed, "densities")["densities"]
     bound = float(densities["log_p"][0] - densities["log_q"][0])
     if fit.setup.problem.guide is not None:
-        latents = ", ".join(repr(s.name) for s in fit.setup.prototype.latents if s.name not in fit.params)
+        latents = ", ".join(repr(site.name) for site in fit.setup.latents)
         reasons = [*reasons, f"the guide has no spread at {latents}: a point, not a posterior"]
     verdict = Verdict.UNRELIABLE if reasons else Verdict.GOOD
     texts = tuple(reasons), tuple(actions), tuple(notes)
@@ -318,8 +318,7 @@ def _moments(fit: VEMResult, guide: Pool, best: Pool) -> pd.DataFrame:
 
 def _unjudged(fit: VEMResult, table: pd.DataFrame) -> list[str]:
     """Latents without a spread, and sites without finite moments."""
-    latents = [site.name for site in fit.setup.prototype.latents if site.name not in fit.params]
-    points = [name for name in latents if name not in table.index]
+    points = [site.name for site in fit.setup.latents if site.name not in table.index]
     texts = (
         [f"the guide has no spread at {', '.join(map(repr, points))}: a point, not a posterior"]
         if points

@@ -16,7 +16,7 @@ from ..fit.result import VEMResult
 from ..model.runtime import isolated
 from .arviz import nuts_data, to_arviz
 from .comparison import Comparison
-from .density import Density, latents_of
+from .density import Density
 from .engines import ENGINES, NUTSOptions
 
 GRADIENTS = 10  # of one draw, about, in coordinates in which the posterior is round
@@ -157,7 +157,7 @@ def _of_mcmc(fit: VEMResult, mcmc: Any) -> tuple[dict[str, Tensor], Tensor]:
     for chain, where in enumerate(mcmc.diagnostics().get("divergences", {}).values()):
         flags[chain, where] = True
     shapes = {name: value.shape[2:] for name, value in chains.items()}
-    if all(shapes.get(site.name) == site.init.shape for site in latents_of(fit)):
+    if all(shapes.get(site.name) == site.init.shape for site in fit.setup.latents):
         with isolated(torch.float64):
             chains = _with_derived(fit, chains)
     return chains, flags

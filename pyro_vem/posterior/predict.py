@@ -163,7 +163,7 @@ def _latents(
         return {}
     guide = setup.guide
     # A guide that is not ours may be a function of the data: it is run on the new ones.
-    latents = [site.name for site in setup.prototype.latents if site.name not in setup.problem.map_sites]
+    latents = [site.name for site in setup.latents]
     encoded = guide.encoded if isinstance(guide, Factorised) else tuple(latents)
     if encoded and correction is not None and call is not setup.problem.call:
         raise ModelError(
