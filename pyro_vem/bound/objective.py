@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..model.checks import SingularMatrix, regular
 from ..model.data import Arguments
-from ..model.runtime import Execution, is_summed_out
+from ..model.runtime import Execution
 from ..model.together import Together
 from .draws import NoiseSpec, independent_noise, matched_noise
 from .exact import ExactTerms
@@ -394,7 +394,7 @@ def _groups(
     plan: Plan, guide_sites: Mapping[str, Any], model: Execution, keep: Collection[str]
 ) -> dict[str, dict[str, Tensor]]:
     """What one run tells, by group."""
-    latents = {n: s["value"] for n, s in model.sites.items() if not (s["is_observed"] or is_summed_out(s))}
+    latents = {n: s["value"] for n, s in model.latents.items()}
     deterministic = {n: s["value"] for n, s in model.deterministic.items()}
     groups = {"values": {**latents, **deterministic}}
     known: dict[int, Tensor] = {}  # by site: several groups need the same densities

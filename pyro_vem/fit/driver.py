@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..bound.elbo import AnalyticKL_ELBO
 from ..errors import warn
+from ..model.batches import are_batches
 from ..model.data import named_values, shape_of
 from ..model.device import as_outside, device_of
 from ..model.roles import roles_of
@@ -237,8 +238,7 @@ def _check_options(
 def _is_stream(data: Any) -> bool:
     """True for a DataLoader, or any other iterable of batches."""
     is_one = isinstance(data, Mapping | tuple | list | Tensor | np.ndarray) or hasattr(data, "to_numpy")
-    is_batches = isinstance(data, list) and bool(data) and all(isinstance(batch, Mapping) for batch in data)
-    return is_batches or (not is_one and isinstance(data, Iterable))
+    return are_batches(data) or (not is_one and isinstance(data, Iterable))
 
 
 def climb(

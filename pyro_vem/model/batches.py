@@ -47,8 +47,7 @@ class Source:
             ModelError: if a stream can be read only once, or there is no batch size.
         """
         data = by_column(data)
-        is_batches = isinstance(data, list) and bool(data) and all(isinstance(b, Mapping) for b in data)
-        if isinstance(data, tuple | list) and not is_batches:
+        if isinstance(data, tuple | list) and not are_batches(data):
             data = dict(zip(signature_of(model).parameters, data, strict=False))
         if isinstance(data, Mapping):
             if batch_size is None or batch_size < FEWEST:
@@ -117,6 +116,11 @@ class Source:
     def _call(self, arrays: Mapping[str, Any], names: tuple[str, ...], where: Tensor | slice) -> Arguments:
         taken = {n: _taken(v, where) if n in names else v for n, v in arrays.items()}
         return Arguments.of((), taken).to(torch.get_default_device()).cast(torch.float64)
+
+
+def are_batches(data: Any) -> bool:
+    """True for a list of mappings: of batches that are all there."""
+    return isinstance(data, list) and bool(data) and all(isinstance(batch, Mapping) for batch in data)
 
 
 def _taken(value: Any, where: Tensor | slice) -> Any:

@@ -138,13 +138,13 @@ def prototype(
             "batch_size= (it owns the index and the scale)"
         )
     parameters = parameters_of(program, first)
-    known = [n for n, site in first.sites.items() if not (site["is_observed"] or is_summed_out(site))]
+    known = first.latents
     if isinstance(init, Mapping):
         check_names("init", init, [*known, *(p.name for p in parameters)])
         parameters = tuple(_with_init(p, init) for p in parameters)
     for parameter in parameters:
         off_boundary(parameter.name, transform_to(parameter.constraint), parameter.init)
-    latents = tuple(latent_of(first.sites[name]) for name in known)
+    latents = tuple(latent_of(site) for site in known.values())
     latents = _check_static(program, call, latents, parameters)
     return Prototype(
         latents,
@@ -278,7 +278,7 @@ def on_other_data(program: Program, call: Arguments, latents: tuple[Latent, ...]
 
     with torch.no_grad():
         first = program.run(call.args, call.kwargs, {}, start)
-    met = {n: latent_of(s) for n, s in first.sites.items() if not (s["is_observed"] or is_summed_out(s))}
+    met = {name: latent_of(site) for name, site in first.latents.items()}
     here = {n: site for n, site in met.items() if n in known and site.init.shape == known[n].init.shape}
     if any(_off(first, name) is not None for name in here):
         every, parameters = tuple(met.values()), parameters_of(program, first)

@@ -22,7 +22,7 @@ from .data import Arguments
 from .density import lean_log_prob
 from .parameters import Parameter, off_boundary
 from .prototype import discover_modules, generic_moves, parameters_of
-from .runtime import Execution, Program, Site, is_summed_out
+from .runtime import Execution, Program, Site
 
 UNBIASED = 1e-8  # of a site's log density, that halves of a batch may be off its whole
 
@@ -232,7 +232,7 @@ def _check_alignment(whole: Execution, less: Execution, rows: Rows) -> None:
 
 def _check_unbiased(program: Program, call: Arguments, rows: Rows, whole: Execution) -> None:
     """Halves of a batch, each scaled to all rows, must average to the batch, site by site."""
-    values = {n: s["value"] for n, s in whole.sites.items() if not s["is_observed"] and not is_summed_out(s)}
+    values = {name: site["value"] for name, site in whole.latents.items()}
     parts = _parts(program, call, rows, whole, values)
     for name, value in parts[0].items():
         error = abs(0.5 * (parts[1][name] + parts[2][name]) - value)

@@ -175,6 +175,11 @@ class Execution(Widened):
         self.deterministic: dict[str, Site] = {}
         self.subsampled: list[str] = []
 
+    @property
+    def latents(self) -> dict[str, Site]:
+        """Latent sites that are not summed out."""
+        return {n: s for n, s in self.sites.items() if not (s["is_observed"] or is_summed_out(s))}
+
     def _pyro_param(self, msg: Site) -> None:
         self.visited.append(msg["name"])
         if msg["name"] in self.given:
