@@ -178,6 +178,7 @@ class Objective:
             parts.append(self.exact.value(phi, theta))
         return torch.stack(parts).sum()
 
+    @torch.no_grad()
     def exact_terms(self, phi: Values, theta: Values) -> dict[str, Tensor]:
         """The terms that no draw enters, in nats."""
         found = self.exact.terms(phi, theta) if self.exact is not None else {}

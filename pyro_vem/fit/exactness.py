@@ -218,8 +218,7 @@ def _gaps_to_draws(setup: Setup, state: State) -> dict[str, str]:
     and where every term is exact the whole bound with the average of log p - log q.
     """
     objective, values = setup.objective, values_of(setup, state.phi, state.theta)
-    with torch.no_grad():
-        exact_terms = objective.exact_terms(*values)
+    exact_terms = objective.exact_terms(*values)
     not_averages = objective.exact.not_averages if objective.exact is not None else frozenset()
     exact_terms = {name: term for name, term in exact_terms.items() if name not in not_averages}
     if not exact_terms:

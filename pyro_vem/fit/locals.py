@@ -47,7 +47,7 @@ class Locals:
             ModelError: if a guide of the user's has parameters that follow the rows.
         """
         guide = setup.guide
-        inside = [s for s in setup.prototype.latents if any(p.name in rows.all_plates for p in s.plates)]
+        inside = [s for s in setup.prototype.latents if s.is_in(rows.all_plates)]
         if not isinstance(guide, FactorisedNormal):
             if inside and guide is not None:
                 raise ModelError(

@@ -36,7 +36,7 @@ def measure(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]
     if gap is not None:
         setup.objective.add_note(gap)
         warn(gap)
-    exact = _exact_terms(setup, phi, theta)
+    exact = setup.objective.exact_terms(phi, theta)
     rows = []
     for row in setup.objective.shown_plan.rows:
         values = exact.get(row.site, torch.cat([part["terms"][row.site] for part in parts]))
@@ -47,16 +47,9 @@ def measure(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]
 
 def exact_table(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> ElboTerms:
     """The bound of a problem in which no term needs draws."""
-    values = _exact_terms(setup, phi, theta)
+    values = setup.objective.exact_terms(phi, theta)
     rows = tuple(TermRow.of(row, float(values[row.site]), 0.0) for row in setup.objective.shown_plan.rows)
     return ElboTerms(rows, float(torch.stack(list(values.values())).sum()), 0.0)
-
-
-def _exact_terms(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Terms that need no draws, by site."""
-    objective = setup.objective
-    with torch.no_grad():
-        return objective.exact_terms(phi, theta)
 
 
 def disagreement(parts: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> str | None:

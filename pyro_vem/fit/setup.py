@@ -113,7 +113,7 @@ class Setup:
     def map_sites_in(self, plates: Container[str]) -> list[str]:
         """MAP sites inside one of these plates: each of its rows has a value of its own."""
         latents = (self.prototype.latent(name) for name in self.problem.map_sites)
-        return [site.name for site in latents if any(plate.name in plates for plate in site.plates)]
+        return [site.name for site in latents if site.is_in(plates)]
 
     @property
     def is_our_code(self) -> bool:

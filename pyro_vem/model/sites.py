@@ -1,7 +1,7 @@
 """Sites of a model: latents with their bijectors, plates, initial values."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -66,6 +66,10 @@ class Latent:
     def unconstrained(self) -> Tensor:
         """The initial value on the unconstrained scale."""
         return self.transform.inv(self.init)
+
+    def is_in(self, plates: Container[str]) -> bool:
+        """True inside one of these plates."""
+        return any(plate.name in plates for plate in self.plates)
 
     def idle_in(self, value: Tensor) -> Tensor:
         """Which numbers of a value, on either scale, belong to idle elements; flat."""

@@ -14,6 +14,7 @@ from ..fit.scales import Scales
 from ..fit.smooth import Smooth, newton_step
 from ..fit.starts import merit
 from ..fit.state import joint_loss, loss_of, state_at
+from ..fit.stopping import scaled_gradient
 from ..guides.amortized import AmortizedNormal
 from ..guides.factorised import Factorised, FactorisedNormal
 from ..guides.mean_field import MeanFieldNormal
@@ -43,13 +44,13 @@ def one_more_step(fit: VEMResult) -> tuple[float, float]:
     with isolated(torch.float64):
         state = state_at(setup, fit.guide_params, fit.params, fit.elbo)
         joint = Smooth(joint_loss(setup), state.joint, Scales(setup).of(state, "joint", 0))
-        gradient = np.linalg.norm(joint.gradient(np.zeros(joint.origin.size))) / joint.origin.size**0.5
+        gradient = scaled_gradient(joint)
         loss, x = loss_of(setup, state, "E")
         lengths = Scales(setup).of(state, "E", 0)
         smooth, zero = Smooth(loss, x, lengths), np.zeros_like(x)
         move = newton_step(loss, x, lengths, smooth.gradient(zero), PRODUCTS)
         gain = smooth.value(zero) - smooth.value(move)
-    return float(gradient), max(0.0, float(gain))
+    return gradient, max(0.0, float(gain))
 
 
 def other_starts(fit: VEMResult, restarts: int, seed: int) -> tuple[str | None, str]:

@@ -86,7 +86,7 @@ def _held(fit: VEMResult, data: Any, refine: bool, seed: int, options: FitOption
     setup = set_up(model, data, fresh, None, None, options, seed)
     rows = _row_plates(fit)
     assert isinstance(setup.guide, FactorisedNormal)
-    inside = [s.name for s in setup.guide.latents() if any(p.name in rows for p in s.plates)]
+    inside = [s.name for s in setup.guide.latents() if s.is_in(rows)]
     for name in setup.map_sites_in(rows):
         raise ModelError(
             f"infer() holds values of map_sites, and {name!r} has one for each row: leave it out of "

@@ -56,7 +56,7 @@ def sandwich(fit: VEMResult, plate: str) -> Vector:
 
 def _check_shared(fit: VEMResult, plate: str) -> None:
     """Refuse latents outside the plate that are a sample themselves: their spread is in no row's score."""
-    shared = [s for s in fit.setup.prototype.latents if plate not in {p.name for p in s.plates}]
+    shared = [s for s in fit.setup.prototype.latents if not s.is_in((plate,))]
     for site in shared:
         if site.plates:
             other = site.plates[0].name
@@ -87,7 +87,7 @@ def _with_moving_priors(fit: VEMResult, names: list[str]) -> list[str]:
 def _outside(fit: VEMResult, plate: str) -> Indices:
     """Coordinates of phi that belong to factors outside a plate."""
     phi, latents = fit.setup.phi, fit.setup.prototype.latents
-    sites = {site.name for site in latents if any(p.name == plate for p in site.plates)}
+    sites = {site.name for site in latents if site.is_in((plate,))}
     inside = [name for name in phi.names if name.split(".")[-1] in sites]
     if any("$$$" in name for name in phi.names):
         raise ModelError("factors from an encoder are not those of single rows: there is no sandwich")
