@@ -15,7 +15,7 @@ from torch import Tensor
 from ..model.checks import SingularMatrix, regular
 from ..model.data import Arguments
 from ..model.runtime import Execution
-from ..model.together import Together
+from ..model.together import Together, one_by_one
 from .draws import NoiseSpec, independent_noise, matched_noise
 from .exact import ExactTerms
 from .grids import Batch, Rows, grid, split
@@ -287,8 +287,7 @@ class Objective:
                 reason = str(error).strip().splitlines()[0][:120]
                 self.add_note(f"one run a draw: torch.func.vmap refuses the model ({reason})")
         num = min(len(next(iter(noise.values()))), most_runs or sys.maxsize)
-        rows = [one({name: value[i] for name, value in noise.items()}) for i in range(num)]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return one_by_one(one, noise, num)
 
     def deterministic(self, theta: Values, values: Values) -> dict[str, Tensor]:
         """Deterministic sites at given draws of the latents, (draws, *site) each."""

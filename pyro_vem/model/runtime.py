@@ -60,17 +60,15 @@ def isolated(
         False
     """
     wake(device)
-    rng = generators()
-    torch_validation = torch.distributions.Distribution._validate_args
     usual_threads = torch.get_num_threads()
     taken, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []  # dimensions of plates
     try:
         if threads is not None and threads != usual_threads:
             torch.set_num_threads(threads)
         with (
-            pyro.poutine.block(),  # outermost, so handlers of the caller see nothing
+            repeatable(),
+            pyro.poutine.block(),  # before other handlers, so that those of the caller see nothing
             pyro.get_param_store().scope(),
-            pyro.validation_enabled(False),
             default_dtype(dtype or torch.get_default_dtype()),
             on_device(device or torch.get_default_device()),
             light_shapes(),
@@ -85,8 +83,6 @@ def isolated(
         if torch.get_num_threads() != usual_threads:
             torch.set_num_threads(usual_threads)
         _DIM_ALLOCATOR._stack = taken
-        torch.distributions.Distribution._validate_args = torch_validation
-        set_generators(rng)
 
 
 def reuse_memory() -> None:

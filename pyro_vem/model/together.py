@@ -56,6 +56,12 @@ class Together:
         return result
 
 
+def one_by_one(one: Callable[[Any], dict[str, Tensor]], batch: Values, num: int) -> dict[str, Tensor]:
+    """A function at so many points of a batch, one after another."""
+    rows = [one({name: value[i] for name, value in batch.items()}) for i in range(num)]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
 def _with_own(one: Callable[[Any], Result], at: dict[str, Tensor]) -> Result:
     zero = torch.zeros_like(next(iter(at.values())).detach().sum())  # one for each run
     with _Own(zero):

@@ -17,6 +17,7 @@ from ..guides.factorised import Factorised
 from ..model.data import Arguments, arguments
 from ..model.runtime import Site, is_deterministic, isolated
 from ..model.sites import latent_of, plates_of
+from ..model.together import one_by_one
 
 Kind: TypeAlias = Literal["posterior", "prior"]
 Draws: TypeAlias = dict[str, dict[str, Tensor]]
@@ -233,5 +234,4 @@ def _each(
 ) -> dict[str, Tensor]:
     """`one` at every draw, one after another: many samplers of torch refuse vmap."""
     with isolated(torch.float64, seed), torch.no_grad():
-        rows = [one({name: value[i] for name, value in values.items()}) for i in range(num_draws)]
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return one_by_one(one, values, num_draws)

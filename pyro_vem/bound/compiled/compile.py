@@ -16,7 +16,7 @@ from ...model.parameters import Parameter
 from ...model.runtime import Execution, Site
 from ...model.sites import Latent
 from ...model.support import plain_parts
-from ...model.together import Together
+from ...model.together import Together, one_by_one
 from ..dependence import differ, fingerprint
 from .affine import Probe
 from .blocks import merge
@@ -173,9 +173,7 @@ class Compiled:
         except (ModelError, UnsupportedModelError):
             raise
         except Exception:  # the model refuses vmap: probing runs it point by point
-            num = len(next(iter(batch.values())))
-            rows = [self._slots({k: v[i] for k, v in batch.items()}) for i in range(num)]
-            return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+            return one_by_one(self._slots, batch, len(next(iter(batch.values()))))
 
     def _compile(self, generator: torch.Generator) -> None:
         points = [{k: Probe._normal(generator, n) for k, n in self.variables.sizes.items()} for _ in range(3)]
