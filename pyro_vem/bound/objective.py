@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..model.checks import SingularMatrix, regular
 from ..model.data import Arguments
-from ..model.runtime import Execution
 from ..model.together import Together, one_by_one
 from .draws import NoiseSpec, independent_noise, matched_noise
 from .exact import ExactTerms
 from .grids import Batch, Rows, grid, split
+from .groups import flattened, grouped, groups_of
 from .lifted.marginal import Marginal
 from .problem import Problem
 from .tables import Plan
@@ -338,7 +338,11 @@ class Objective:
             ModelError: if a matrix of the model is singular at a draw.
         """
         generator, chunk = torch.Generator().manual_seed(seed), self.draws_for(AT_ONCE)
-        parts: list[dict[str, dict[str, Tensor]]] = []
+
+        def one(noise: Values) -> dict[str, Tensor]:
+            return flattened(groups_of(self.plan, *self.problem.run(phi, theta, noise), keep))
+
+        parts: list[dict[str, Tensor]] = []
         with torch.no_grad():
             for start in range(0, num_draws, chunk):
                 size = min(chunk, num_draws - start)
@@ -347,79 +351,13 @@ class Objective:
                 else:
                     drawn = {name: value[start : start + size] for name, value in noise.items()}
                 with regular("a draw of the guide"):
-                    parts.append(self._sample(phi, theta, size, drawn, keep, most_runs))
+                    if self.specs:
+                        parts.append(self._each(one, drawn, most_runs))
+                    else:
+                        parts.append({name: v.expand(size, *v.shape) for name, v in one({}).items()})
                 if not self.is_vectorised and start + size >= (most_runs or num_draws):
                     break
-        return {
-            group: {name: torch.cat([part[group][name] for part in parts]) for name in parts[0][group]}
-            for group in parts[0]
-        }
-
-    def _sample(
-        self,
-        phi: Values,
-        theta: Values,
-        size: int,
-        noise: Values,
-        keep: Collection[str],
-        most_runs: int | None,
-    ) -> dict[str, dict[str, Tensor]]:
-        plan = self.plan
-
-        def one(noise: Values) -> dict[str, Tensor]:
-            sites, model = self.problem.run(phi, theta, noise)
-            flat: dict[str, Tensor] = {}
-            for group, members in _groups(plan, sites, model, keep).items():
-                if group in keep:
-                    flat.update({f"{group}\0{name}": value for name, value in members.items()})
-            return flat
-
-        if self.specs:
-            flat = self._each(one, noise, most_runs)
-        else:
-            flat = {name: value.expand(size, *value.shape) for name, value in one({}).items()}
-        return grouped(flat, keep)
-
-
-def grouped(flat: Values, groups: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """Values whose names begin with their group and a zero character, by group and name."""
-    found: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
-    for key, value in flat.items():
-        group, name = key.split("\0")
-        found[group][name] = value
-    return found
-
-
-def _groups(
-    plan: Plan, guide_sites: Mapping[str, Any], model: Execution, keep: Collection[str]
-) -> dict[str, dict[str, Tensor]]:
-    """What one run tells, by group."""
-    latents = {n: s["value"] for n, s in model.latents.items()}
-    deterministic = {n: s["value"] for n, s in model.deterministic.items()}
-    groups = {"values": {**latents, **deterministic}}
-    known: dict[int, Tensor] = {}  # by site: several groups need the same densities
-    marginal = Marginal.of(model)
-
-    def density(site: dict[str, Any]) -> Tensor:
-        if id(site) not in known:
-            known[id(site)] = marginal.density(site)
-        return known[id(site)]
-
-    if "densities" in keep:
-        log_p = [density(site).sum() for site in model.sites.values()]
-        log_q = [density(site).sum() for site in guide_sites.values()] or [torch.zeros(())]
-        groups["densities"] = {"log_p": torch.stack(log_p).sum(), "log_q": torch.stack(log_q).sum()}
-    if "log_likelihood" in keep:
-        groups["log_likelihood"] = {n: density(model.sites[n]) for n in marginal.likelihood}
-    if "model_rows" in keep:
-        groups["model_rows"] = {n: density(s) for n, s in model.sites.items()}
-    if "guide_rows" in keep:
-        groups["guide_rows"] = {n: density(s) for n, s in guide_sites.items()}
-    if "observed" in keep:
-        groups["observed"] = {n: s["value"] for n, s in model.sites.items() if s["is_observed"]}
-    if "terms" in keep:
-        groups["terms"] = site_terms(plan, guide_sites, model.sites, density)
-    return groups
+        return grouped({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, keep)
 
 
 def _nodes(batches: Iterable[Batch]) -> dict[str, int]:

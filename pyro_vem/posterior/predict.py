@@ -9,8 +9,8 @@ import torch
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
+from ..bound.groups import flattened, grouped
 from ..bound.lifted.marginal import Marginal
-from ..bound.objective import grouped
 from ..errors import ModelError
 from ..fit.result import VEMResult
 from ..guides.factorised import Factorised
@@ -66,8 +66,8 @@ def predict(
 
     def one(draw: Mapping[str, Tensor]) -> dict[str, Tensor]:
         observed, latents, _ = _run(fit, call, draw, is_predicting=True)
-        found = {f"latents\0{name}": site["value"] for name, site in latents.items()}
-        return found | {f"observed\0{name}": site["value"] for name, site in observed.items()}
+        sites = {"latents": latents, "observed": observed}
+        return flattened({group: {n: s["value"] for n, s in own.items()} for group, own in sites.items()})
 
     return grouped(_each(one, values, num_draws, _stream(seed, 1)), ("latents", "observed"))
 
