@@ -27,7 +27,8 @@ from .jumps import jumping
 from .minibatch import fit_batches
 from .processes import Processes
 from .result import VEMResult
-from .run import Callback, MStep, Run, Schedule, StepMethod
+from .run import Callback, MStep, Run, StepMethod
+from .schedule import Schedule, schedule_of
 from .setup import FitOptions, Setup, set_up
 from .starts import best_of
 from .state import State
@@ -301,7 +302,7 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
     run.border.look_inside()
     run.few.begin(max_iter)
     for iteration in range(run.iterations + 1, max_iter + 1):
-        how = run.schedule_of(iteration, schedule)
+        how = schedule_of(run, iteration, schedule)
         if how == "profile":
             run.profile(iteration)
         else:
@@ -317,7 +318,7 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
             run.border.go()
             if run.is_stalled():
                 return Status.diverged if run.is_diverged(is_last=True) else Status.stalled
-        if run.schedule_of(iteration + 1, schedule) in ("alternate", "accelerated"):
+        if schedule_of(run, iteration + 1, schedule) in ("alternate", "accelerated"):
             run.maximise(iteration, how == "accelerated")
         run.save()
     if schedule != "joint":

@@ -22,7 +22,7 @@ from .kinks import Kinks
 from .minimise import Method
 from .profile import Profile
 from .result import VEMResult
-from .saddle import past_saddle
+from .saddle import has_left_saddle
 from .scales import Scales
 from .setup import FitOptions, Setup
 from .smooth import Smooth
@@ -32,18 +32,14 @@ from .status import Status, Step, progress_bar
 from .steps import check_second_derivatives, hooked, note_idle, start_factors, step
 from .stopping import remaining, runaway, stalled, standing_still
 
-Schedule = Literal["auto", "alternate", "accelerated", "profile", "joint"]
 StepMethod = Literal["auto", "newton", "lbfgs"]
 Hook = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 MStep: TypeAlias = StepMethod | Mapping[str, Hook]
 Callback = Callable[[Step, Mapping[str, Tensor]], None]
 ROUNDING = 1e3 * float(np.finfo(np.float64).eps)  # of the bound, relative
-PROFILE_FROM = 3  # rounds: two of EM before
-MOST_PROFILED = 60  # parameters
 SLOW_AFTER = 10  # rounds of EM before a joint step may follow
 MOST_KEPT = 100_000  # parameters of which the points after each step are kept, for plots
 NEWTON_LIMIT = 5_000_000  # parameters in a block beyond which its Krylov vectors outgrow memory
-MOST_SADDLES = 5  # that a fit leaves
 MOST_POLISHED = 30  # rounds of closed forms after convergence
 FIRST_GTOL = 1e-2  # scaled gradient norm, of first steps
 FIXED = 1e-13  # movement in a round at which closed forms stand still
@@ -158,26 +154,6 @@ class Run:
         self.evaluated = None if smooth is None else (self.state, smooth)
         self.record(row)
 
-    def schedule_of(self, iteration: int, schedule: Schedule) -> Schedule:
-        """What one round does; "auto" decides by whether steps have closed forms.
-
-        Two rounds of EM leave the start. Then quasi-Newton steps in theta, where the E-step is exact
-        and theta is small; extrapolation of the rounds where all steps are closed; elsewhere EM, with
-        joint steps once it has become slow.
-        """
-        has_both = self.setup.theta.size > 0 and (self.setup.phi.size > 0 or self.closed is not None)
-        if schedule == "profile":
-            return "profile" if iteration >= PROFILE_FROM and self.setup.theta.size else "alternate"
-        if schedule != "auto":
-            return schedule
-        if self.hooks:  # joint and profile steps would pass them by
-            return "accelerated" if self.closed is not None and self.closed.is_complete else "alternate"
-        if self.closed is None or not self.closed.is_complete:
-            return "joint" if self.is_slow() else "alternate"
-        if self.closed.is_exact and has_both and self.setup.theta.size <= MOST_PROFILED:
-            return "profile" if iteration >= PROFILE_FROM else "alternate"
-        return "accelerated"
-
     def profile(self, iteration: int) -> None:
         """A quasi-Newton step in theta, with the E-step at its end."""
         self.iterations = iteration
@@ -268,7 +244,7 @@ class Run:
         smooth = self.smooth()
         left = remaining(smooth, tol)
         if left.is_small(tol) or (left.is_no_maximum and gain < tol):
-            if self._has_left_saddle(smooth):
+            if has_left_saddle(self, smooth):
                 return False
             if left.is_small(tol) and not self.border.has_released():
                 self.border.mark()
@@ -284,22 +260,6 @@ class Run:
         if known is not None and known[0] is self.state and not self.setup.objective.has_kinks:
             return known[1].in_units_of(scale)
         return Smooth(joint_loss(self.setup), self.state.joint, scale)
-
-    def _has_left_saddle(self, smooth: Smooth) -> bool:
-        """True if the point was a saddle of the bound, and the fit goes on from a higher one."""
-        if self.saddles == MOST_SADDLES:
-            return False
-        start = time.perf_counter()
-        found = past_saddle(self.setup, self.state, smooth, self.tolerance())
-        if found is None:
-            return False
-        old, (self.state, names) = self.state, found
-        self.saddles, self.failed, self.next_check = self.saddles + 1, 0, self.iterations + 2
-        self.is_expected = False
-        self.forget_rounds()
-        seconds, note = time.perf_counter() - start, f"left a saddle of the bound along {names}"
-        self.record(Step(self.iterations, "check", old.elbo, self.state.elbo, 0.0, 0, 0, seconds, note))
-        return True
 
     def tolerance(self) -> float:
         """The caller's tolerance, or what rounding leaves of a bound of many nats."""

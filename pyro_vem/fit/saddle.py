@@ -1,6 +1,8 @@
 """Points where the gradient vanishes and the bound still rises: saddles, where no step would leave."""
 
+import time
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import linalg as sparse_linalg
@@ -8,12 +10,39 @@ from scipy.sparse import linalg as sparse_linalg
 from .setup import Setup
 from .smooth import Smooth, Vector
 from .state import State, elbo_at, moved
+from .status import Step
 
+if TYPE_CHECKING:
+    from .run import Run
+
+MOST_SADDLES = 5  # that a fit leaves
 SMALL = 30  # parameters up to which the whole Hessian is formed
 MOST_ROUNDS = 12  # of the search for a direction of negative curvature
 NEGATIVE = -1e-3  # curvature in scaled coordinates, where one is a factor's own
 LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01)  # of trial steps; coordinates are scaled to posterior sds
 ENTERS = 0.1  # share of the largest part of a direction, by which a name enters it
+
+
+def has_left_saddle(run: "Run", smooth: Smooth) -> bool:
+    """True if the point of a run was a saddle of the bound, and it goes on from a higher one.
+
+    Args:
+        run: where the gradient vanishes.
+        smooth: minus the bound in both blocks, about that point.
+    """
+    if run.saddles == MOST_SADDLES:
+        return False
+    start = time.perf_counter()
+    found = past_saddle(run.setup, run.state, smooth, run.tolerance())
+    if found is None:
+        return False
+    old, (run.state, names) = run.state, found
+    run.saddles, run.failed, run.next_check = run.saddles + 1, 0, run.iterations + 2
+    run.is_expected = False
+    run.forget_rounds()
+    seconds, note = time.perf_counter() - start, f"left a saddle of the bound along {names}"
+    run.record(Step(run.iterations, "check", old.elbo, run.state.elbo, 0.0, 0, 0, seconds, note))
+    return True
 
 
 def past_saddle(setup: Setup, state: State, smooth: Smooth, tol: float) -> tuple[State, str] | None:

@@ -20,7 +20,8 @@ from ..errors import ModelError, warn
 from .acceleration import Extrapolation
 from .closed import NOISE
 from .result import VEMResult
-from .run import PROFILE_FROM, ROUNDING, Run, Schedule
+from .run import ROUNDING, Run
+from .schedule import PROFILE_FROM, Schedule, schedule_of
 from .smooth import Vector
 from .state import State
 from .status import Status, Step
@@ -100,7 +101,7 @@ def can_go_together(run: Run, schedule: Schedule, num_starts: int) -> bool:
     is_asked_for = schedule in ("auto", "accelerated", "alternate") and run.methods == ("auto", "auto")
     if closed is None or not closed.is_complete or not is_asked_for or setup.processes.count > 1:
         return False
-    if run.schedule_of(PROFILE_FROM, schedule) == "profile":  # which leaves a saddle where EM creeps
+    if schedule_of(run, PROFILE_FROM, schedule) == "profile":  # which leaves a saddle where EM creeps
         return False
     lifted = closed.terms.lifted
     if not lifted.discrete:  # each start has draws, and a problem, of its own
