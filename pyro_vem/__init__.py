@@ -13,8 +13,8 @@ from .bound.kl import register_kl
 from .bound.tables import ElboTerms, Plan
 from .errors import ModelError, NonMonotoneError, UnsupportedModelError, VEMError
 from .fit.driver import fit_vem
+from .fit.options import FitOptions
 from .fit.result import VEMResult
-from .fit.setup import FitOptions
 from .fit.status import Status, Step
 from .guides.amortized import AmortizedNormal
 from .guides.conjugate import MeanFieldConjugate

@@ -18,9 +18,10 @@ from ..model.dtypes import default_dtype
 from ..model.parameters import Block
 from ..model.rows import Rows
 from .locals import Locals
+from .options import FitOptions
 from .processes import Processes
 from .result import VEMResult
-from .setup import FitOptions, Setup, encoded_moments
+from .setup import Setup, encoded_moments
 from .starts import initial_values
 from .status import Status, Step
 

@@ -25,11 +25,12 @@ from .capture import Compile
 from .checkpoint import Checkpoint
 from .jumps import jumping
 from .minibatch import fit_batches
+from .options import FitOptions
 from .processes import Processes
 from .result import VEMResult
 from .run import Callback, MStep, Run, StepMethod
 from .schedule import Schedule, schedule_of
-from .setup import FitOptions, Setup, set_up
+from .setup import Setup, set_up
 from .starts import best_of
 from .state import State
 from .status import Status, Step

@@ -14,8 +14,9 @@ from ..guides.factorised import FactorisedNormal
 from ..model.parameters import PartlyHeld
 from ..model.sites import Latent
 from .measure import MOST_NUMBERS, disagreement
+from .options import FitOptions
 from .scales import free_sites
-from .setup import FitOptions, Setup
+from .setup import Setup
 from .smooth import Smooth, Vector, newton_step
 from .state import State, joint_loss, own_elbo
 

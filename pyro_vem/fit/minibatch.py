@@ -29,11 +29,12 @@ from .batched import ENCODER_EPOCHS, BatchFit, check_batches, held_out_bound, me
 from .capture import Compile
 from .checkpoint import Checkpoint
 from .network import NetworkStep
+from .options import FitOptions
 from .processes import Processes
 from .result import VEMResult
 from .scales import Scales
 from .settling import settled
-from .setup import FitOptions, Setup, set_up
+from .setup import Setup, set_up
 from .state import State
 from .status import Status, Step, progress_bar
 from .stopping import exploded

@@ -19,7 +19,8 @@ from .copies import Copied
 from .edges import Edge, sentences
 from .exactness import values_of
 from .measure import exact_table, measure
-from .setup import FitOptions, Setup
+from .options import FitOptions
+from .setup import Setup
 from .state import State
 from .status import Status, Step
 

@@ -20,11 +20,12 @@ from .exactness import check_kl, compile_terms, more_draws, prepare, settle, set
 from .few import FewDraws
 from .kinks import Kinks
 from .minimise import Method
+from .options import FitOptions
 from .profile import Profile
 from .result import VEMResult
 from .saddle import has_left_saddle
 from .scales import Scales
-from .setup import FitOptions, Setup
+from .setup import Setup
 from .smooth import Smooth
 from .starts import finite_elbo, initial_values, scattered
 from .state import State, elbo_at, joint_loss

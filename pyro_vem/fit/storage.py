@@ -22,8 +22,9 @@ from ..model.parameters import PartlyHeld
 from ..model.runtime import isolated
 from .edges import Edge
 from .exactness import compile_terms, settle
+from .options import FitOptions
 from .result import VEMResult
-from .setup import FitOptions, Setup, partly_held, set_up
+from .setup import Setup, partly_held, set_up
 from .starts import Start
 from .state import state_at
 from .status import Status, Step

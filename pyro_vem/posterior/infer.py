@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..fit.driver import climb
+from ..fit.options import FitOptions
 from ..fit.result import VEMResult
-from ..fit.setup import FitOptions, Setup, encoded_moments, partly_held, set_up
+from ..fit.setup import Setup, encoded_moments, partly_held, set_up
 from ..guides.amortized import AmortizedNormal
 from ..guides.factorised import FactorisedNormal
 from ..guides.mean_field import MeanFieldNormal
