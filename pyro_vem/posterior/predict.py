@@ -33,16 +33,7 @@ def predict(
     correction: str | None = None,
     seed: int = 0,
 ) -> Draws:
-    """Draws of the latents and of the data that they predict, at the fitted parameters.
-
-    Args:
-        fit: the result.
-        num_draws: draws.
-        data: new data, as `fit_vem` takes them; leave out what is to be predicted if it has a
-            default, or pass None for it. None for the data of the fit.
-        kind: "posterior" or "prior" draws of the latents.
-        correction: as in ``fit.sample``.
-        seed: of the draws.
+    """Draws of the latents and of the data that they predict; arguments as in `pyro_vem.VEMResult.predict`.
 
     Returns:
         "latents" (deterministic sites included) and "observed" (draws of the observed sites), each
