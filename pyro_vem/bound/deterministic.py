@@ -15,6 +15,7 @@ from .certificate import View
 from .compiled.compile import Compiled, Variables
 from .compiled.expect import ROUGHLY, SETTLED
 from .compiled.moments import Moments
+from .exact import ExactTerms
 from .kl import lookup, negative_entropy
 from .kl.entropy import normal_entropy
 from .tables import PlanRow
@@ -56,7 +57,7 @@ def _base_moments(fn: Any) -> tuple[Tensor, Tensor]:
     return fn.loc, fn.scale
 
 
-class Deterministic:
+class Deterministic(ExactTerms):
     """Compiled terms of a problem with a factorised Gaussian guide.
 
     Args:
@@ -119,11 +120,6 @@ class Deterministic:
     def is_small(self) -> bool:
         """True if the linear maps of all terms are matrices."""
         return self.compiled.merged.is_small
-
-    @property
-    def not_averages(self) -> frozenset[str]:
-        """None: each is the average of its density."""
-        return frozenset()
 
     def shown(self, row: PlanRow) -> PlanRow:
         """A row of the plan with the method and the proof of its compiled term."""

@@ -26,7 +26,7 @@ class ExactTerms(Protocol):
     @property
     def rough(self) -> Collection[str]:
         """Rows that were exact, and found to differ from draws."""
-        ...
+        return ()
 
     @property
     def num_elements(self) -> int:
@@ -36,12 +36,12 @@ class ExactTerms(Protocol):
     @property
     def is_small(self) -> bool:
         """True if all that an evaluation does is a few operations on few numbers."""
-        ...
+        return False
 
     @property
     def not_averages(self) -> frozenset[str]:
         """Rows that draws of log densities do not average to."""
-        ...
+        return frozenset()
 
     def shown(self, row: PlanRow) -> PlanRow:
         """An exact row of the plan with its method and proof."""
@@ -61,11 +61,11 @@ class ExactTerms(Protocol):
 
     def flat_total(self, phi: Tensor, theta: Tensor) -> Tensor | None:
         """The sum straight from flat vectors; None if that needs constrained values."""
-        ...
+        return None
 
     def refine(self, phi: Values, theta: Values, is_last: bool) -> bool:
         """Enough quadrature nodes; True if something changed."""
-        ...
+        return False
 
     def recheck(self, phi: Values, theta: Values, seed: int) -> list[str]:
         """Rows that were refused because they differ from the model at draws of the guide."""

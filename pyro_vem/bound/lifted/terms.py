@@ -1,13 +1,14 @@
 """A lifted problem as the exact part of a bound."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...guides.conjugate import MeanFieldConjugate
+from ..exact import ExactTerms
 from ..tables import PlanRow
 from .lifted import Lifted, Values
 
@@ -15,7 +16,7 @@ Draw = Callable[[Values, Values, int, int], Iterable[Values]]
 NUM_CHECKS = 16  # draws of the fitted guide at which tables are held against the model
 
 
-class LiftedTerms:
+class LiftedTerms(ExactTerms):
     """Tables at the expected statistics of a conjugate guide.
 
     Args:
@@ -29,9 +30,7 @@ class LiftedTerms:
         self, lifted: Lifted, guide: MeanFieldConjugate | None, draw: Draw, shares: Mapping[str, float]
     ) -> None:
         self.lifted, self.guide, self._draw, self.shares = lifted, guide, draw, shares
-        self.rough: Collection[str] = ()
-        shapes = [table.shape for table in lifted.found.tables.values()]
-        self.num_elements = sum(math.prod(shape) for shape in shapes)
+        self._num_elements = sum(math.prod(table.shape) for table in lifted.found.tables.values())
 
     @property
     def names(self) -> frozenset[str]:
@@ -39,9 +38,9 @@ class LiftedTerms:
         return self.lifted.names
 
     @property
-    def is_small(self) -> bool:
-        """False: their steps have closed forms, and few Hessians are asked for."""
-        return False
+    def num_elements(self) -> int:
+        """Densities that one draw costs."""
+        return self._num_elements
 
     @property
     def not_averages(self) -> frozenset[str]:
@@ -91,14 +90,6 @@ class LiftedTerms:
         with torch.no_grad():
             found = self.lifted.responsibilities(self.statistics(phi, theta), theta)
         return {name: value.movedim(0, -1) for name, value in found.items()}
-
-    def flat_total(self, phi: Tensor, theta: Tensor) -> Tensor | None:
-        """None: statistics are made of constrained values."""
-        return None
-
-    def refine(self, phi: Values, theta: Values, is_last: bool) -> bool:
-        """False: nothing here is a quadrature."""
-        return False
 
     def recheck(self, phi: Values, theta: Values, seed: int) -> list[str]:
         """Factors that differ from the model at draws of the guide: a kink or a branch lies there."""
