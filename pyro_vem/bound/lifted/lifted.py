@@ -21,7 +21,7 @@ from .masked import Masked
 from .matching import Factors, Matching, Tables
 from .placing import lift_placed
 from .table import Table, monomials_of
-from .variables import Variable, generic, latent_variable, parameter_variable
+from .variables import Variable, generic, variables_of
 
 LEVEL = 1e-9  # nats within which components are equal
 Values = Mapping[str, Tensor]
@@ -74,14 +74,7 @@ class Lifted:
             if name in self.discrete
         }
         self.sizes = {n: [(p.dim, p.size) for p in plates] for n, plates in prototype.summed_out.items()}
-        made = {
-            site.name: parameter_variable(Parameter(site.name, site.support, site.init))
-            if site.name in self.map_sites
-            else latent_variable(site, first.sites[site.name])
-            for site in prototype.latents
-        } | {p.name: parameter_variable(p) for p in parameters}
-        variables = {n: variable for n, variable in made.items() if not isinstance(variable, str)}
-        refused = {n: reason for n, reason in made.items() if isinstance(reason, str)}
+        variables, refused = variables_of(prototype, first, parameters, self.map_sites)
         generator = torch.Generator().manual_seed(seed)
         free = {s.name: (s.transform, s.unconstrained) for s in prototype.latents}
         free |= {p.name: (transform_to(p.constraint), p.unconstrained) for p in parameters}

@@ -1,6 +1,6 @@
 """The variables of a log joint, latents and parameters alike, and how their elements are placed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ...model.parameters import Parameter
-from ...model.runtime import Site
+from ...model.prototype import Prototype
+from ...model.runtime import Execution, Site
 from ...model.sites import Latent
 from ...model.support import element_of
 from ..kl import leaf_of
@@ -151,6 +152,20 @@ def parameter_variable(parameter: Parameter) -> Variable | str:
         centre = torch.zeros_like(value)
         return Variable(parameter.name, False, "positive", PARAMETERS["positive"], centre, value.clone(), 0)
     return f"no statistics for the constraint {constraint}"
+
+
+def variables_of(
+    prototype: Prototype, run: Execution, parameters: Sequence[Parameter], map_sites: Collection[str]
+) -> tuple[dict[str, Variable], dict[str, str]]:
+    """Latents and parameters as variables, and why others are none."""
+    made = {
+        site.name: parameter_variable(Parameter(site.name, site.support, site.init))
+        if site.name in map_sites
+        else latent_variable(site, run.sites[site.name])
+        for site in prototype.latents
+    } | {p.name: parameter_variable(p) for p in parameters}
+    variables = {name: variable for name, variable in made.items() if not isinstance(variable, str)}
+    return variables, {name: reason for name, reason in made.items() if isinstance(reason, str)}
 
 
 def generic(transform: Callable[[Tensor], Tensor], start: Tensor, generator: torch.Generator) -> Tensor:
