@@ -80,31 +80,12 @@ def plan_problem(
     problem: Problem,
     phi: Values,
     theta: Values,
-    analytic: str = "auto",
-    bounds: bool = False,
-    is_lifted: bool = False,
+    analytic: str,
+    bounds: bool,
+    is_lifted: bool,
 ) -> tuple[Plan, tuple[NoiseSpec, ...]]:
     """The plan of a problem and the noise that its guide takes, from one checked run."""
-    specs: list[NoiseSpec] = []
-    sites = {}
-    if problem.guide is not None:
-
-        def centre(site: dict[str, Any]) -> Tensor:
-            fn = site["fn"]
-            if not fn.has_rsample:
-                raise UnsupportedModelError(
-                    f"guide site {site['name']!r} ({type(fn).__name__}) is not reparameterised: "
-                    "score-function gradients are not supported yet; use a reparameterised distribution"
-                )
-            event = noise_event(site)
-            if event is None:
-                return transport(fn, torch.zeros(()))
-            specs.append(NoiseSpec(site["name"], tuple(fn.batch_shape), event, plates_of(site)))
-            return transport(fn, torch.zeros(specs[-1].shape))
-
-        # With gradients, so that it shows what a Delta of the guide depends on.
-        leaves = {name: value.detach().clone().requires_grad_() for name, value in phi.items()}
-        sites = run_checked(problem.guide, problem.call, leaves, centre, "guide").sites
+    sites, specs = _centred(problem, phi)
     values = {name: site["value"] for name, site in sites.items()}
     values.update({name: theta[name] for name in problem.map_sites})
 
@@ -122,7 +103,32 @@ def plan_problem(
             guide, sites, model_sites, _pair(problem, phi, theta),
             map_sites=problem.map_sites, analytic=analytic, bounds=bounds, is_lifted=is_lifted,
         )  # fmt: skip
-    return plan, tuple(specs)
+    return plan, specs
+
+
+def _centred(problem: Problem, phi: Values) -> tuple[dict[str, Any], tuple[NoiseSpec, ...]]:
+    """Sites of one checked run of the guide, where its noise is zero, and that noise."""
+    specs: list[NoiseSpec] = []
+    if problem.guide is None:
+        return {}, ()
+
+    def centre(site: dict[str, Any]) -> Tensor:
+        fn = site["fn"]
+        if not fn.has_rsample:
+            raise UnsupportedModelError(
+                f"guide site {site['name']!r} ({type(fn).__name__}) is not reparameterised: "
+                "score-function gradients are not supported yet; use a reparameterised distribution"
+            )
+        event = noise_event(site)
+        if event is None:
+            return transport(fn, torch.zeros(()))
+        specs.append(NoiseSpec(site["name"], tuple(fn.batch_shape), event, plates_of(site)))
+        return transport(fn, torch.zeros(specs[-1].shape))
+
+    # With gradients, so that it shows what a Delta of the guide depends on.
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in phi.items()}
+    sites = run_checked(problem.guide, problem.call, leaves, centre, "guide").sites
+    return sites, tuple(specs)
 
 
 def _pair(problem: Problem, phi: Values, theta: Values) -> Pair:
