@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import ModelError
 from ..guides.factorised import Factorised
-from ..model.runtime import Site
+from ..model.runtime import Site, is_summed_out
 from ..model.sites import plates_of
 from .certificate import Certificate, View, certify, find_views
 from .dependence import Dependence, Pair, dependence
@@ -122,7 +122,7 @@ def _method(
     bounds: bool,
 ) -> tuple[str, str]:
     sampled = "draws" if q["fn"].has_rsample else "score function"
-    if (q["infer"] or {}).get("enumerate") == "parallel":
+    if is_summed_out(q):
         return "enumeration", "every value, weighted by the guide"
     if analytic == "never":
         return sampled, 'analytic="never"'
@@ -144,7 +144,7 @@ def check_sites(guide_sites: Sites, model_sites: Sites, map_sites: Collection[st
     """Raise `ModelError` unless the guide samples the model's latents, and nothing else unmarked."""
     latents = {n for n, s in model_sites.items() if not s["is_observed"]} - set(map_sites)
     for name in sorted(latents - set(guide_sites)):
-        if (model_sites[name]["infer"] or {}).get("enumerate") != "parallel":
+        if not is_summed_out(model_sites[name]):
             raise ModelError(f"site {name!r} is latent in the model, but the guide does not sample it")
     for name, site in guide_sites.items():
         if name not in latents and not (site["infer"] or {}).get("is_auxiliary"):

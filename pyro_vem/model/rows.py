@@ -12,6 +12,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import transform_to
@@ -271,9 +272,7 @@ def _parts(
 
 def _density(site: Site) -> float:
     value = lean_log_prob(site["fn"], site["value"])
-    if site["mask"] is not None:
-        value = torch.where(torch.as_tensor(site["mask"]), value, torch.zeros_like(value))
-    return float((torch.as_tensor(site["scale"]) * value).sum().detach())
+    return float(scale_and_mask(value, site["scale"], site["mask"]).sum().detach())
 
 
 def rows_of_value(value: Tensor, site: Site, rows: Rows, index: Tensor | slice) -> Tensor:

@@ -170,7 +170,8 @@ def _flat(q: Any, p: Any) -> Tensor:
 
 
 @register_kl(td.Beta, td.Uniform)
-def _beta_uniform(q: Any, p: Any) -> Tensor:
+@register_kl(td.Kumaraswamy, td.Uniform)
+def _against_uniform(q: Any, p: Any) -> Tensor:
     return _neg_entropy(q) + (p.high - p.low).log()
 
 
@@ -191,11 +192,6 @@ def _uniform_beta(q: Any, p: Any) -> Tensor:
     mean_log = integral_of_log(q.low, q.high)
     mean_log_rest = integral_of_log(1 - q.high, 1 - q.low)
     return log_norm - (a - 1) * mean_log - (b - 1) * mean_log_rest - width.log()
-
-
-@register_kl(td.Kumaraswamy, td.Uniform)
-def _kumaraswamy_uniform(q: Any, p: Any) -> Tensor:
-    return _neg_entropy(q) + (p.high - p.low).log()
 
 
 @register_kl(td.Kumaraswamy, td.Beta)
