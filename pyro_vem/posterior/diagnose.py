@@ -169,20 +169,7 @@ def diagnose(fit: VEMResult, *, num_draws: int = NUM_DRAWS, restarts: int = 0, s
     guide, best = found[0], choose(found)
     khats = {pool.proposal: pool.khat for pool in found}
     ratio = guide.log_ratio
-    finite = np.isfinite(ratio)
-    verdict, correction, table = Verdict.UNRELIABLE, None, None
-    if not finite.all():
-        reasons.append(
-            f"{1 - finite.mean():.1%} of the draws have no finite density: the guide leaves the support"
-        )
-    elif not best.is_usable:
-        reasons += _uncovered(found)
-        actions += reparameterise(fit)
-    elif not reasons:
-        table = _moments(fit, guide, best)
-        reasons += _unjudged(fit, table)
-        if not reasons:
-            verdict, correction, reasons = _judge(table)
+    verdict, correction, table = _by_draws(fit, found, reasons, actions)
     if guide.no_wider:
         notes.append(f"no wider draws were looked at: {guide.no_wider}")
     gap = best.log_evidence - float(ratio.mean())
@@ -191,7 +178,7 @@ def diagnose(fit: VEMResult, *, num_draws: int = NUM_DRAWS, restarts: int = 0, s
         moves = drift(fit, best)
         for texts, more in zip((reasons, actions, notes), of_the_parameters(fit, moves, gap), strict=True):
             texts += more
-    rows = row_khat(fit, seed) if finite.all() else None
+    rows = row_khat(fit, seed) if np.isfinite(ratio).all() else None
     notes += unmoved(fit) + (rows.notes if rows is not None else [])
     if verdict is not Verdict.UNRELIABLE:
         chosen = f"correction={correction!r}" if correction else ""
@@ -253,6 +240,29 @@ def _without_draws(
     verdict = Verdict.UNRELIABLE if reasons else Verdict.GOOD
     texts = tuple(reasons), tuple(actions), tuple(notes)
     return Diagnosis(np.nan, bound, 0.0, verdict, None, *texts, num_draws=1)
+
+
+def _by_draws(
+    fit: VEMResult, found: tuple[Pool, ...], reasons: list[str], actions: list[str]
+) -> tuple[Verdict, Correction, pd.DataFrame | None]:
+    """What weighted draws say of a fit, and the table that says why; adds to reasons and actions."""
+    guide, best = found[0], choose(found)
+    finite = np.isfinite(guide.log_ratio)
+    verdict, correction, table = Verdict.UNRELIABLE, None, None
+    if not finite.all():
+        reasons.append(
+            f"{1 - finite.mean():.1%} of the draws have no finite density: the guide leaves the support"
+        )
+    elif not best.is_usable:
+        reasons += _uncovered(found)
+        actions += reparameterise(fit)
+    elif not reasons:
+        table = _moments(fit, guide, best)
+        reasons += _unjudged(fit, table)
+        if not reasons:
+            verdict, correction, own = _judge(table)
+            reasons += own
+    return verdict, correction, table
 
 
 def _uncovered(found: tuple[Pool, ...]) -> list[str]:
