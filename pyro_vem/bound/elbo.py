@@ -17,13 +17,7 @@ from ..errors import ModelError
 from ..model.device import seed_generators
 from ..model.modules import modules_called
 from ..model.roles import roles_of
-from ..model.runtime import (
-    Execution,
-    Site,
-    is_deterministic,
-    is_subsample,
-    repeatable,
-)
+from ..model.runtime import Execution, Site, is_deterministic, is_subsample, repeatable
 from .dependence import Pair, leaves_of, sites_behind, tensors_of
 from .enumerated import enumerated_elbo, enumerated_terms, enumerating, is_enumerated
 from .plans import make_plan

@@ -77,12 +77,7 @@ class Problem:
 
 
 def plan_problem(
-    problem: Problem,
-    phi: Values,
-    theta: Values,
-    analytic: str,
-    bounds: bool,
-    is_lifted: bool,
+    problem: Problem, phi: Values, theta: Values, analytic: str, bounds: bool, is_lifted: bool
 ) -> tuple[Plan, tuple[NoiseSpec, ...]]:
     """The plan of a problem and the noise that its guide takes, from one checked run."""
     sites, specs = _centred(problem, phi)

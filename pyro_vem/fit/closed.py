@@ -46,10 +46,7 @@ class ClosedForm:
         self._last: tuple[State, Sweep] | None = None  # where the last step has led
         matched = [m.names for m in self.moments]
         closed = {name for batch in (*self.latents, *self.parameters, *matched) for name in batch}
-        self.is_all_of = {
-            "E": closed >= set(lifted.latents),
-            "M": closed >= set(moving),
-        }
+        self.is_all_of = {"E": closed >= set(lifted.latents), "M": closed >= set(moving)}
 
     @property
     def is_exact(self) -> bool:

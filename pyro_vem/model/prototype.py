@@ -216,10 +216,7 @@ def _check_owned(program: Program, owned: set[str]) -> None:
 
 
 def _check_static(
-    program: Program,
-    call: Arguments,
-    latents: tuple[Latent, ...],
-    parameters: tuple[Parameter, ...],
+    program: Program, call: Arguments, latents: tuple[Latent, ...], parameters: tuple[Parameter, ...]
 ) -> tuple[Latent, ...]:
     """Run again at the same values, then at others: what must not change, must not change."""
     at = _runs(program, call, latents, parameters)

@@ -329,11 +329,7 @@ class Program:
         return {key: names[path] for key, path in self.weight_paths.items() if path in names}
 
     def run(
-        self,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        params: Mapping[str, Tensor],
-        choose: Choose,
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], params: Mapping[str, Tensor], choose: Choose
     ) -> Execution:
         """Run once; the returned record holds every site in program order."""
         return self.under(Execution(params, choose), args, kwargs, params)

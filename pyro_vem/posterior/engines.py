@@ -157,7 +157,4 @@ def _nutpie(density: Density, options: NUTSOptions, seed: int) -> Run:
     )
 
 
-ENGINES: Mapping[str, Callable[[Density, NUTSOptions, int], Run]] = {
-    "pyro": _pyro,
-    "nutpie": _nutpie,
-}
+ENGINES: Mapping[str, Callable[[Density, NUTSOptions, int], Run]] = {"pyro": _pyro, "nutpie": _nutpie}

@@ -8,10 +8,7 @@ import torch
 from numpy.typing import NDArray
 from pyro.distributions.transforms import SoftplusLowerCholeskyTransform, UnitLowerCholeskyTransform
 from torch import Tensor
-from torch.distributions import (
-    LowerCholeskyTransform,
-    PositiveDefiniteTransform,
-)
+from torch.distributions import LowerCholeskyTransform, PositiveDefiniteTransform
 
 from ..errors import ModelError
 from ..fit import edges
