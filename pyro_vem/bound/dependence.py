@@ -25,29 +25,11 @@ MOST_GROUPS = 8  # of sites that are redrawn together
 # Methods whose plain result tells of a tensor's shape and kind, not of its values.
 _METADATA = frozenset(
     [
-        "__get__",
-        "__len__",
-        "__hash__",
-        "dim",
-        "ndimension",
-        "size",
-        "stride",
-        "numel",
-        "nelement",
-        "element_size",
-        "get_device",
-        "type",
-        "is_floating_point",
-        "is_complex",
-        "is_signed",
-        "is_contiguous",
-        "is_same_size",
-        "storage_offset",
-        "result_type",
-        "is_tensor",
-        "is_storage",
+        "__get__", "__len__", "__hash__", "dim", "ndimension", "size", "stride", "numel", "nelement",
+        "element_size", "get_device", "type", "is_floating_point", "is_complex", "is_signed", "is_contiguous",
+        "is_same_size", "storage_offset", "result_type", "is_tensor", "is_storage",
     ]
-)
+)  # fmt: skip
 
 
 class _Watch(TorchFunctionMode):
