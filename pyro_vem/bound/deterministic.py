@@ -81,7 +81,7 @@ class Deterministic(ExactTerms):
         map_sites: tuple[Latent, ...],
         held: Values,
         seed: int,
-        flat: Flat | None = None,
+        flat: Flat | None,
     ) -> None:
         self.factors = factors
         self.variables = Variables(

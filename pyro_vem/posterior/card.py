@@ -2,7 +2,6 @@
 
 import html
 import textwrap
-from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from ..fit.edges import sentences
 from ..fit.result import VEMResult
 
 LABEL, WIDTH = 9, 100  # columns
+MOST_NAMES = 6  # in a line
 AGREEMENT = 0.1  # nats within which starts count as one optimum
 # Quadratures are doubled until they stand still to 1e-9.
 EXACT = ("closed form", "quadrature", "enumeration", "point")
@@ -93,7 +93,6 @@ def _value(name: str, value: Tensor) -> str:
     return f"{name} {tuple(value.shape)}"
 
 
-def _listing(names: Iterable[str], most: int = 6) -> str:
-    names = list(names)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest if names else "none"
+def _listing(names: list[str]) -> str:
+    rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + rest if names else "none"

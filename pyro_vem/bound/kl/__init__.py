@@ -7,11 +7,9 @@ where its value and its gradients in both arguments have been compared with quad
 
 from . import discrete, families, gaussian, multivariate  # noqa: F401  (each fills the table)
 from .entropy import negative_entropy
-from .table import Entry, Leaf, canonical, divergence, kind_of, leaf_of, lookup, register_kl
+from .table import canonical, divergence, kind_of, leaf_of, lookup, register_kl
 
 __all__ = [
-    "Entry",
-    "Leaf",
     "canonical",
     "divergence",
     "kind_of",

@@ -73,7 +73,7 @@ def _student_constant(df: Tensor, scale: Tensor) -> Tensor:
 
 def _student(q: Any, df: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     mean, sd, df, _ = torch.broadcast_tensors((q.loc - loc) / scale, q.scale / scale, df, scale)
-    spread = normal_mean(lambda u: torch.log1p(u**2 / df), mean, sd, 0.0, df.detach().sqrt())
+    spread = normal_mean(lambda u: torch.log1p(u**2 / df), mean, sd, df.detach().sqrt())
     return 0.5 * (df + 1) * spread - _student_constant(df, scale) - normal_entropy(q.scale)
 
 

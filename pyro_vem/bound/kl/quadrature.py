@@ -13,13 +13,11 @@ REACH = 9.0  # sds on either side; the Normal weight is below 1e-17 beyond
 REACH_EXPONENTIAL = (-37.0, 4.0)  # of log y for y ~ Exponential(1), likewise
 
 
-def normal_mean(
-    function: Callable[[Tensor], Tensor], loc: Tensor, scale: Tensor, centre: Any = 0.0, width: Any = 1.0
-) -> Tensor:
-    """E f(u) for u ~ Normal(loc, scale), f analytic but for singularities near centre +- i width.
+def normal_mean(function: Callable[[Tensor], Tensor], loc: Tensor, scale: Tensor, width: Any) -> Tensor:
+    """E f(u) for u ~ Normal(loc, scale), f analytic but for singularities near +- i width.
 
     The trapezoid rule converges exponentially in the distance of the nearest singularity. In the
-    variable t with u = centre + width sinh(t) that distance stays of order one whatever the ratio
+    variable t with u = width sinh(t) that distance stays of order one whatever the ratio
     of scale and width, so that a fixed number of nodes gives close to machine precision. f may
     grow at most like a polynomial.
 
@@ -27,23 +25,22 @@ def normal_mean(
         function: elementwise; called with nodes on a new leading dimension.
         loc: mean.
         scale: standard deviation, shaped as loc.
-        centre: real part of the nearest singularities; broadcastable with loc.
-        width: their distance from the real line; likewise.
+        width: distance of the nearest singularities from zero; broadcastable with loc.
 
     References:
         Trefethen and Weideman (2014), The exponentially convergent trapezoidal rule, SIAM Review 56.
 
     Example:
         >>> one, width = torch.ones((), dtype=torch.float64), 1e-3
-        >>> float(normal_mean(lambda u: u**2, 0 * one, 2 * one, 0.5, width))
+        >>> float(normal_mean(lambda u: u**2, 0 * one, 2 * one, width))
         4.0...
     """
     with torch.no_grad():  # nodes are constants: the sum is differentiated under the integral sign
-        low = torch.asinh((loc - centre - REACH * scale) / width)
-        high = torch.asinh((loc - centre + REACH * scale) / width)
+        low = torch.asinh((loc - REACH * scale) / width)
+        high = torch.asinh((loc + REACH * scale) / width)
         steps = _unit_nodes(loc.dtype, loc.device).reshape(-1, *(1,) * low.dim())
         t = low + (high - low) * steps
-        nodes = centre + width * torch.sinh(t)
+        nodes = width * torch.sinh(t)
         lengths = width * torch.cosh(t) * (high - low) / (NODES - 1)
     z = (nodes - loc) / scale
     weights = torch.exp(-0.5 * z * z) * lengths / (scale * math.sqrt(2 * math.pi))
@@ -87,4 +84,4 @@ def mean_softplus(loc: Tensor, scale: Tensor) -> Tensor:
         >>> round(float(mean_softplus(zero, zero + 1e-8)), 6)
         0.693147
     """
-    return normal_mean(softplus, loc, scale, 0.0, math.pi)
+    return normal_mean(softplus, loc, scale, math.pi)
