@@ -37,19 +37,15 @@ class Arguments:
 
     def cast(self, dtype: torch.dtype) -> "Arguments":
         """The same call with every floating tensor in `dtype`."""
-        return Arguments(
-            tuple(_cast(value, dtype) for value in self.args),
-            {name: _cast(value, dtype) for name, value in self.kwargs.items()},
-        )
+        return self._with(lambda value: _cast(value, dtype))
 
     def to(self, device: torch.device) -> "Arguments":
         """The same call with every tensor on `device`."""
-        if device.type == "cpu" and not any(_is_elsewhere(value) for value in self.named.values()):
-            return self
-        return Arguments(
-            tuple(_moved(value, device) for value in self.args),
-            {name: _moved(value, device) for name, value in self.kwargs.items()},
-        )
+        return self._with(lambda value: value.to(device) if isinstance(value, Tensor) else value)
+
+    def _with(self, change: Callable[[Any], Any]) -> "Arguments":
+        named = {name: change(value) for name, value in self.kwargs.items()}
+        return Arguments(tuple(change(value) for value in self.args), named)
 
     @property
     def lists(self) -> tuple[str, ...]:
@@ -60,14 +56,6 @@ class Arguments:
     def named(self) -> dict[str, Any]:
         """Arguments by name, or by place."""
         return {**{str(i): value for i, value in enumerate(self.args)}, **self.kwargs}
-
-
-def _is_elsewhere(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type != "cpu"
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def by_column(data: Any) -> Any:
