@@ -7,6 +7,7 @@ from torch import Tensor
 from ..bound.dependence import differ, fingerprint
 from ..bound.terms import Part
 from ..errors import ModelError
+from ..fit.exactness import values_of
 from ..fit.result import VEMResult
 from ..model.runtime import isolated
 from ..model.sites import plates_of
@@ -113,9 +114,8 @@ def _rows(fit: VEMResult, plate: str, x: Vector) -> Tensor:
             "the bound sums discrete sites out at expected log densities, which do not come apart by "
             "rows: there is no sandwich where latents go with discrete sites"
         )
-    phi, theta = (torch.as_tensor(part.copy()) for part in np.split(x, [setup.phi.size]))
     with isolated(torch.float64), torch.no_grad():
-        values = setup.phi.constrained(phi), setup.theta_values(theta)
+        values = values_of(setup, *np.split(x, [setup.phi.size]))
         return objective.row_parts(*values, lambda parts: by_row(parts, plate)).mean(0)
 
 
