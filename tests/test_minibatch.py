@@ -678,6 +678,22 @@ def test_a_traced_step_is_the_eager_one(fit, monkeypatch, looks):
         torch.testing.assert_close(traced.params[name], value, rtol=1e-9, atol=1e-12)
 
 
+def test_traced_encoder_steps_are_those_of_the_model(fit, monkeypatch):
+    """Traced at a step of the encoder alone: what moves then must not stay what the encoder is."""
+    monkeypatch.setattr(network, "TIMED", 2)
+    monkeypatch.setattr(network, "WORTH_TRACE", 0.0)
+    monkeypatch.setattr(network, "WORTH_COMPILER", math.inf)
+    y, found = factor_data(80), []
+    for mode in ("auto", False):
+        model, guide = autoencoder()
+        settings = {"options": vem.FitOptions(encoder_steps=4), "compile": mode}
+        found.append(fit(model, {"y": y}, guide=guide, batch_size=40, max_iter=4, **settings))
+    traced, eager = found
+    assert "steps traced" in str(traced.plan)
+    for name, value in eager.params.items():
+        torch.testing.assert_close(traced.params[name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_discrete_sites_are_for_all_rows(fit):
     def model(y):
         mu = pyro.param("mu", torch.tensor(1.0))

@@ -69,7 +69,8 @@ class NetworkStep:
     def step(self, call: Arguments, is_encoder_only: bool = False) -> float:
         """One step on a batch; the bound that it stands for, before the step; nan if it was not taken."""
         noise = self.fit.noise(call, self.pairs, self.generator)
-        moving = self.encoder if is_encoder_only else self.every
+        # A copy: what is an argument and a constant of the step alike is an argument to the tracer.
+        moving = self.encoder.clone() if is_encoder_only else self.every
         given = [*self.moments, self.rate, self.weight, moving, *_tensors(call).values(), *noise.values()]
         is_first_size = self.fit.rows.size(call) == self.fit.rows.size(self.fit.first.problem.call)
         if not self._is_decided and is_first_size:
