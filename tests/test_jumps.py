@@ -116,3 +116,23 @@ def test_kinks_of_few_rows_take_more_draws(fit):
     result = fit(model, {"y": torch.tensor([0.5, 2.0, 2.5, 3.0, 7.0])})
     assert result.status is vem.Status.converged
     assert any("draws: the gradient jumps" in row.note for row in result.history)
+
+
+def test_a_flat_direction_is_no_kink(fit):
+    """Covariates that are nearly the same: a check fails at a gradient that is small, and nothing jumps."""
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(25, 1, generator=draw) + 0.01 * torch.randn(25, 4, generator=draw)
+    y = torch.sinh(0.15 * x.sum(-1)) + 0.3 * torch.randn(25, generator=draw)
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(4), 30.0).to_event(1))
+        mean = (x * w).sum(-1)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.StudentT(4.0, mean + 0.3 * mean**2 * torch.tanh(mean), 0.3), obs=y)
+
+    data, tol = {"x": x, "y": y}, 1e-3
+    result = fit(model, data, tol=tol)
+    assert result.status is vem.Status.converged
+    assert result.history[-1].draws > 0
+    assert not any("kinks" in note for note in result.plan.notes)
+    assert result.history[-1].after > fit(model, data, tol=1e-8).history[-1].after - tol

@@ -234,11 +234,12 @@ class Run:
         gain, tol, final = self.gain_of_round(), self.tolerance(), self._final_gtol()
         has_both = self.setup.theta.size and self.setup.phi.size
         is_solved = not has_both or self.gtol <= final
+        is_held_up = is_solved and self.kinks.hold_up(gain)  # by what the step was asked for
         # Inexact at first: a block need not be solved far beyond what a round gains.
         self.gtol = float(np.clip(0.1 * max(gain, 0.0) ** 0.5, final, max(final, self.gtol)))
         most = 1 if self.hooks else 10 if self.closed is not None else 1e3 if has_both else np.inf
         is_slow = gain > most * tol  # no gradient tells what functions of the caller have left
-        if is_solved and self.kinks.hold_up(gain):
+        if is_held_up:
             return self.kinks.are_passed()
         if not is_solved or is_slow or (self.iterations < self.next_check and not self.is_stalled()):
             return False
