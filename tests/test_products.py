@@ -315,6 +315,23 @@ def test_what_can_be_turned_is_turned(fit, monkeypatch):
     assert products < 0.5 * before
 
 
+def test_short_steps_of_later_rounds_need_no_turns(fit, monkeypatch):
+    """Loadings by MAP, an M-step beside an E-step: rounds are a few Newton steps each."""
+
+    def model(y):
+        w, z = vectors("w", 3), vectors("z", len(y))
+        s = pyro.sample("s", dist.LogNormal(-1.0, 0.5))
+        pyro.sample("y", dist.Normal(X.abs().repeat(2)[:, None] * (z @ w.T), s).to_event(2), obs=y)
+
+    model, y = vem.vem_model(model, map_sites=("w",)), matrix_data(12, 3)
+    found = fit(model, {"y": y})
+    monkeypatch.setattr(Turns, "of", staticmethod(lambda setup, block: None))
+    plain = fit(model, {"y": y})
+    assert found.elbo == pytest.approx(plain.elbo, abs=1e-6)
+    products, before = (sum(row.products for row in one.history) for one in (found, plain))
+    assert products < 1.3 * before, (products, before)
+
+
 def test_columns_of_factors_are_turned_against_each_other():
     """The sums of products of means stay as they are, whatever the matrix; nothing else moves."""
     w, z = torch.arange(8).reshape(4, 2).T, 8 + torch.arange(12).reshape(6, 2).T

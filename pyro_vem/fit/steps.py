@@ -70,6 +70,7 @@ def step(
         scale = scales.of(new, block, iteration)
         loss, x = loss_of(setup, new, block)
         can_turn = turns is not None and loss.both is None and bool(scale.all())  # a length of zero holds
+        can_turn &= iteration <= 1 or left < max_iter  # later rounds are short: few steps need no turns
         result = (turns.minimise if turns is not None and can_turn else minimise)(
             loss, x, scale, gtol=gtol, max_iter=min(most, left), method=method,
             log_sds=scales.log_sds(x.size) if has_lengths else None,
