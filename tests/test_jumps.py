@@ -49,6 +49,20 @@ def test_a_jump_that_only_an_sd_feels_is_seen(fit):
     assert result.status is vem.Status.stalled
 
 
+def test_a_jump_beside_a_slope_is_named_where_a_fit_stalls(fit):
+    """The gradient never vanishes at draws: no convergence is left to refuse."""
+
+    def model(x, y):
+        a, b, c, d = (pyro.sample(name, dist.Normal(0.0, 2.0)) for name in "abcd")
+        mean = a * x + b * x.abs() + c * x**2 + d
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.StudentT(4.0, mean + 2 * (mean > 0.3).double(), 0.5), obs=y)
+
+    with pytest.warns(UserWarning, match="site y: it changes with latents"):
+        result = fit(model, {"x": X, "y": Y})
+    assert result.status is vem.Status.stalled
+
+
 def smooth(x, y):
     a = pyro.sample("a", dist.Normal(0.0, 2.0))
     s = pyro.sample("s", dist.HalfCauchy(1.0))

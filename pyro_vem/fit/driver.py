@@ -314,11 +314,11 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
             return Status.diverged
         elif run.is_converged() and not run.is_reopened():
             run.polish()
-            return _ended(run)
+            return _ended(run, Status.converged)
         else:
             run.border.go()
             if run.is_stalled():
-                return Status.diverged if run.is_diverged(is_last=True) else Status.stalled
+                return Status.diverged if run.is_diverged(is_last=True) else _ended(run, Status.stalled)
         if schedule_of(run, iteration + 1, schedule) in ("alternate", "accelerated"):
             run.maximise(iteration, how == "accelerated")
         run.save()
@@ -327,11 +327,11 @@ def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
     return Status.max_iterations
 
 
-def _ended(run: Run) -> Status:
-    """How a fit has ended whose gradient has vanished."""
+def _ended(run: Run, status: Status) -> Status:
+    """How a fit has ended that no step takes any further: stalled, with the reason, where a term jumps."""
     name = run.setup.processes.first(jumping(run.setup, run.state))
     if name is None:
-        return Status.converged
+        return status
     reason = (
         f"{name}: it changes with latents where its gradient is zero (a jump, or values that leave torch)"
     )
