@@ -164,3 +164,25 @@ def test_data_far_from_a_vague_prior_are_fitted_as_if_they_were_near(fit, offset
         float(near.guide_params["guide.loc.a"]) + offset, abs=1e-4
     )
     assert sum(row.evaluations for row in far.history) < 60  # steps in all coordinates took 9,000
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+@pytest.mark.parametrize("is_centred", [True, False])
+def test_large_data_keep_their_closed_forms(fit, offset, is_centred):
+    """Coefficients of one beside data of a million: steps of one would leave them nine digits."""
+    group = torch.arange(100) % 10
+    y = torch.randn(100, generator=torch.Generator().manual_seed(4), dtype=D)
+
+    def model(y, centre):
+        mu = pyro.sample("mu", dist.Normal(centre, 1e4))
+        t, s = (pyro.sample(name, dist.HalfCauchy(5.0)) for name in "ts")
+        with pyro.plate("groups", 10):
+            b = pyro.sample("b", dist.Normal(mu, t) if is_centred else dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(b[group] if is_centred else mu + t * b[group], s), obs=y)
+
+    near = fit(model, {"y": y, "centre": 0.0})
+    far = fit(model, {"y": y + offset, "centre": offset})
+    assert {row.method for row in far.plan.rows} == {"closed form"}
+    assert far.converged
+    assert far.elbo == pytest.approx(near.elbo, abs=1e-5)

@@ -166,12 +166,20 @@ class Probe:
         evaluate: the slots at a batch of points.
         sizes: number of elements of each variable.
         generator: of base point and steps.
+        lengths: of the steps of some variables, of others one.
     """
 
-    def __init__(self, evaluate: Evaluate, sizes: Mapping[str, int], generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        sizes: Mapping[str, int],
+        generator: torch.Generator,
+        lengths: Mapping[str, float] | None = None,
+    ) -> None:
         self.evaluate, self.sizes = evaluate, dict(sizes)
+        self.length = dict.fromkeys(sizes, 1.0) | dict(lengths or {})
         self.base = {k: 0.3 * self._normal(generator, n) for k, n in sizes.items()}
-        self.step = {k: self._steps(generator, n) for k, n in sizes.items()}
+        self.step = {k: self.length[k] * self._steps(generator, n) for k, n in sizes.items()}
         points = [self.base]
         for k in sizes:
             points += [self.moved({k: c}) for c in (1.0, 2.0, 3.0)]

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from ...model.sites import Latent
 from ...model.support import plain_parts
 from ...model.together import Together, one_by_one
 from ..dependence import differ, fingerprint
-from .affine import Probe
+from .affine import AffineSlot, Probe
 from .blocks import merge
 from .expect import CompiledTerm
 from .fit_slots import SlotFitter, worst_gap
@@ -93,6 +94,15 @@ def straight(transform: Transform, shape: Sequence[int]) -> Transform:
     if [type(part) for part in plain_parts([transform])] != [dist.transforms.OrderedTransform]:
         return transform
     return AffineTransform(APART * torch.arange(shape[-1], dtype=torch.float64).expand(*shape), 1.0)
+
+
+def _first(fitters: Iterable[SlotFitter], key: str) -> AffineSlot | str:
+    """The slot from the first fitter that finds one; or why the last does not."""
+    for fitter in fitters:
+        found = fitter.fit(key)
+        if not isinstance(found, str):
+            break
+    return found
 
 
 class Compiled:
@@ -178,12 +188,10 @@ class Compiled:
     def _compile(self, generator: torch.Generator) -> None:
         points = [{k: Probe._normal(generator, n) for k, n in self.variables.sizes.items()} for _ in range(3)]
         self._check_static(points)
-        probe = Probe(self._evaluate, self.variables.sizes, generator)
-        squared = [f"{name}\0{RESIDUAL}" for name, spec in self.specs.items() if spec.family is td.Normal]
-        fitter = SlotFitter(probe, list(probe.here), generator, squared, self.variables.shapes)
+        fitters = self._fitters(generator)
         latents = frozenset(self.variables.latents)
         for name, spec in self.specs.items():
-            slots = {slot: fitter.fit(f"{name}\0{slot}") for slot in spec.slots}
+            slots = {slot: _first(fitters, f"{name}\0{slot}") for slot in spec.slots}
             bad = [f"{slot}: {found}" for slot, found in slots.items() if isinstance(found, str)]
             if bad:
                 self.refused[name] = bad[0]
@@ -194,6 +202,21 @@ class Compiled:
                 self.terms[name] = term.begun()
             else:
                 self.refuse(name, problem, is_rough=term.grown is not None)
+
+    def _fitters(self, generator: torch.Generator) -> list[SlotFitter]:
+        """By precision: with longer steps first, where offsets hide what ones of unit length change."""
+        squared = [f"{name}\0{RESIDUAL}" for name, spec in self.specs.items() if spec.family is td.Normal]
+
+        def fitter(lengths: Mapping[str, float] | None = None) -> SlotFitter:
+            probe = Probe(self._evaluate, self.variables.sizes, generator, lengths)
+            return SlotFitter(probe, list(probe.here), generator, squared, self.variables.shapes)
+
+        fitters = [fitter()]
+        lengths = fitters[0].lengths()
+        if lengths:
+            with suppress(Exception):  # far away the model may raise whatever it likes
+                fitters.insert(0, fitter(lengths))
+        return fitters
 
     @property
     def merged(self) -> Stack:
