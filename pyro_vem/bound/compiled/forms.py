@@ -18,6 +18,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from ..kl.quadrature import softplus
+from .counts import mean_log_density
 from .reduced import mean_after_stirling, mean_softplus, scaled_square
 from .slots import RATIO, RESIDUAL, Spec, ordered
 from .student import mean_normaliser, mean_tail
@@ -126,6 +127,8 @@ def form_of(spec: Spec, random: tuple[str, ...]) -> Form:
         return form(_rate, 0)
     if family in LOGIT and random == ("logits",):
         return form(_logit, 1)
+    if family is td.NegativeBinomial:
+        return form(_negative_binomial, 1)
     if family is dist.OrderedLogistic:
         return form(_ordered, 1)
     if family in (td.StudentT, td.Cauchy):
@@ -240,6 +243,15 @@ def _logit(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule
         return choices + y * m - count * above
     choices = torch.lgamma(count + y) - torch.lgamma(y + 1) - torch.lgamma(count)
     return choices + y * m - (count + y) * above
+
+
+def _negative_binomial(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    count, logits = (
+        (mean[name], root(_of(cov, name, name)) if name in random else 0 * mean[name])
+        for name in ("total_count", "logits")
+    )
+    assert spec.value is not None
+    return mean_log_density(spec.value, count, logits, _of(cov, "total_count", "logits"), *rule)
 
 
 def _ordered(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:

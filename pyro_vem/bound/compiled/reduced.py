@@ -80,32 +80,35 @@ def reduced(rows: Rows, *inputs: Tensor) -> Tensor:
 
 
 def mean_of(
-    function: Callable[[Tensor], Tensor],
-    derivatives: Callable[[Tensor], tuple[Tensor, Tensor]],
+    function: Callable[..., Tensor],
+    derivatives: Callable[..., tuple[Tensor, Tensor]],
     m: Tensor,
     s: Tensor,
     nodes: Tensor,
     weights: Tensor,
+    *data: Tensor,
 ) -> Tensor:
     """E f(m + s x), x ~ N(0, 1), by quadrature, from f and its first two derivatives.
 
+    Both take numbers at the nodes, and what data there are of each row.
     So many rows at a time as keep the numbers at all nodes few: only rows are left of them.
     """
     m, s = torch.broadcast_tensors(m, s)
     is_value = not (m.requires_grad or s.requires_grad)
     powers = weights * torch.stack([torch.ones_like(nodes), nodes, nodes * nodes])
 
-    def at(m: Tensor, s: Tensor) -> Tensor:
+    def at(m: Tensor, s: Tensor, *data: Tensor) -> Tensor:
         eta = m + nodes.unsqueeze(1) * s
-        value = powers[:1] @ function(eta)
+        value = powers[:1] @ function(eta, *data)
         if is_value:
             return value
-        slope, bend = derivatives(eta)
+        slope, bend = derivatives(eta, *data)
         return torch.cat([value, powers[:2] @ slope, powers @ bend])
 
     with torch.no_grad():
         few = max(1, MOST_AT_NODES // len(nodes))
-        parts = [at(*part) for part in zip(m.reshape(-1).split(few), s.reshape(-1).split(few), strict=True)]
+        rows_of = [part.reshape(-1).split(few) for part in (m, s, *(d.expand_as(m) for d in data))]
+        parts = [at(*part) for part in zip(*rows_of, strict=True)]
         found = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         value, *rest = found.reshape(-1, *m.shape)
         if is_value:
@@ -152,10 +155,11 @@ def mean_after_stirling(m: Tensor, s: Tensor, nodes: Tensor, weights: Tensor) ->
         >>> mean_after_stirling(t, torch.zeros(()).double(), 0 * one, one)
         tensor([ 800.0000,    1.0000, -399.0811], dtype=torch.float64)
     """
-    return mean_of(_after_stirling, _slopes_after_stirling, m, s, nodes, weights)
+    return mean_of(after_stirling, slopes_after_stirling, m, s, nodes, weights)
 
 
-def _after_stirling(t: Tensor) -> Tensor:
+def after_stirling(t: Tensor) -> Tensor:
+    """What Stirling leaves: log Gamma(a) - a log a + a at a = exp(t)."""
     low, high = t.clamp(max=STIRLING), t.clamp(min=STIRLING)
     a, u = low.exp(), torch.exp(-high)
     below = torch.lgamma(1 + a) - low - a * low + a
@@ -163,7 +167,8 @@ def _after_stirling(t: Tensor) -> Tensor:
     return torch.where(t < STIRLING, below, above)
 
 
-def _slopes_after_stirling(t: Tensor) -> tuple[Tensor, Tensor]:
+def slopes_after_stirling(t: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second derivative of `after_stirling`."""
     low, u = t.clamp(max=STIRLING), torch.exp(-t.clamp(min=STIRLING))
     a = low.exp()
     slope = a * (torch.digamma(1 + a) - low)

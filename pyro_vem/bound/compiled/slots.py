@@ -64,6 +64,7 @@ GENERAL: dict[type, tuple[str, ...]] = {
     td.LogNormal: ("loc", "scale"),
     dist.OrderedLogistic: ("predictor", "cut", "gap"),
 }
+RENAMED: dict[type, type] = {dist.GammaPoisson: td.NegativeBinomial}  # the same density of other arguments
 POSITIVE = frozenset(
     ["scale", "asymmetry", "df", "rate", "concentration", "concentration0", "concentration1", "total_count"]
 )
@@ -282,15 +283,22 @@ def read(spec: Spec, site: Site, u: Tensor | None) -> dict[str, Tensor]:
             assert u is not None
             found[name] = u
         else:
-            given = torch.as_tensor(getattr(fn, name), dtype=torch.float64)
+            given = torch.as_tensor(_argument(fn, name), dtype=torch.float64)
             found[name] = given.log() if is_log(spec.family, name) else given
     return {name: slot.expand(spec.shape).reshape(-1) for name, slot in found.items()}
 
 
+def _argument(fn: Any, name: str) -> Any:
+    if isinstance(fn, dist.GammaPoisson):
+        return fn.concentration if name == "total_count" else -fn.rate.log()
+    return getattr(fn, name)
+
+
 def _family(leaf: Any) -> type | None:
     for family in type(leaf).__mro__:
-        if (family in LOCATION or family in GENERAL) and is_same_density(type(leaf), family):
-            return family
+        known = RENAMED.get(family, family)
+        if (known in LOCATION or known in GENERAL) and is_same_density(type(leaf), family):
+            return known
     return None
 
 
