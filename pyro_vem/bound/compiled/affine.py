@@ -178,7 +178,7 @@ class Probe:
     ) -> None:
         self.evaluate, self.sizes = evaluate, dict(sizes)
         self.length = dict.fromkeys(sizes, 1.0) | dict(lengths or {})
-        self.base = {k: 0.3 * self._normal(generator, n) for k, n in sizes.items()}
+        self.base = {k: 0.3 * self.reach(k) * self._normal(generator, n) for k, n in sizes.items()}
         self.step = {k: self.length[k] * self._steps(generator, n) for k, n in sizes.items()}
         points = [self.base]
         for k in sizes:
@@ -193,6 +193,10 @@ class Probe:
                 for i, k in enumerate(several)
             }
         )
+
+    def reach(self, k: str) -> float:
+        """How far from zero points are: no farther than short steps go."""
+        return min(1.0, self.length[k])
 
     def along(self, k: str, key: str) -> Tensor:
         """A slot with one variable moved by one, two and three of its steps, (3, rows)."""

@@ -204,7 +204,10 @@ class Compiled:
                 self.refuse(name, problem, is_rough=term.grown is not None)
 
     def _fitters(self, generator: torch.Generator) -> list[SlotFitter]:
-        """By precision: with longer steps first, where offsets hide what ones of unit length change."""
+        """By precision: with longer steps first, where offsets hide what ones of unit length change.
+
+        Shorter ones come last, where slots overflow within a unit.
+        """
         squared = [f"{name}\0{RESIDUAL}" for name, spec in self.specs.items() if spec.family is td.Normal]
 
         def fitter(lengths: Mapping[str, float] | None = None) -> SlotFitter:
@@ -212,10 +215,12 @@ class Compiled:
             return SlotFitter(probe, list(probe.here), generator, squared, self.variables.shapes)
 
         fitters = [fitter()]
-        lengths = fitters[0].lengths()
+        lengths, shorter = fitters[0].lengths(), fitters[0].shorter()
         if lengths:
             with suppress(Exception):  # far away the model may raise whatever it likes
                 fitters.insert(0, fitter(lengths))
+        if shorter:
+            fitters.append(fitter(shorter))
         return fitters
 
     @property

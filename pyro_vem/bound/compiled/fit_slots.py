@@ -30,6 +30,7 @@ MOST_CONDITIONS = 2
 MOST_TOGETHER = 12  # variables of which pairs are tried as conditions
 MOST_ELEMENTS = 5_000  # of a latent that rows see several elements of: one model run each
 FOLLOWED = 1e-3  # of a row's changes between those points
+SHORTER, FARTHEST = range(0, 24, 4), 4.0  # halvings of steps that overflow, and how far points are in them
 SMALL = 1e3  # a slot's size for its changes with a variable: longer steps lose fewer digits
 SPREADS = (0.3, 0.3, 0.3, 1.2, 1.2, 1.2)  # sds of the points that a compiled slot is verified at
 
@@ -70,7 +71,8 @@ class SlotFitter:
         self._probe_conditions()
         self._probe_dense()
         points = [
-            {k: spread * Probe._normal(generator, n) for k, n in probe.sizes.items()} for spread in SPREADS
+            {k: spread * probe.reach(k) * Probe._normal(generator, n) for k, n in probe.sizes.items()}
+            for spread in SPREADS
         ]
         self.points = {k: torch.stack([point[k] for point in points]) for k in probe.sizes}
         self.truth = probe.at(points)
@@ -105,6 +107,23 @@ class SlotFitter:
                 is_affine = dependence.is_affine and k not in conditions
                 ratios[k] = max(ratios.get(k, 0.0), float(here.abs().max() / moved)) if is_affine else np.inf
         return {k: 2.0 ** np.ceil(np.log2(r)) for k, r in ratios.items() if SMALL < r < np.inf}
+
+    def shorter(self) -> dict[str, float]:
+        """Steps so short that no slot overflows, of variables that make one do so with longer ones.
+
+        A rate is the exponential of 2,000 times a slope, if years are counted from our era.
+        """
+        if all(bool(values.isfinite().all()) for values in self.truth.values()):
+            return {}
+        zero = {k: torch.zeros_like(base) for k, base in self.probe.base.items()}
+        lengths = [2.0**-power for power in SHORTER]
+        points = [
+            zero | {k: FARTHEST * length * torch.ones_like(zero[k])} for k in zero for length in lengths
+        ]
+        found = self.probe.at(points).values()
+        is_finite = torch.stack([values.isfinite().all(-1) for values in found]).all(0)
+        longest = dict(zip(zero, is_finite.reshape(len(zero), -1).tolist(), strict=True))
+        return {k: lengths[row.index(True)] for k, row in longest.items() if not row[0] and any(row)}
 
     def _dependences(self, key: str) -> dict[str, Dependence]:
         found = {k: dependence_on(self.probe, key, k) for k in self.probe.moving(key)}
