@@ -186,3 +186,39 @@ def test_large_data_keep_their_closed_forms(fit, offset, is_centred):
     assert {row.method for row in far.plan.rows} == {"closed form"}
     assert far.converged
     assert far.elbo == pytest.approx(near.elbo, abs=1e-5)
+
+
+def regression(x, y, family):
+    a, b = (pyro.sample(name, dist.Normal(0.0, 100.0)) for name in "ab")
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", family(a + b * x), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        (lambda eta: dist.Poisson(eta.exp()), "closed form"),
+        (lambda eta: dist.Bernoulli(logits=eta), "quadrature"),
+        (lambda eta: dist.Gamma(2.0, 2 * (-eta).exp()), "closed form"),
+    ],
+    ids=["Poisson", "Bernoulli", "Gamma"],
+)
+def test_a_calendar_year_as_a_covariate(fit, family, method):
+    """An sd of 0.1 in the slope is one of 200 in a row: rates overflow, and logits need more nodes."""
+    years = 1970 + torch.arange(120, dtype=D) / 4
+    with pyro.poutine.seed(rng_seed=0):
+        y = pyro.sample("y", family(-0.5 + 0.05 * (years - 1970)))
+    found = fit(regression, {"x": years, "y": y, "family": family})
+    assert found.converged
+    assert found.plan["y"].method == method
+    assert any(note.startswith("began with sds of") for note in found.plan.notes)
+    loc, sd = (
+        torch.stack([found.guide_params[f"guide.{part}.{n}"] for n in "ab"]) for part in ("loc", "scale")
+    )
+    assert float(loc[1]) == pytest.approx(0.05, abs=0.03)
+
+    nodes, weight = (torch.as_tensor(part) for part in np.polynomial.hermite_e.hermegauss(60))
+    spread = (sd[0] ** 2 + (sd[1] * years) ** 2).sqrt()
+    rows = weight / weight.sum() @ family(loc[0] + loc[1] * years + spread * nodes.unsqueeze(1)).log_prob(y)
+    kl = torch.distributions.kl_divergence(dist.Normal(loc, sd), dist.Normal(0.0, 100.0)).sum()
+    assert found.elbo == pytest.approx(float(rows.sum() - kl), abs=1e-6)

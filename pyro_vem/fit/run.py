@@ -16,7 +16,7 @@ from .acceleration import Extrapolation
 from .border import Border
 from .checkpoint import Checkpoint, snapshot
 from .closed import ClosedForm
-from .exactness import check_kl, compile_terms, more_draws, prepare, settle, settle_nodes
+from .exactness import more_draws, settle, settle_nodes
 from .few import FewDraws
 from .kinks import Kinks
 from .minimise import Method
@@ -27,7 +27,7 @@ from .saddle import has_left_saddle
 from .scales import Scales
 from .setup import Setup
 from .smooth import Smooth
-from .starts import finite_elbo, initial_values, scattered
+from .starts import first_state, initial_values, scattered
 from .state import State, elbo_at, joint_loss
 from .status import Status, Step, progress_bar
 from .steps import check_second_derivatives, hooked, note_idle, start_factors, step
@@ -84,11 +84,8 @@ class Run:
             setup.objective.add_note(f"went on from a checkpoint after {self.checkpoint.left.n_iter} rounds")
         phi, theta = initial_values(setup, setup.phi, warm), initial_values(setup, setup.theta, warm)
         phi, theta = scattered(setup, phi, theta) if number else (phi, theta)
-        compile_terms(setup, self.options)
-        prepare(setup, phi, theta)
-        check_kl(setup, phi, theta)
-        settle_nodes(setup, phi, theta)
-        self.state = State(phi, theta, finite_elbo(setup, phi, theta))
+        can_narrow = warm is None and setup.processes.count == 1
+        self.state = first_state(setup, self.options, phi, theta, can_narrow)
         if setup.lifted is not None:
             self.closed = ClosedForm(setup, setup.lifted, self.hooks)
             if warm is None:

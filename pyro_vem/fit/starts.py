@@ -6,15 +6,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from ..bound.compiled.expect import TOO_FEW
 from ..errors import ModelError
 from ..guides.factorised import Factorised
 from ..model.parameters import Block
 from ..model.runtime import isolated
-from .exactness import values_of
+from .exactness import check_kl, compile_terms, prepare, settle_nodes, values_of
+from .options import FitOptions
 from .result import VEMResult
+from .scales import Scales
 from .setup import Setup
 from .smooth import Vector
+from .state import State
 from .status import Status
+
+NARROWER = (1e-3, 1e-5, 1e-7)  # sds to start with where the usual ones leave no finite bound
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,56 @@ def scattered(setup: Setup, phi: Vector, theta: Vector) -> tuple[Vector, Vector]
     if setup.guide is None and not setup.prototype.latents:
         return phi, theta + torch.randn(theta.size, dtype=torch.float64).numpy()
     return phi, theta
+
+
+def first_state(setup: Setup, options: FitOptions, phi: Vector, theta: Vector, can_narrow: bool) -> State:
+    """Where a fit begins, with its terms compiled: with smaller sds where the usual ones are too wide.
+
+    Where a predictor is 2,000 times a latent, an sd of 0.1 is one of 200 in the log of a rate: no bound is
+    finite there, and no quadrature has the nodes for a logit.
+
+    Raises:
+        ModelError: if the bound is not finite with any of them.
+    """
+    is_log_sd = Scales(setup).log_sds(phi.size)
+    starts = [(0.0, phi)]
+    if can_narrow and is_log_sd.any():
+        starts += [(sd, np.where(is_log_sd, np.minimum(phi, np.log(sd)), phi)) for sd in NARROWER]
+    usable: list[tuple[float, Vector]] = []
+    first_error, why = None, "quadrature has too few nodes"
+    for sd, start in starts:
+        has_lost = _compiled_at(setup, options, start, theta)
+        try:
+            elbo = finite_elbo(setup, start, theta)
+        except ModelError as error:
+            first_error, why = first_error or error, "no bound is finite"
+            continue
+        if not has_lost:
+            break
+        usable.append((sd, start))
+    else:
+        if not usable:
+            assert first_error is not None
+            raise first_error
+        sd, start = usable[0]
+        _compiled_at(setup, options, start, theta)
+        elbo = finite_elbo(setup, start, theta)
+    if sd:
+        setup.objective.add_note(f"began with sds of {sd:g}, unconstrained: with wider ones {why}")
+    return State(start, theta, elbo)
+
+
+def _compiled_at(setup: Setup, options: FitOptions, phi: Vector, theta: Vector) -> bool:
+    """Compile the terms anew, with their nodes at a start; whether one of them has too few there."""
+    if setup.lifted is None:
+        setup.objective.exact = None
+    compile_terms(setup, options)
+    prepare(setup, phi, theta)
+    check_kl(setup, phi, theta)
+    settle_nodes(setup, phi, theta)
+    exact = setup.objective.exact
+    reasons = [exact.refused[name] for name in exact.rough] if exact is not None else []
+    return any(reason.endswith(TOO_FEW) for reason in reasons)
 
 
 def finite_elbo(setup: Setup, phi: Vector, theta: Vector) -> float:

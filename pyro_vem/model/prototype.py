@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import Any
 
 import pyro
@@ -22,6 +23,7 @@ from .sites import (
     Latent,
     Plate,
     Strategy,
+    at_median,
     init_strategy,
     initial_values,
     latent_of,
@@ -30,6 +32,8 @@ from .sites import (
 )
 
 GOLDEN = 0.6180339887498949  # fractional parts of its multiples are all different
+
+IMPOSSIBLE = -1e3  # log density of a number where a fit begins, nats: not the place to
 
 
 @dataclass(frozen=True)
@@ -129,9 +133,8 @@ def prototype(
         ModelError: where the model raises, a site has the wrong shape or no finite density.
         UnsupportedModelError: for discrete latents, subsampling, random or dynamic structure.
     """
-    strategy = init_strategy(init, others)
     program.own_weights({}, torch.get_default_dtype() if program.modules else None)
-    first = run_checked(program, call, {}, initial_values(strategy, program.first_available_dim is not None))
+    first = _first_run(program, call, init, others)
     if first.subsampled and not program.is_batched:
         raise UnsupportedModelError(
             f"plate {first.subsampled[0]!r} draws a subsample: give the plate all its rows, and fit_vem "
@@ -155,6 +158,47 @@ def prototype(
         parameters,
         {name: plates_of(s) for name, s in first.sites.items() if is_summed_out(s)},
     )
+
+
+def _first_run(program: Program, call: Arguments, init: Any, others: Strategy | None) -> Execution:
+    """A run at the initial values; at medians themselves where data are all but impossible beside them.
+
+    A predictor that is 2,000 times a latent is far from zero at the quantiles next to the median.
+    """
+    is_enumerated = program.first_available_dim is not None
+
+    def run(strategy: Strategy) -> Execution:
+        return run_checked(program, call, {}, initial_values(strategy, is_enumerated))
+
+    strategy = init_strategy(init, others)
+    if others is not None or not (init is None or isinstance(init, Mapping)):
+        return run(strategy)
+    near, failed = None, None
+    try:
+        near = run(strategy)
+        if _density(near) > IMPOSSIBLE:
+            return near
+    except ModelError as error:
+        if not isinstance(error.__cause__, ValueError | NoneType):  # no argument out of range, nor a density
+            raise
+        failed = error
+    try:
+        median = run(init_strategy(init, rest=at_median))
+    except ModelError:
+        if failed is not None:
+            raise failed from failed.__cause__
+        median = None
+    if near is None or (median is not None and _density(median) > 0.1 * _density(near)):
+        assert median is not None
+        return median
+    return near
+
+
+def _density(execution: Execution) -> float:
+    """Log density of the data in nats, a number of them on average."""
+    found = [s["log_prob"].reshape(-1) for s in execution.sites.values() if s["is_observed"]]
+    rows = torch.cat([row[torch.isfinite(row)] for row in found] or [torch.zeros(0)])
+    return float(rows.double().mean()) if len(rows) else 0.0
 
 
 def _event_dim(site: Site) -> int:

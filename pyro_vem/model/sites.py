@@ -114,7 +114,7 @@ def has_bounds(transform: Transform) -> bool:
     return any(isinstance(value, Tensor) and value.dim() > 0 for value in held)
 
 
-def near_median(site: Site) -> Tensor:
+def near_median(site: Site, spread: float = 1.0) -> Tensor:
     """About a prior's median, where a loading of zero would hide what it loads on.
 
     A quantile near one half where there is a formula; else the median of draws, of few where there are many
@@ -129,28 +129,33 @@ def near_median(site: Site) -> Tensor:
     """
     fn, shape = unwrapped(site["fn"]), site["fn"].shape()
     if not fn.event_shape:
-        spread = QUANTILES["rows" if any(plate.size > 1 for plate in plates_of(site)) else "globals"]
+        sd = QUANTILES["rows" if any(plate.size > 1 for plate in plates_of(site)) else "globals"]
         with contextlib.suppress(Exception):  # a distribution of the caller's may have anything there
-            value = fn.icdf((0.5 + spread * torch.randn(shape)).clamp(0.02, 0.98))
+            value = fn.icdf((0.5 + spread * sd * torch.randn(shape)).clamp(0.02, 0.98))
             if value.shape == shape and bool(support_of(site["fn"]).check(value).all()):
                 return value
     return init_to_median(site, num_samples=MEDIAN_DRAWS if shape.numel() <= MOST_MANY else 15)
 
 
-def init_strategy(init: Any, others: Strategy | None = None) -> Strategy:
+def at_median(site: Site) -> Tensor:
+    """A prior's median itself, for models that have no finite density beside it."""
+    return near_median(site, 0.0)
+
+
+def init_strategy(init: Any, others: Strategy | None = None, rest: Strategy = near_median) -> Strategy:
     """A Pyro init strategy from None, a dict of values, or a strategy itself.
 
-    With `others` it gives all values that are in no dict, whatever strategy there is.
+    With `others` it gives all values that are in no dict, whatever strategy there is; else `rest` does.
     """
     if others is not None and not isinstance(init, Mapping):
         return others
     if init is None:
-        return near_median
+        return rest
     if isinstance(init, Mapping):
         values = {name: torch.as_tensor(value) for name, value in init.items()}
         dtype = torch.get_default_dtype()
         floats = {k: v.to(dtype) if v.dtype != torch.bool else v for k, v in values.items()}
-        return init_to_value(values=floats, fallback=others or near_median)
+        return init_to_value(values=floats, fallback=others or rest)
     if callable(init):
         return init
     raise ModelError(f"init={init!r}: give a dict of values, or a Pyro strategy like init_to_median")

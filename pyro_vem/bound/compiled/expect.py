@@ -35,6 +35,7 @@ EXPONENTS: dict[type, tuple[str, ...]] = {
 }
 SETTLED, ROUGHLY = 1e-9, 1e-8  # change of a term, relative, on doubling its nodes: at the end, and before
 FREE_POINTS = 4_000  # nodes times rows of a term that cost next to nothing
+TOO_FEW = "quadrature nodes are not enough: the expectation is rough, or infinite"
 FINE = 1e-10  # change at which such a term is settled, from the start
 
 
@@ -215,7 +216,7 @@ class CompiledTerm:
         while True:
             n = getattr(term, what)
             if n >= most:
-                return f"{n} quadrature nodes are not enough: the expectation is rough, or infinite"
+                return f"{n} {TOO_FEW}"
             if self._is_costly(what, 2 * n):
                 return f"{2 * n} nodes a dimension for {rows:,} rows: draws are cheaper"
             finer = replace(term, **{what: 2 * n})
