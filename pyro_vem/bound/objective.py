@@ -26,6 +26,9 @@ from .terms import Part, site_terms, term_parts
 
 Values = Mapping[str, Tensor]
 MOST_AT_ONCE = 1024  # draws that are worked on together
+PER_PART = (
+    4_000_000  # numbers that fixed draws work on together: 32 MB, beyond which memory costs twice the time
+)
 AT_ONCE = 1_000_000  # numbers that independent draws work on together: 8 MB, which stay near the processor
 
 
@@ -214,9 +217,16 @@ class Objective:
         if not batch.scope:
             return one({spec.name: torch.zeros(spec.shape, dtype=torch.float64) for spec in self.specs})
         if not batch.nodes:
-            return {name: values.mean(0) for name, values in self._each(one, self.noise).items()}
+            parts = [self._each(one, noise) for noise in self._in_parts(self.noise)]
+            return {name: torch.cat([part[name] for part in parts]).mean(0) for name in parts[0]}
         noise, weights = grid(self.specs, batch.scope, batch.nodes)
         return {name: weights @ values for name, values in self._each(one, noise).items()}
+
+    def _in_parts(self, noise: Values) -> list[Values]:
+        """Noise by so many draws as make no tensors that the allocator maps anew each time."""
+        size = self.draws_for(PER_PART)
+        num = max((len(value) for value in noise.values()), default=0)
+        return [{name: value[i : i + size] for name, value in noise.items()} for i in range(0, num, size)]
 
     def slopes(
         self, phi: Values, theta: Values, noise: Values

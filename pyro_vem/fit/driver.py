@@ -299,9 +299,10 @@ def _threads(data: Any) -> int | None:
 
 def _alternate(run: Run, max_iter: int, schedule: Schedule) -> Status:
     """E-step and M-step in turn until nothing is left to gain."""
+    run.few.begin(max_iter)
     run.start_factors()
     run.border.look_inside()
-    run.few.begin(max_iter)
+    run.few.begin(max_iter)  # where terms have become draws
     for iteration in range(run.iterations + 1, max_iter + 1):
         how = schedule_of(run, iteration, schedule)
         if how == "profile":

@@ -27,7 +27,7 @@ MOST_CHECKED = 500_000  # densities evaluated for that check
 CHECK_LIMIT = 5.0  # standard errors, of each term
 DRAW_ERROR = 0.1  # posterior sds that fixed draws may move the optimum by
 MOST_DRAWS = 4096
-FEW_ERROR = 1e-5  # posterior sds that few draws may move the optimum by: more than rounding does
+FEW_ERROR = 3e-3  # sds of any coordinate that few draws may move the optimum by
 
 
 def compile_terms(setup: Setup, options: FitOptions) -> None:
@@ -245,31 +245,43 @@ def _gaps_to_draws(setup: Setup, state: State) -> dict[str, str]:
 
 
 def more_draws(setup: Setup, state: State, scale: Vector) -> str | None:
-    """Four times as many draws where other draws would have moved the optimum; what to say, or None.
-
-    The Newton step towards the optimum on four times as many draws of another seed tells the error
-    that the fixed ones leave, their bias in skewed terms included.
-    """
+    """Four times as many draws where other draws would have moved the optimum; what to say, or None."""
     objective, processes = setup.objective, setup.processes
     if not processes.any(objective.is_random and not objective.is_exact and state.joint.size > 0):
         return None
-    twin = replace(setup, objective=objective.with_other_draws(4 * objective.num_draws))
-    there = Smooth(joint_loss(twin), state.joint, scale)
-    if not np.isfinite(there.value(there.zero)):
+    step = step_on_other_draws(setup, state, scale)
+    if step is None:
         objective.add_note(f"{objective.num_draws:,} fixed draws: at others the bound is not finite")
         return None
-    gradient = there.gradient(there.zero)
-    step = newton_step(joint_loss(setup), state.joint, scale, gradient)
-    where = _means(setup)
-    error = processes.most(float(np.abs(step[where]).max(initial=0)))
-    if objective.num_draws < objective.full_draws and error > FEW_ERROR:
+    error = processes.most(float(np.abs(step[_means(setup)]).max(initial=0)))
+    if objective.num_draws < objective.full_draws and np.abs(step).max() > FEW_ERROR:
         objective.take_draws(objective.full_draws)
         return f"{objective.num_draws:,} draws: fewer were not the same here"
     if error > DRAW_ERROR and 4 * objective.num_draws <= MOST_DRAWS:
         objective.take_draws(4 * objective.num_draws)
         return f"{objective.num_draws:,} draws: other ones moved the optimum by {error:.2g} posterior sd"
-    objective.add_note(f"{objective.num_draws:,} fixed draws: they move the optimum by about {error:.1g} sd")
+    objective.add_note(draws_note(objective.num_draws, error))
     return None
+
+
+def draws_note(num_draws: int, error: float) -> str:
+    """What the plan says of fixed draws."""
+    return f"{num_draws:,} fixed draws: they move the optimum by about {error:.1g} sd"
+
+
+def step_on_other_draws(setup: Setup, state: State, scale: Vector, times: int = 4) -> Vector | None:
+    """How far the optimum is on other draws, several times as many, in posterior sds; None if nowhere.
+
+    By the Newton step for the difference of both gradients, which tells the error that the fixed draws leave,
+    their bias in skewed terms included.
+    """
+    objective = setup.objective
+    twin = replace(setup, objective=objective.with_other_draws(times * objective.num_draws))
+    here, there = (Smooth(joint_loss(one), state.joint, scale) for one in (setup, twin))
+    if not np.isfinite(there.value(there.zero)):
+        return None
+    gradient = there.gradient(there.zero) - here.gradient(here.zero)
+    return newton_step(joint_loss(setup), state.joint, scale, gradient)
 
 
 def _means(setup: Setup) -> NDArray[np.bool_]:

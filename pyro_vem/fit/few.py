@@ -1,6 +1,7 @@
-"""Few draws on the way: fits with terms on fixed draws climb on a part of them, and end on all."""
+"""Few draws: fits with terms on fixed draws climb on a part of them, and stay there if these are enough."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,9 +13,10 @@ from torch.overrides import TorchFunctionMode
 from ..bound.draws import widest
 from ..bound.objective import Objective, Values
 from ..model.checks import SingularMatrix
-from .exactness import values_of
+from .exactness import FEW_ERROR, draws_note, step_on_other_draws, values_of
 from .scales import Scales
 from .setup import Setup
+from .smooth import Vector
 from .state import State, elbo_at
 from .status import Step
 from .stopping import runaway
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 FEW_DRAWS = (32, 64, 128, 256)  # that may do
+COSTLY = 300_000  # numbers, data and latents, that all draws together work on
 SAME = 1e-10  # of a term, between numbers of draws
 PER_LATENT = 4  # draws for each latent of a clique: with few more than two, factors fit the draws
 PER_OPERATION = 2000  # numbers that take as long as calling the operation that makes them
@@ -31,6 +34,7 @@ ROUGH = 0.03  # gradient norm on few draws; the optimum on all of them is mostly
 GAIN = 1e-3  # nats of a round on few draws, likewise
 CLOSE = 1e-3  # gradient norm of the first steps on all draws
 CONFIRMED = 0.5  # of the rise on few draws, that has to be there on all of them
+NEARBY = 0.3  # sds within which draws are as good as they were
 FEWEST_ROUNDS = 10  # of a fit that has any to spare
 
 Point: TypeAlias = tuple[Values, Values]
@@ -40,7 +44,8 @@ class FewDraws:
     """The part of a run that is on few of its fixed draws.
 
     Its optimum there is near the one on all of them, where Newton's method takes a step or two. What is
-    decided (convergence, divergence, a stall) is decided on all draws.
+    decided (convergence, divergence, a stall) is decided on all draws, unless others would not move the
+    optimum: then the fit ends on the few.
 
     Args:
         run: at its start.
@@ -52,17 +57,40 @@ class FewDraws:
         self._first = 0.0  # the bound there on few draws
         self._all = run.setup  # the problem on all of them
         self._last_round = 0
+        self._is_decided = False
+        self._settled: tuple[Vector, float] | None = None  # where few draws were found to be enough
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """Fewer draws while the start is looked at, if all of them work on many numbers."""
+        setup, objective = self.run.setup, self.run.setup.objective
+        if is_costly(setup) and setup.captures.mode is not True:
+            objective.take_draws(FEW_DRAWS[0])
+        yield
+        if objective.num_draws < objective.full_draws:
+            objective.take_full_draws()
+            setup.captures.start_again()
+            if objective.is_random and not objective.is_exact:
+                state = self.run.state
+                self.run.state = replace(state, elbo=elbo_at(setup, state.phi, state.theta))
 
     @property
     def is_on(self) -> bool:
         """True while the bound is on few draws, and another one on all of them."""
         return self._start is not None
 
+    @property
+    def _is_settled(self) -> bool:
+        """True while the bound is on few draws for good."""
+        objective = self.run.setup.objective
+        return self._settled is not None and objective.num_draws < objective.full_draws
+
     def begin(self, max_iter: int) -> None:
         """Take few draws, if terms are the same on them, or the fit has some way to go and it saves work."""
         run, setup, objective = self.run, self.run.setup, self.run.setup.objective
-        if not objective.is_random or objective.is_exact or setup.processes.count > 1:
+        if self._is_decided or not objective.is_random or objective.is_exact or setup.processes.count > 1:
             return
+        self._is_decided = True
         few, is_same, share = _number(setup, run.state)
         if is_same:
             objective.take_draws(few)
@@ -88,7 +116,7 @@ class FewDraws:
         elif self._is_stuck:
             self.end("a step gained nothing, and its gradient stayed")
         elif self._is_done():
-            self.end()
+            self._settle()
 
     @property
     def _is_stuck(self) -> bool:
@@ -102,6 +130,55 @@ class FewDraws:
         is_solved = is_one_problem and run.history[-1].gradient <= run.gtol
         is_late = run.iterations >= self._last_round
         return is_solved or is_late or run.gain_of_round() < GAIN
+
+    def follow(self) -> None:
+        """The bound has changed, and so has the one on all draws."""
+        objective = self.run.setup.objective.twin()
+        objective.take_full_draws()
+        self._all = replace(self.run.setup, objective=objective)
+
+    def _settle(self) -> None:
+        """Stay on few draws if others move the optimum by next to nothing; else take more, or all of them."""
+        run, objective = self.run, self.run.setup.objective
+        if objective.full_draws > FEW_DRAWS[-1]:  # asked for, or found to be necessary
+            self.end()
+            return
+        scale = run.scales.of(run.state, "joint", run.iterations)
+        step = step_on_other_draws(run.setup, run.state, scale, 2)
+        error = np.inf if step is None else float(np.abs(step).max(initial=0))
+        if error <= FEW_ERROR:
+            self._start, self._settled = None, (run.state.joint, error)
+            run.reset_gtol(CLOSE)
+            note = f"{objective.num_draws} draws are enough: others move the optimum by {error:.1g} sd"
+            self._go_to(run.state, note)
+            return
+        more = next((n for n in FEW_DRAWS if n > objective.num_draws * error / FEW_ERROR), np.inf)
+        if more >= SHARE * objective.full_draws:
+            self.end()
+            return
+        objective.take_draws(int(more))
+        state = replace(run.state, elbo=elbo_at(run.setup, run.state.phi, run.state.theta))
+        self._first += state.elbo - run.state.elbo
+        self._go_to(state, f"{more} draws: others moved the optimum by {error:.1g} sd")
+
+    def are_enough(self, scale: Vector) -> bool:
+        """True, with a note, if few draws have been found to be enough next to where the run is now."""
+        if not self._is_settled:
+            return False
+        assert self._settled is not None
+        at, error = self._settled
+        objective = self.run.setup.objective
+        if not (np.abs(self.run.state.joint - at) <= NEARBY * scale).all():
+            return False
+        objective.add_note(draws_note(objective.num_draws, error))
+        return True
+
+    def close(self) -> None:
+        """All draws again, for what comes after the fit."""
+        found = self._here_on_all() if self._is_settled else None
+        self.run.setup.objective.take_full_draws()
+        if found is not None:
+            self._go_to(*found, is_told=False)
 
     def end(self, lost: str = "", is_told: bool = True) -> None:
         """All draws from here on, or from the start again.
@@ -119,13 +196,18 @@ class FewDraws:
             run.scales = Scales(setup, run.hooks)
         run.reset_gtol(None if is_back else CLOSE)
         self._go_to(state, note, is_told)
+        if is_back:
+            run.start_factors()
 
     def saved(self) -> tuple[Setup, State, tuple[Step, ...]]:
         """The problem, a state and a history to go on from: all of them on all draws."""
         run, history = self.run, tuple(self.run.history)
-        if not self.is_on:
+        if self._is_settled:
+            state, note = self._here_on_all()
+        elif self.is_on:
+            state, note = self._on_all("")
+        else:
             return run.setup, run.state, history
-        state, note = self._on_all("")
         row = replace(self._row(state, note), draws=self._all.objective.num_draws)
         return self._all, state, (*history, row)
 
@@ -133,12 +215,18 @@ class FewDraws:
         """Where to go on with all draws, and what to say: from the start where the rise is not there."""
         run, start = self.run, self._start
         assert start is not None
-        here = replace(run.state, elbo=elbo_at(self._all, run.state.phi, run.state.theta))
+        here, note = self._here_on_all()
         promised, rise = run.state.elbo - self._first, here.elbo - start.elbo
         if not lost and not rise >= CONFIRMED * promised:
             lost = f"the bound rose by {promised:.3g} nats, and on all of them by {rise:.3g}"
-        draws = f"{self._all.objective.num_draws:,} draws from"
-        return (start, f"{draws} the start again: on few {lost}") if lost else (here, f"{draws} here on")
+        again = f"{self._all.objective.num_draws:,} draws from the start again: on few {lost}"
+        return (start, again) if lost else (here, note)
+
+    def _here_on_all(self) -> tuple[State, str]:
+        state, num_draws = self.run.state, self._all.objective.num_draws
+        return replace(
+            state, elbo=elbo_at(self._all, state.phi, state.theta)
+        ), f"{num_draws:,} draws from here on"
 
     def _go_to(self, state: State, note: str, is_told: bool = True) -> None:
         """Another bound from here on, and maybe another place."""
@@ -150,6 +238,13 @@ class FewDraws:
 
     def _row(self, state: State, note: str) -> Step:
         return Step(self.run.iterations, "check", self.run.state.elbo, state.elbo, 0.0, 1, 0, 0.0, note)
+
+
+def is_costly(setup: Setup) -> bool:
+    """True if all draws work on so many numbers that fewer should do wherever they can."""
+    objective = setup.objective
+    is_drawn = objective.is_random and not objective.is_exact and setup.processes.count == 1
+    return is_drawn and objective.draws_for(COSTLY) < objective.full_draws
 
 
 def _number(setup: Setup, state: State) -> tuple[int, bool, float]:

@@ -82,6 +82,17 @@ class Run:
             self.checkpoint.check(setup.shapes, setup.problem.call)
         if self.checkpoint.left is not None:
             setup.objective.add_note(f"went on from a checkpoint after {self.checkpoint.left.n_iter} rounds")
+        self.few = FewDraws(self)
+        with self.few.looking():
+            self._look_at_start(warm, number)
+        self.first = self.state
+        self.kinks = Kinks(self)
+        self.border = Border(self, {edge.name for edge in warm.boundary} if warm is not None else ())
+        self.bar = progress_bar(self.progress if setup.processes.rank == 0 else False)
+
+    def _look_at_start(self, warm: VEMResult | None, number: int) -> None:
+        """Compile the terms where both blocks begin, and see that the bound can be climbed from there."""
+        setup = self.setup
         phi, theta = initial_values(setup, setup.phi, warm), initial_values(setup, setup.theta, warm)
         phi, theta = scattered(setup, phi, theta) if number else (phi, theta)
         can_narrow = warm is None and setup.processes.count == 1
@@ -94,18 +105,13 @@ class Run:
                     setup.objective.add_note("equal components are a saddle: started from random ones")
                 is_random = is_level or (number > 0 and theta.size > 0)
                 self.state = self.closed.scattered(self.state, setup.objective.seed + number, is_random)
-        self.first = self.state
         self.reset_gtol()
         self.iterations = 0
         self.scales = Scales(setup, self.hooks)
-        self.few = FewDraws(self)
-        self.kinks = Kinks(self)
-        self.border = Border(self, {edge.name for edge in warm.boundary} if warm is not None else ())
         if not setup.is_our_code:
             check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
         if warm is None:
             note_idle(setup, self.state)
-        self.bar = progress_bar(self.progress if setup.processes.rank == 0 else False)
 
     def reset_gtol(self, first: float | None = None) -> None:
         """How small gradients have to be at first; as at last where no other block waits."""
@@ -293,7 +299,7 @@ class Run:
         change = settle(self.setup, self.state)
         if change is None:
             scale = self.scales.of(self.state, "joint", self.iterations)
-            change = more_draws(self.setup, self.state, scale)
+            change = None if self.few.are_enough(scale) else more_draws(self.setup, self.state, scale)
         if change is not None:
             self.changed(change)
             self.next_check = 0
@@ -307,7 +313,10 @@ class Run:
     def changed(self, change: str) -> None:
         """Record that the bound itself is another one from here on."""
         self.setup.captures.forget()
-        self.setup.objective.take_full_draws()
+        if self.few.is_on:
+            self.few.follow()
+        else:
+            self.setup.objective.take_full_draws()
         self.forget_rounds()
         if self.setup.lifted is not None:
             self.closed = ClosedForm(self.setup, self.setup.lifted, self.hooks)
@@ -334,7 +343,7 @@ class Run:
 
     def result(self, status: Status) -> VEMResult:
         """The frozen result at the present state."""
-        self.setup.objective.take_full_draws()
+        self.few.close()
         return VEMResult.of(
             self.setup, self.state, status, tuple(self.history), self.iterations,
             time.perf_counter() - self.begin, self.options, tuple(self.points),

@@ -196,7 +196,7 @@ def _first_run(program: Program, call: Arguments, init: Any, others: Strategy | 
 
 def _density(execution: Execution) -> float:
     """Log density of the data in nats, a number of them on average."""
-    found = [s["log_prob"].reshape(-1) for s in execution.sites.values() if s["is_observed"]]
+    found = [s["log_prob"].detach().reshape(-1) for s in execution.sites.values() if s["is_observed"]]
     rows = torch.cat([row[torch.isfinite(row)] for row in found] or [torch.zeros(0)])
     return float(rows.double().mean()) if len(rows) else 0.0
 
