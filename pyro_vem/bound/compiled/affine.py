@@ -258,7 +258,8 @@ class Probe:
 
     def _may_be_local(self, sides: Tensor, key: str) -> bool:
         """False if nothing moves a slot, or some row moves with elements on both sides of bit 0."""
-        moved = sides != self.here[key]
+        here = self.here[key]
+        moved = differs(sides, here, torch.maximum(sides.abs().amax(0), here.abs()), FAINT)
         return bool(moved.any()) and not bool((moved[0] & moved[1]).any())
 
 
