@@ -52,7 +52,7 @@ def is_conditional_normal(
 
     The scale s must depend on none of them, and share no latent with the residual.
     """
-    if spec.family is not td.Normal or not any(c in latents for c in conditions):
+    if spec.family is not td.Normal or "scale" not in slots or not any(c in latents for c in conditions):
         return False
     residual, scale = slots[RESIDUAL], slots["scale"]
     if residual.products is not None:

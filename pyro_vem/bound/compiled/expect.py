@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch import distributions as td
@@ -19,6 +20,7 @@ from .affine import AffineSlot, Dense, Local, compact, product
 from .conditional import Group, conditional_normal, grouped, is_conditional_normal
 from .forms import BOUNDED, Form, form_of, root, tensor_grid
 from .linear import Input
+from .links import GROWING
 from .slots import POSITIVE, RATIO, RESIDUAL, Spec
 
 Key: TypeAlias = tuple[str, ...]
@@ -32,6 +34,8 @@ FEW_POINTS = 256  # nodes of a row that are allowed regardless: as many as draws
 EXPONENTS: dict[type, tuple[str, ...]] = {
     td.Gumbel: (RESIDUAL, *POSITIVE),
     td.NegativeBinomial: ("total_count",),
+    dist.ZeroInflatedNegativeBinomial: ("total_count",),
+    dist.BetaBinomial: (),
 }
 SETTLED, ROUGHLY = 1e-9, 1e-8  # change of a term, relative, on doubling its nodes: at the end, and before
 FREE_POINTS = 4_000  # nodes times rows of a term that cost next to nothing
@@ -133,7 +137,7 @@ class CompiledTerm:
                 return f"its {name}"
         exponents = EXPONENTS.get(family, () if family in BOUNDED else (RATIO, *POSITIVE))
         for name, slot in self.slots.items():
-            if name not in exponents:
+            if name not in exponents and name not in GROWING:
                 continue
             for c in self.random_conditions:
                 parts: list[Local | Dense] = [*slot.locals.values(), *slot.denses.values()]

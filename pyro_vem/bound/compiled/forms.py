@@ -19,6 +19,8 @@ from torch import distributions as td
 
 from ..kl.quadrature import softplus
 from .counts import mean_log_density
+from .links import GROWING, arguments, is_linked
+from .nodes import mean_at_nodes
 from .reduced import mean_after_stirling, mean_softplus, scaled_square
 from .slots import RATIO, RESIDUAL, Spec, ordered
 from .student import mean_normaliser, mean_tail
@@ -98,21 +100,27 @@ class Form:
     def points(self, nodes: int) -> int:
         """Numbers of each row that derivatives are taken through, or as many as cost what its nodes do."""
         points: int = len(self._rule(nodes)[0]) ** self.dims
-        if self.function is _grid:
-            return points
+        if (
+            self.function is _grid and self.dims > 1
+        ):  # derivatives by autograd, more of them in more dimensions
+            return 4 * points if self.dims > 2 else points // 2
         return max(1, points // CHEAPER) if self.dims > 1 else 1  # rows come with their own derivatives
 
 
 def form_of(spec: Spec, random: tuple[str, ...]) -> Form:
     """The form of a term with these random slots."""
     family, count = spec.family, len(random)
-    is_bounded = family in BOUNDED
+    is_other = is_linked(spec.slots)
+    is_bounded = family in BOUNDED if not is_other else set(GROWING).isdisjoint(spec.slots)
 
     def form(function: Callable[..., Tensor], dims: int) -> Form:
         return Form(spec, random, function, dims, is_bounded)
 
     if not random:
         return form(_known, 0)
+    if is_other:
+        is_normal = family is td.Normal
+        return form(_normal_by_link, int(spec.slots[1] in random)) if is_normal else form(_grid, count)
     if family is td.Normal:
         return form(_normal, 0)
     if family in KINKED:
@@ -286,20 +294,28 @@ def _student(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Ru
 
 
 def _grid(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
-    """A tensor grid over the random slots, one leading dimension of nodes for each."""
-    x, w = rule
-    lower = _cholesky(random, cov)
-    dims = max(t.dim() for t in (*mean.values(), *cov.values()))
-    eta, weights = dict(mean), torch.ones((), dtype=torch.float64)
-    for i, name in enumerate(random):
-        for j in range(i + 1):
-            nodes = x.reshape(*(-1 if k == j else 1 for k in range(len(random))), *(1,) * dims)
-            eta[name] = eta[name] + nodes * lower[i, j]
-        shape = [-1 if k == i else 1 for k in range(len(random))] + [1] * dims
-        weights = weights * w.reshape(shape)
-    names = list(eta)  # in one shape, so that a density may be rebuilt from them
-    eta = dict(zip(names, torch.broadcast_tensors(*eta.values()), strict=True))
-    return (weights * spec.log_density(eta)).sum(tuple(range(len(random))))
+    """A tensor grid over the random slots."""
+    parts = {(random[i], j): part for (i, j), part in _cholesky(random, cov).items()}
+    return mean_at_nodes(spec.log_density, mean, parts, rule)
+
+
+def _normal_by_link(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    """A Normal whose scale is another function of a slot than exp: given that slot the residual is closed."""
+    name = spec.slots[1]
+    v_r, numbers, parts = _of(cov, RESIDUAL, RESIDUAL), dict(mean), {}
+    if name in random:
+        parts[name, 0] = root(cov[name, name])
+        shared = _of(cov, RESIDUAL, name) / parts[name, 0]
+        v_r = v_r - shared * shared
+        if shared.dim():
+            parts[RESIDUAL, 0] = shared
+
+    def density(at: Mean) -> Tensor:
+        scale = arguments({name: at[name]})["scale"]
+        square = (at[RESIDUAL] ** 2 + at["variance"]) / scale**2
+        return spec.jacobian - 0.5 * math.log(2 * math.pi) - scale.log() - 0.5 * square
+
+    return mean_at_nodes(density, numbers | {"variance": v_r}, parts, rule)
 
 
 def _cholesky(names: tuple[str, ...], cov: Cov) -> dict[tuple[int, int], Tensor]:

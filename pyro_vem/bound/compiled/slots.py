@@ -26,6 +26,7 @@ from ...model.support import plain_parts
 from ..kl.quadrature import softplus
 from ..kl.table import is_same_density, leaf_of
 from ..weights import element_weight
+from .links import arguments, is_linked, slot_of
 
 # Families whose log density depends on value - loc only.
 LOCATION: dict[type, tuple[str, ...]] = {
@@ -63,17 +64,21 @@ GENERAL: dict[type, tuple[str, ...]] = {
     td.HalfCauchy: ("scale",),
     td.LogNormal: ("loc", "scale"),
     dist.OrderedLogistic: ("predictor", "cut", "gap"),
+    dist.BetaBinomial: ("total_count", "concentration1", "concentration0"),
+    dist.ZeroInflatedPoisson: ("rate", "gate_logits"),
+    dist.ZeroInflatedNegativeBinomial: ("total_count", "logits", "gate_logits"),
 }
 RENAMED: dict[type, type] = {dist.GammaPoisson: td.NegativeBinomial}  # the same density of other arguments
 POSITIVE = frozenset(
     ["scale", "asymmetry", "df", "rate", "concentration", "concentration0", "concentration1", "total_count"]
 )
 RESIDUAL, RATIO, VALUE = "residual", "log ratio", "value"
+OF_VALUES = (RESIDUAL, RATIO, VALUE)  # slots that are no argument
 
 
 def is_log(family: type, name: str) -> bool:
     """True if a slot is the log of the argument; a Binomial may have rows without a trial."""
-    return name in POSITIVE and not (family is td.Binomial and name == "total_count")
+    return name in POSITIVE and not (family in (td.Binomial, dist.BetaBinomial) and name == "total_count")
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,10 @@ class Spec:
         """The argument of the density that a slot stands for."""
         return slot.exp() if is_log(self.family, name) else slot
 
+    def _arguments(self, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        usual = {name: slot for name, slot in slots.items() if not is_linked([name])}
+        return {name: self.argument(name, slot) for name, slot in usual.items()} | arguments(slots)
+
     def change(self, other: "Spec | str") -> str | None:
         """What of the static part differs in another run, or None."""
         if isinstance(other, str) or other.family is not self.family or other.shape != self.shape:
@@ -133,7 +142,7 @@ class Spec:
 
     def log_density(self, eta: Mapping[str, Tensor]) -> Any:
         """Log density of each row at given slots, (..., rows); with the Jacobian for a latent."""
-        args = {name: self.argument(name, eta[name]) for name in self.slots[1:]}
+        args = self._arguments({name: eta[name] for name in self.slots if name not in OF_VALUES})
         if self.slots[0] == RESIDUAL:
             residual = eta[RESIDUAL]
             fn = self.family(loc=torch.zeros_like(residual), validate_args=False, **args)
@@ -145,8 +154,6 @@ class Spec:
             below = eta["predictor"] - eta["cut"]
             return ordered(self.value, eta["gap"], softplus(below), softplus(-below - eta["gap"]))
         if self.latent is None:
-            names = self.slots
-            args = {name: self.argument(name, eta[name]) for name in names}
             return self.family(**args, validate_args=False).log_prob(self.value)
         u = eta[VALUE]
         z, slope = u, torch.zeros_like(u)
@@ -282,6 +289,8 @@ def read(spec: Spec, site: Site, u: Tensor | None) -> dict[str, Tensor]:
         elif name == VALUE:
             assert u is not None
             found[name] = u
+        elif is_linked([name]):
+            found[name] = slot_of(fn, name)
         else:
             given = torch.as_tensor(_argument(fn, name), dtype=torch.float64)
             found[name] = given.log() if is_log(spec.family, name) else given
