@@ -27,7 +27,7 @@ MOST_CHECKED = 500_000  # densities evaluated for that check
 CHECK_LIMIT = 5.0  # standard errors, of each term
 DRAW_ERROR = 0.1  # posterior sds that fixed draws may move the optimum by
 MOST_DRAWS = 4096
-FEW_ERROR = 3e-3  # sds of any coordinate that few draws may move the optimum by
+FEW_ERROR = 1e-2  # sds of any coordinate that few draws may move the optimum by
 
 
 def compile_terms(setup: Setup, options: FitOptions) -> None:

@@ -12,7 +12,7 @@ class FitOptions:
 
     Attributes:
         num_draws: fixed draws for terms without a closed form; even. On the way fewer may serve, and of the
-            usual 256 also at the end, where others would not move the optimum by 0.003 posterior sds.
+            usual 256 also at the end, where others would not move the optimum by 0.01 posterior sds.
         elbo_draws: most fresh draws spent on the reported ELBO.
         step_iterations: most optimiser iterations within one E- or M-step.
         compiled: whether terms are compiled to closed forms and quadratures where they can be.

@@ -197,38 +197,41 @@ class CompiledTerm:
 
     def refined(self, x: Inputs, settled: float) -> "CompiledTerm | str":
         """The term with enough nodes at these moments; or why there are not enough."""
+        most = {
+            "condition_nodes": MOST_NODES["conditions"] if self.has_grid else 0,
+            "slot_nodes": self.form.doubled * MOST_NODES.get(self.form.dims, 0),
+        }
+        needed = [what for what in most if most[what]]
+        for what in needed:  # before anything is evaluated
+            if self._is_costly(what, 2 * getattr(self, what)):
+                return self._too_costly(2 * getattr(self, what))
         with torch.no_grad():
             term = self
-            for what in ("condition_nodes", "slot_nodes"):
-                grown = term._doubled(x, what, settled)
+            for what in needed:
+                grown = term._doubled(x, what, most[what], settled)
                 if isinstance(grown, str):
                     return grown
                 term = grown
             return term
 
-    def _doubled(self, x: Inputs, what: str, settled: float) -> "CompiledTerm | str":
-        if what == "condition_nodes":
-            is_needed, most = self.has_grid, MOST_NODES["conditions"]
-        else:
-            is_needed, most = self.form.dims > 0, self.form.doubled * MOST_NODES.get(self.form.dims, 0)
-        if not is_needed:
-            return self
-        n, rows = getattr(self, what), len(self.spec.weight)
-        if self._is_costly(what, n):
-            return f"{n} nodes a dimension for {rows:,} rows: draws are cheaper"
+    def _doubled(self, x: Inputs, what: str, most: int, settled: float) -> "CompiledTerm | str":
+        rows = len(self.spec.weight)
         term, value = self, float(self.expectation(x))
         while True:
             n = getattr(term, what)
             if n >= most:
                 return f"{n} {TOO_FEW}"
             if self._is_costly(what, 2 * n):
-                return f"{2 * n} nodes a dimension for {rows:,} rows: draws are cheaper"
+                return self._too_costly(2 * n)
             finer = replace(term, **{what: 2 * n})
             now = float(finer.expectation(x))
             is_free = finer._points(what, 2 * n) * rows <= FREE_POINTS
             if abs(now - value) <= (FINE if is_free else settled) * (1 + abs(now)):
                 return term
             term, value = finer, now
+
+    def _too_costly(self, nodes: int) -> str:
+        return f"{nodes} nodes a dimension for {len(self.spec.weight):,} rows: draws are cheaper"
 
     def _is_costly(self, what: str, nodes: int) -> bool:
         """True if draws take less time and memory, if one kind of nodes is changed to this number."""
