@@ -13,6 +13,7 @@ from pyro_vem.bound.compiled.forms import form_of, gauss_hermite
 from pyro_vem.bound.compiled.links import LINKS
 from pyro_vem.bound.compiled.nodes import mean_at_nodes
 from pyro_vem.bound.compiled.slots import RESIDUAL, Spec
+from pyro_vem.model.density import lean_log_prob
 from pyro_vem.model.runtime import isolated
 
 D = torch.float64
@@ -173,3 +174,13 @@ def test_normal_rows_with_another_scale_need_nodes_in_it_alone(random):
     values = spec.log_density(dict(zip(slots, torch.broadcast_tensors(*drawn.values()), strict=True)))
     error = values.std(0) / len(values) ** 0.5
     assert ((form.rows(mean, pairs, 32) - values.mean(0)).abs() < 5 * error).all()
+
+
+def test_weibull_rows_have_the_density_of_torch():
+    """Written out: torch's own takes an absolute value, whose second derivatives load its compiler."""
+    generator = torch.Generator().manual_seed(0)
+    scale, shape, value = (0.5 + torch.rand(6, generator=generator, dtype=D) for _ in range(3))
+    for fn in (dist.Weibull(scale, shape), dist.Weibull(scale, shape).expand([2, 6])):
+        torch.testing.assert_close(lean_log_prob(fn, value), fn.log_prob(value))
+    at_zero = dist.Weibull(scale, shape, validate_args=False)
+    assert lean_log_prob(at_zero, torch.zeros(6, dtype=D)).isinf().all()

@@ -19,6 +19,9 @@ def lean_log_prob(fn: Any, value: Tensor) -> Tensor:
     A DiscreteHMM is summed in log space: Pyro's sums exponentials that underflow where states are
     1,500 nats apart, and `torch.func.vmap` refuses their logarithm.
 
+    A Weibull's absolute value has second derivatives that torch adds by way of its compiler, which takes
+    a second to load.
+
     Example:
         >>> import pyro.distributions as dist
         >>> fn = dist.Categorical(torch.tensor([0.25, 0.75])).expand([1_000_000])
@@ -26,7 +29,8 @@ def lean_log_prob(fn: Any, value: Tensor) -> Tensor:
         torch.Size([1000000])
     """
     # A subclass may have a density of its own.
-    own = KNOWN.get(getattr(type(fn), "log_prob", None))
+    given = getattr(type(fn), "log_prob", None)
+    own = _weibull if isinstance(fn, td.Weibull) and given is td.Weibull.log_prob else KNOWN.get(given)
     if own is None:
         log_prob: Tensor = fn.log_prob(value)
         return log_prob
@@ -47,6 +51,11 @@ def _categorical(fn: Any, value: Tensor) -> Tensor:
     shape = np.broadcast_shapes(index.shape[:-1], table.shape[:-1])  # torch's own imports sympy
     logits = logits.expand(*shape, logits.shape[-1])
     return logits.gather(-1, index.expand(*shape, 1)).squeeze(-1)
+
+
+def _weibull(fn: Any, value: Tensor) -> Tensor:
+    k, ratio = fn.concentration, value / fn.scale
+    return k.log() - fn.scale.log() + (k - 1) * ratio.log() - ratio**k
 
 
 def _hidden_markov(fn: Any, value: Tensor) -> Tensor:
