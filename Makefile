@@ -51,6 +51,7 @@ bench: $(STAMP)  ## paired benchmarks; prints ratios, tables and plots go to bui
 	$(BIN)/python tests/benchmarks/analytic_kl.py
 	$(BIN)/python tests/benchmarks/scaling.py
 	$(BIN)/python tests/benchmarks/imports.py
+	$(BIN)/python tests/benchmarks/families.py
 	$(MAKE) bench-peers
 
 # PEERS_PYTHON names an interpreter that has the peers already; BENCH passes options, as BENCH=--quick.
