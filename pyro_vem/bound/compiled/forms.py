@@ -100,10 +100,8 @@ class Form:
     def points(self, nodes: int) -> int:
         """Numbers of each row that derivatives are taken through, or as many as cost what its nodes do."""
         points: int = len(self._rule(nodes)[0]) ** self.dims
-        if (
-            self.function is _grid and self.dims > 1
-        ):  # derivatives by autograd, more of them in more dimensions
-            return 4 * points if self.dims > 2 else points // 2
+        if self.function is _grid and self.dims > 1:  # by autograd, with more derivatives in more dimensions
+            return 2 ** (self.dims - 1) * points
         return max(1, points // CHEAPER) if self.dims > 1 else 1  # rows come with their own derivatives
 
 
