@@ -53,7 +53,8 @@ def from_mode(setup: Setup, state: State) -> tuple[State, int, int]:
     end = Smooth(loss, found.x, np.ones(scale.size))
     curvatures = end.hessian().diagonal()
     work = 1 + found.evaluations + end.evaluations, scale.size + found.products + end.products
-    if not (np.isfinite(curvatures).all() and (curvatures > 0).all()):
+    is_mode = found.is_solved and np.isfinite(curvatures).all() and (curvatures > 0).all()
+    if not is_mode:  # as where the density of effects and their sd grows without end
         return state, *work
     phi = state.phi.copy()
     phi[is_loc], phi[is_scale] = found.x, -0.5 * np.log(curvatures)
