@@ -9,7 +9,7 @@ import torch
 
 import pyro_vem as vem
 from pyro_vem.fit import capture as graphs
-from pyro_vem.fit import few
+from pyro_vem.fit import exactness, few
 from pyro_vem.fit.checkpoint import Checkpoint
 from pyro_vem.model.runtime import isolated
 
@@ -149,7 +149,7 @@ def assert_same_optimum(found, wanted):
     [(mixture, "auto"), *((mixture_em, schedule) for schedule in ("auto", "joint", "alternate", "profile"))],
 )
 def test_fits_climb_on_few_draws_and_end_on_all(fit, monkeypatch, model, schedule):
-    monkeypatch.setattr(few, "FEW_ERROR", 1e-12)  # sds: few draws are never enough
+    monkeypatch.setattr(exactness, "FEW_ERROR", 1e-12)  # sds: few draws are never enough
     found = fit(model, mixture_data(), schedule=schedule)
     wanted = on_all(fit, model, mixture_data(), monkeypatch, schedule=schedule)
     assert {row.draws for row in found.history} == {32, 256}
@@ -181,7 +181,7 @@ def test_history_tells_one_bound_from_the_other(fit):
 @pytest.mark.parametrize("reason", ["ran away", "gained nothing", "the bound rose by"])
 def test_where_few_draws_lead_astray_a_fit_starts_again(fit, monkeypatch, reason):
     wanted = on_all(fit, mixture, mixture_data(), monkeypatch)
-    monkeypatch.setattr(few, "FEW_ERROR", 1e-12)
+    monkeypatch.setattr(exactness, "FEW_ERROR", 1e-12)
     if reason == "ran away":
         monkeypatch.setattr(few, "runaway", lambda *args: "mean")
     elif reason == "gained nothing":
@@ -224,7 +224,7 @@ def test_fits_end_on_few_draws_where_others_would_not_move_them(fit, monkeypatch
     assert found.setup.objective.num_draws == 256
     assert {fit.history[-1].draws for fit in kept} == {256}
     assert sum("fixed draws: they move the optimum" in note for note in found.plan.notes) == 1
-    assert in_sds(found, wanted) < 2 * few.FEW_ERROR
+    assert in_sds(found, wanted) < 2 * exactness.FEW_ERROR
     assert found.elbo == pytest.approx(wanted.elbo, abs=1e-4)
     with isolated(torch.float64), torch.no_grad():
         at_end = float(found.setup.objective.value(found.guide_params, found.params))
@@ -254,7 +254,7 @@ def test_many_rows_of_few_latents_begin_at_their_mode(fit, monkeypatch):
     way = wanted.history[-1].after - wanted.history[0].before
     assert start.after - start.before > 0.999 * way  # almost all of it, at the price of one draw
     assert first.evaluations <= 6 < next(row for row in wanted.history if row.block == "E").evaluations
-    assert in_sds(found, wanted) < 2 * few.FEW_ERROR
+    assert in_sds(found, wanted) < 2 * exactness.FEW_ERROR
 
 
 def test_too_few_draws_cost_nothing_but_time(fit, monkeypatch):
@@ -325,7 +325,7 @@ def test_an_interrupted_fit_is_one_on_all_draws_and_goes_on(fit, tmp_path):
     assert kept.history[-1].after == left.history[-1].after
     on = fit(mixture_em, data, checkpoint=path)
     assert on.converged
-    assert on.history[-1].after == pytest.approx(wanted.history[-1].after, abs=few.FEW_NATS)
+    assert on.history[-1].after == pytest.approx(wanted.history[-1].after, abs=exactness.FEW_NATS)
 
 
 def test_a_checkpoint_on_the_way_is_of_all_draws(fit, tmp_path, monkeypatch):
@@ -351,7 +351,7 @@ def test_each_bound_is_traced_by_itself(fit, monkeypatch):
         return "not here"
 
     monkeypatch.setattr(graphs, "capture", refused)
-    monkeypatch.setattr(few, "FEW_ERROR", 1e-12)
+    monkeypatch.setattr(exactness, "FEW_ERROR", 1e-12)
     monkeypatch.setattr(graphs, "WORTH", 0.0)  # seconds: at once, on few draws and again on all
     found = fit(mixture_em, mixture_data(), callbacks=[lambda row, params: rows.append(row)])
     assert found.converged

@@ -26,9 +26,7 @@ from .terms import Part, site_terms, term_parts
 
 Values = Mapping[str, Tensor]
 MOST_AT_ONCE = 1024  # draws that are worked on together
-PER_PART = (
-    4_000_000  # numbers that fixed draws work on together: 32 MB, beyond which memory costs twice the time
-)
+PER_PART = 4_000_000  # numbers that fixed draws work on together: 32 MB, beyond which time doubles
 AT_ONCE = 1_000_000  # numbers that independent draws work on together: 8 MB, which stay near the processor
 
 

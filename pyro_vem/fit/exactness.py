@@ -27,7 +27,10 @@ MOST_CHECKED = 500_000  # densities evaluated for that check
 CHECK_LIMIT = 5.0  # standard errors, of each term
 DRAW_ERROR = 0.1  # posterior sds that fixed draws may move the optimum by
 MOST_DRAWS = 4096
-FEW_ERROR = 1e-2  # sds of any coordinate that few draws may move the optimum by
+FEW_ERROR, FEW_NATS = (
+    1e-2,
+    1e-3,
+)  # sds that few draws may move a coordinate of the optimum by, and nats in all
 
 
 def compile_terms(setup: Setup, options: FitOptions) -> None:
@@ -254,7 +257,7 @@ def more_draws(setup: Setup, state: State, scale: Vector) -> str | None:
         objective.add_note(f"{objective.num_draws:,} fixed draws: at others the bound is not finite")
         return None
     error = processes.most(float(np.abs(step[_means(setup)]).max(initial=0)))
-    if objective.num_draws < objective.full_draws and np.abs(step).max() > FEW_ERROR:
+    if objective.num_draws < objective.full_draws and excess(step) > 1:
         objective.take_draws(objective.full_draws)
         return f"{objective.num_draws:,} draws: fewer were not the same here"
     if error > DRAW_ERROR and 4 * objective.num_draws <= MOST_DRAWS:
@@ -262,6 +265,12 @@ def more_draws(setup: Setup, state: State, scale: Vector) -> str | None:
         return f"{objective.num_draws:,} draws: other ones moved the optimum by {error:.2g} posterior sd"
     objective.add_note(draws_note(objective.num_draws, error))
     return None
+
+
+def excess(step: Vector) -> float:
+    """How many times as far as few draws may they move the optimum, if others move it by this step."""
+    nats = 0.5 * float(step @ step)
+    return max(float(np.abs(step).max(initial=0)) / FEW_ERROR, (nats / FEW_NATS) ** 0.5)
 
 
 def draws_note(num_draws: int, error: float) -> str:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from ..bound.draws import widest
 from ..bound.objective import Objective, Values
 from ..model.checks import SingularMatrix
-from .exactness import FEW_ERROR, draws_note, step_on_other_draws, values_of
+from .exactness import draws_note, excess, step_on_other_draws, values_of
 from .scales import Scales
 from .setup import Setup
 from .smooth import Vector
@@ -34,7 +34,6 @@ ROUGH = 0.03  # gradient norm on few draws; the optimum on all of them is mostly
 GAIN = 1e-3  # nats of a round on few draws, likewise
 CLOSE = 1e-3  # gradient norm of the first steps on all draws
 CONFIRMED = 0.5  # of the rise on few draws, that has to be there on all of them
-FEW_NATS = 1e-3  # that the bound may lose so
 NEARBY = 0.3  # sds within which draws are as good as they were
 FEWEST_ROUNDS = 10  # of a fit that has any to spare
 
@@ -147,15 +146,14 @@ class FewDraws:
         scale = run.scales.of(run.state, "joint", run.iterations)
         step = step_on_other_draws(run.setup, run.state, scale, 2)
         step = np.array([np.inf]) if step is None else step
-        error, nats = float(np.abs(step).max(initial=0)), 0.5 * float(step @ step)
-        excess = max(error / FEW_ERROR, (nats / FEW_NATS) ** 0.5)
-        if excess <= 1:
+        error, too_far = float(np.abs(step).max(initial=0)), excess(step)
+        if too_far <= 1:
             self._start, self._settled = None, (run.state.joint, error)
             run.reset_gtol(CLOSE)
             note = f"{objective.num_draws} draws are enough: others move the optimum by {error:.1g} sd"
             self._go_to(run.state, note)
             return
-        more = next((n for n in FEW_DRAWS if n > objective.num_draws * excess), np.inf)
+        more = next((n for n in FEW_DRAWS if n > objective.num_draws * too_far), np.inf)
         if more >= objective.full_draws:
             self.end()
             return

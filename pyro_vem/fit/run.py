@@ -95,8 +95,7 @@ class Run:
         setup = self.setup
         phi, theta = initial_values(setup, setup.phi, warm), initial_values(setup, setup.theta, warm)
         phi, theta = scattered(setup, phi, theta) if number else (phi, theta)
-        can_narrow = warm is None and setup.processes.count == 1
-        self.state = first_state(setup, self.options, phi, theta, can_narrow)
+        self.state = first_state(setup, self.options, phi, theta, can_narrow=warm is None)
         if setup.lifted is not None:
             self.closed = ClosedForm(setup, setup.lifted, self.hooks)
             if warm is None:

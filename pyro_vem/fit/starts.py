@@ -117,7 +117,7 @@ def first_state(setup: Setup, options: FitOptions, phi: Vector, theta: Vector, c
     """
     is_log_sd = Scales(setup).log_sds(phi.size)
     starts = [(0.0, phi)]
-    if can_narrow and is_log_sd.any():
+    if can_narrow and setup.processes.count == 1 and is_log_sd.any():
         starts += [(sd, np.where(is_log_sd, np.minimum(phi, np.log(sd)), phi)) for sd in NARROWER]
     usable: list[tuple[float, Vector]] = []
     first_error, why = None, "quadrature has too few nodes"

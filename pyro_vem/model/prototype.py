@@ -173,24 +173,19 @@ def _first_run(program: Program, call: Arguments, init: Any, others: Strategy | 
     strategy = init_strategy(init, others)
     if others is not None or not (init is None or isinstance(init, Mapping)):
         return run(strategy)
-    near, failed = None, None
+    medians = init_strategy(init, rest=at_median)
     try:
         near = run(strategy)
-        if _density(near) > IMPOSSIBLE:
-            return near
     except ModelError as error:
-        if not isinstance(error.__cause__, ValueError | NoneType):  # no argument out of range, nor a density
-            raise
-        failed = error
-    try:
-        median = run(init_strategy(init, rest=at_median))
-    except ModelError:
-        if failed is not None:
-            raise failed from failed.__cause__
-        median = None
-    if near is None or (median is not None and _density(median) > 0.1 * _density(near)):
-        assert median is not None
-        return median
+        if isinstance(error.__cause__, ValueError | NoneType):  # an argument out of range, or no density
+            with contextlib.suppress(ModelError):
+                return run(medians)
+        raise
+    if _density(near) <= IMPOSSIBLE:
+        with contextlib.suppress(ModelError):
+            median = run(medians)
+            if _density(median) > 0.1 * _density(near):
+                return median
     return near
 
 

@@ -300,7 +300,7 @@ def _grid(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule)
 def _normal_by_link(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
     """A Normal whose scale is another function of a slot than exp: given that slot the residual is closed."""
     name = spec.slots[1]
-    v_r, numbers, parts = _of(cov, RESIDUAL, RESIDUAL), dict(mean), {}
+    v_r, parts = _of(cov, RESIDUAL, RESIDUAL), {}
     if name in random:
         parts[name, 0] = root(cov[name, name])
         shared = _of(cov, RESIDUAL, name) / parts[name, 0]
@@ -313,7 +313,7 @@ def _normal_by_link(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, r
         square = (at[RESIDUAL] ** 2 + at["variance"]) / scale**2
         return spec.jacobian - 0.5 * math.log(2 * math.pi) - scale.log() - 0.5 * square
 
-    return mean_at_nodes(density, numbers | {"variance": v_r}, parts, rule)
+    return mean_at_nodes(density, {**mean, "variance": v_r}, parts, rule)
 
 
 def _cholesky(names: tuple[str, ...], cov: Cov) -> dict[tuple[int, int], Tensor]:
