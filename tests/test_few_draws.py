@@ -9,7 +9,7 @@ import torch
 
 import pyro_vem as vem
 from pyro_vem.fit import capture as graphs
-from pyro_vem.fit import exactness, few
+from pyro_vem.fit import costly, exactness, few
 from pyro_vem.fit.checkpoint import Checkpoint
 from pyro_vem.model.runtime import isolated
 
@@ -248,7 +248,7 @@ def test_many_rows_of_few_latents_begin_at_their_mode(fit, monkeypatch):
     y = x.sum(1) * 3 + torch.where(torch.arange(1000) % 10 == 0, 5 * noise[0], 0.5 * noise[1])
     found = fit(robust, {"x": x, "y": y})
     with monkeypatch.context() as patch:
-        patch.setattr(few, "COSTLY", 10**12)
+        patch.setattr(costly, "COSTLY", 10**12)
         wanted = fit(robust, {"x": x, "y": y})
     start, first = (next(row for row in found.history if row.block == block) for block in ("start", "E"))
     way = wanted.history[-1].after - wanted.history[0].before
@@ -303,7 +303,7 @@ def test_cliques_need_draws(fit):
         x = torch.randn(400, width, generator=generator, dtype=torch.float64)
         y = torch.tanh(x[:, 0]) + 0.5 * torch.randn(400, generator=generator, dtype=torch.float64)
         result = fit(regression, {"x": x, "y": y}, options=vem.FitOptions(compiled=False))
-        assert min(row.draws for row in result.history) == draws
+        assert min(row.draws for row in result.history if row.block != "start") == draws
 
 
 def test_an_interrupted_fit_is_one_on_all_draws_and_goes_on(fit, tmp_path):

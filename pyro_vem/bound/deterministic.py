@@ -121,6 +121,15 @@ class Deterministic(ExactTerms):
         """True if the linear maps of all terms are matrices."""
         return self.compiled.merged.is_small
 
+    @property
+    def work(self) -> int:
+        """Values of densities that one evaluation at nodes takes."""
+        return self.compiled.work
+
+    def begin_again(self) -> None:
+        """As few nodes as at first."""
+        self.compiled.begin_again()
+
     def shown(self, row: PlanRow) -> PlanRow:
         """A row of the plan with the method and the proof of its compiled term."""
         term = self.compiled.terms.get(row.site)

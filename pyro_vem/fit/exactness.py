@@ -13,6 +13,7 @@ from ..errors import ModelError
 from ..guides.factorised import FactorisedNormal
 from ..model.parameters import PartlyHeld
 from ..model.sites import Latent
+from .costly import on_fewer
 from .measure import MOST_NUMBERS, disagreement
 from .options import FitOptions
 from .scales import free_sites
@@ -286,11 +287,11 @@ def step_on_other_draws(setup: Setup, state: State, scale: Vector, times: int = 
     """
     objective = setup.objective
     twin = replace(setup, objective=objective.with_other_draws(times * objective.num_draws))
-    here, there = (Smooth(joint_loss(one), state.joint, scale) for one in (setup, twin))
+    here, there = (Smooth(joint_loss(one), state.joint, scale, is_bent=False) for one in (setup, twin))
     if not np.isfinite(there.value(there.zero)):
         return None
     gradient = there.gradient(there.zero) - here.gradient(here.zero)
-    return newton_step(joint_loss(setup), state.joint, scale, gradient)
+    return newton_step(joint_loss(on_fewer(setup) or setup), state.joint, scale, gradient)
 
 
 def _means(setup: Setup) -> NDArray[np.bool_]:

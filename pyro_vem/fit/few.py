@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from ..bound.draws import widest
 from ..bound.objective import Objective, Values
 from ..model.checks import SingularMatrix
+from .costly import FEW_DRAWS, PER_LATENT, is_costly
 from .exactness import draws_note, excess, step_on_other_draws, values_of
 from .scales import Scales
 from .setup import Setup
@@ -24,10 +25,7 @@ from .stopping import runaway
 if TYPE_CHECKING:
     from .run import Run
 
-FEW_DRAWS = (32, 64, 128, 256)  # that may do
-COSTLY = 300_000  # numbers, data and latents, that all draws together work on
 SAME = 1e-10  # of a term, between numbers of draws
-PER_LATENT = 4  # draws for each latent of a clique: with few more than two, factors fit the draws
 PER_OPERATION = 2000  # numbers that take as long as calling the operation that makes them
 SHARE = 0.5  # of the work of all draws, that few may take
 ROUGH = 0.03  # gradient norm on few draws; the optimum on all of them is mostly farther
@@ -241,13 +239,6 @@ class FewDraws:
         return Step(self.run.iterations, "check", self.run.state.elbo, state.elbo, 0.0, 1, 0, 0.0, note)
 
 
-def is_costly(setup: Setup) -> bool:
-    """True if all draws work on so many numbers that fewer should do wherever they can."""
-    objective = setup.objective
-    is_drawn = objective.is_random and not objective.is_exact and setup.processes.count == 1
-    return is_drawn and objective.draws_for(COSTLY) < objective.full_draws
-
-
 def _number(setup: Setup, state: State) -> tuple[int, bool, float]:
     """How few draws may do, whether all terms are the same on them, and their share of the work.
 
@@ -268,7 +259,7 @@ def _number(setup: Setup, state: State) -> tuple[int, bool, float]:
         if few <= 2 * width:  # moments are not matched
             continue
         other = objective.with_other_draws(few)
-        if _are_same(objective, other, points):
+        if _are_same(other, objective.with_other_draws(2 * few), points):
             return few, True, 0.0
         if few >= PER_LATENT * width:
             return few, False, _share(objective, other, points[0])

@@ -16,10 +16,12 @@ from .acceleration import Extrapolation
 from .border import Border
 from .checkpoint import Checkpoint, snapshot
 from .closed import ClosedForm
+from .costly import on_fewer
 from .exactness import more_draws, settle, settle_nodes
 from .few import FewDraws
 from .kinks import Kinks
 from .minimise import Method
+from .mode import from_mode
 from .options import FitOptions
 from .profile import Profile
 from .result import VEMResult
@@ -82,13 +84,13 @@ class Run:
             self.checkpoint.check(setup.shapes, setup.problem.call)
         if self.checkpoint.left is not None:
             setup.objective.add_note(f"went on from a checkpoint after {self.checkpoint.left.n_iter} rounds")
+        self.bar = progress_bar(self.progress if setup.processes.rank == 0 else False)
         self.few = FewDraws(self)
         with self.few.looking():
             self._look_at_start(warm, number)
         self.first = self.state
         self.kinks = Kinks(self)
         self.border = Border(self, {edge.name for edge in warm.boundary} if warm is not None else ())
-        self.bar = progress_bar(self.progress if setup.processes.rank == 0 else False)
 
     def _look_at_start(self, warm: VEMResult | None, number: int) -> None:
         """Compile the terms where both blocks begin, and see that the bound can be climbed from there."""
@@ -111,6 +113,10 @@ class Run:
             check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
         if warm is None:
             note_idle(setup, self.state)
+            found = from_mode(setup, self.state)
+            if found is not None:
+                self.state, row = found
+                self.record(row)
 
     def reset_gtol(self, first: float | None = None) -> None:
         """How small gradients have to be at first; as at last where no other block waits."""
@@ -119,7 +125,9 @@ class Run:
 
     def start_factors(self) -> None:
         """The variances near their optimum, unless an earlier fit has left them somewhere."""
-        if self.is_warm:
+        if self.is_warm or any(
+            row.block == "start" for row in self.history
+        ):  # the mode has brought them there
             return
         self.state, row = start_factors(self.setup, self.state)
         self.record(row)
@@ -254,6 +262,7 @@ class Run:
                 self.border.mark()
                 return True
         self.failed += 1
+        self.gtol = min(self.gtol, self._final_gtol())
         self.next_check = self.iterations + min(2**self.failed, 32)
         return False
 
@@ -262,8 +271,13 @@ class Run:
         scale = self.scales.of(self.state, "joint", self.iterations)
         known, self.evaluated = self.evaluated, None
         if known is not None and known[0] is self.state and not self.setup.objective.has_kinks:
-            return known[1].in_units_of(scale)
-        return Smooth(joint_loss(self.setup), self.state.joint, scale)
+            smooth = known[1].in_units_of(scale)
+        else:
+            smooth = Smooth(joint_loss(self.setup), self.state.joint, scale)
+        fewer = on_fewer(self.setup)
+        if fewer is not None:
+            smooth.curvature = Smooth(joint_loss(fewer), self.state.joint, scale)
+        return smooth
 
     def tolerance(self) -> float:
         """The caller's tolerance, or what rounding leaves of a bound of many nats."""

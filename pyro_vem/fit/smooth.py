@@ -64,6 +64,10 @@ class Smooth:
         origin: point about which coordinates are taken.
         scale: positive lengths of the coordinates.
         log_sds: which coordinates are logs of sds and grow so; none by default.
+        is_bent: whether second derivatives are asked for, whose graph takes time and memory.
+
+    Attributes:
+        curvature: a function whose Hessian stands in for this one's, which takes longer.
 
     Example:
         >>> f = Smooth(Loss(lambda x: (x**2).sum()), np.zeros(2), np.ones(2))
@@ -73,8 +77,17 @@ class Smooth:
         array([2., 0.])
     """
 
-    def __init__(self, loss: Loss, origin: Vector, scale: Vector, log_sds: Flags | None = None) -> None:
-        self.loss, self.spread = loss, loss.spread
+    def __init__(
+        self,
+        loss: Loss,
+        origin: Vector,
+        scale: Vector,
+        log_sds: Flags | None = None,
+        *,
+        is_bent: bool = True,
+    ) -> None:
+        self.loss, self.spread, self.is_bent = loss, loss.spread, is_bent
+        self.curvature: Smooth | None = None
         self.origin, self.scale = self.spread.whole(origin), self.spread.whole(scale)
         self.log_sds = None if log_sds is None else self.spread.whole(log_sds.astype(float)) > 0
         self._slope = self.scale
@@ -133,6 +146,8 @@ class Smooth:
     def hessian_product(self, a: Vector, v: Vector) -> Vector:
         """Hessian with respect to `a`, times `v`."""
         self.products += 1
+        if self.curvature is not None:
+            return self.curvature.hessian_product(a, v)
         if not self.loss.is_twice:
             return self.difference_product(a, v, ACROSS if self.loss.has_kinks else DIFFERENCE)
         self._move(a)
@@ -202,7 +217,7 @@ class Smooth:
             self._gradient = torch.zeros_like(self._leaf)  # nothing here enters the function
         if self._gradient is None:
             (self._gradient,) = torch.autograd.grad(
-                self._value, self._leaf, create_graph=True, materialize_grads=True
+                self._value, self._leaf, create_graph=self.is_bent, materialize_grads=True
             )
         return self._gradient
 

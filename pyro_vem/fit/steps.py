@@ -12,7 +12,6 @@ from ..errors import ModelError, NonMonotoneError
 from ..guides.factorised import FactorisedNormal
 from ..model.parameters import is_identity
 from .minimise import Method, minimise
-from .mode import from_mode
 from .scales import Scales, free_sites
 from .setup import Setup
 from .smooth import DIFFERENCE, Smooth, Vector
@@ -235,9 +234,7 @@ def start_factors(setup: Setup, state: State) -> tuple[State, Step | None]:
     where = setup.phi.where(guide.scale_name(site) for site in free)
     loss, phi = loss_of(setup, state, "E")
     smooth = Smooth(loss, phi, np.ones_like(phi))
-    near, evaluations, products = from_mode(setup, state)
-    if not products:
-        near, evaluations, products = _means_from_afar(setup, guide, state, smooth)
+    near, evaluations, products = _means_from_afar(setup, guide, state, smooth)
     if products:
         smooth = Smooth(loss, near.phi, np.ones_like(phi))
     at, elbo, norm = smooth.zero, near.elbo, 0.0

@@ -21,7 +21,7 @@ from ...model.together import Together, one_by_one
 from ..dependence import differ, fingerprint
 from .affine import AffineSlot, Probe
 from .blocks import merge
-from .expect import CompiledTerm
+from .expect import CHEAPER, CompiledTerm
 from .fit_slots import SlotFitter, worst_gap
 from .links import MOST_LINKS, is_linked, relinked
 from .moments import Moments, slices
@@ -141,6 +141,7 @@ class Compiled:
         self.terms: dict[str, CompiledTerm] = {}
         self.constant: dict[str, Site] = {}
         self.rough: set[str] = set()
+        self._costly: dict[str, CompiledTerm] = {}  # refused for their nodes at some point
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self._read_specs()
@@ -324,11 +325,28 @@ class Compiled:
             finer = term.refined(x, settled)
             if isinstance(finer, str):
                 self.refuse(name, finer, is_rough=True)
+                if finer.endswith(CHEAPER):
+                    self._costly[name] = term
                 grew = True
             elif finer is not term:
                 self.terms[name], self._merged, self._apart = finer, None, None
                 grew = True
         return grew
+
+    @property
+    def work(self) -> int:
+        """Values of densities that one evaluation at nodes takes, those that it was too much for included."""
+        terms = (*self.terms.values(), *self._costly.values())
+        return sum(term.work for term in terms if term.method == "quadrature")
+
+    def begin_again(self) -> None:
+        """As few nodes as at first, also for terms that took too many: factors are narrower now."""
+        for name in self._costly:
+            del self.refused[name]
+            self.rough.discard(name)
+        terms = {**self.terms, **self._costly}
+        self.terms = {name: terms[name].begun() for name in self.specs if name in terms}
+        self._costly, self._merged, self._apart = {}, None, None
 
     def recheck(self, moments: Moments, seed: int) -> list[str]:
         """Terms whose slots differ from the model's at draws of the guide; they are refused."""

@@ -27,8 +27,9 @@ Key: TypeAlias = tuple[str, ...]
 Inputs: TypeAlias = Mapping[Key, Tensor]
 
 FIRST_NODES, FREE_NODES = 8, 32  # to begin with; the second where they cost next to nothing: most end there
-MOST_NODES = {"conditions": 64, 1: 128, 2: 32, 3: 16}
-MOST_POINTS = 4_000_000  # nodes times rows of one term
+LEAST_NODES = 3  # to begin with where more are costly: enough beside many rows, where factors are narrow
+MOST_NODES = {"conditions": 64, 1: 128, 2: 32, 3: 16, 4: 8}
+MOST_POINTS = 500_000  # nodes times rows of one term
 FEW_POINTS = 256  # nodes of a row that are allowed regardless: as many as draws would be
 # Slots whose exponential the log density grows with, where that is not plain from their names.
 EXPONENTS: dict[type, tuple[str, ...]] = {
@@ -39,6 +40,7 @@ EXPONENTS: dict[type, tuple[str, ...]] = {
 }
 SETTLED, ROUGHLY = 1e-9, 1e-8  # change of a term, relative, on doubling its nodes: at the end, and before
 FREE_POINTS = 4_000  # nodes times rows of a term that cost next to nothing
+CHEAPER = "draws are cheaper"
 TOO_FEW = "quadrature nodes are not enough: the expectation is rough, or infinite"
 FINE = 1e-10  # change at which such a term is settled, from the start
 
@@ -88,9 +90,14 @@ class CompiledTerm:
     def begun(self) -> "CompiledTerm":
         """The term with the nodes to begin with."""
         grid = len(self.random_conditions) if self.has_grid else 0
-        if grid + self.form.dims != 1 or FREE_NODES * len(self.spec.weight) > FREE_POINTS:
-            return self
-        return replace(self, condition_nodes=FREE_NODES) if grid else replace(self, slot_nodes=FREE_NODES)
+        first = replace(self, condition_nodes=FIRST_NODES, slot_nodes=FIRST_NODES)
+        if grid + self.form.dims == 1 and FREE_NODES * len(self.spec.weight) <= FREE_POINTS:
+            return (
+                replace(first, condition_nodes=FREE_NODES) if grid else replace(first, slot_nodes=FREE_NODES)
+            )
+        return (
+            replace(self, condition_nodes=LEAST_NODES, slot_nodes=LEAST_NODES) if first.is_costly else first
+        )
 
     def problem(self) -> str | None:
         """Why the term cannot be integrated, or None."""
@@ -201,13 +208,11 @@ class CompiledTerm:
             "condition_nodes": MOST_NODES["conditions"] if self.has_grid else 0,
             "slot_nodes": self.form.doubled * MOST_NODES.get(self.form.dims, 0),
         }
-        needed = [what for what in most if most[what]]
-        for what in needed:  # before anything is evaluated
-            if self._is_costly(what, 2 * getattr(self, what)):
-                return self._too_costly(2 * getattr(self, what))
+        if self.is_costly:
+            return self._too_costly
         with torch.no_grad():
             term = self
-            for what in needed:
+            for what in (name for name, number in most.items() if number):
                 grown = term._doubled(x, what, most[what], settled)
                 if isinstance(grown, str):
                     return grown
@@ -221,28 +226,38 @@ class CompiledTerm:
             n = getattr(term, what)
             if n >= most:
                 return f"{n} {TOO_FEW}"
-            if self._is_costly(what, 2 * n):
-                return self._too_costly(2 * n)
             finer = replace(term, **{what: 2 * n})
-            now = float(finer.expectation(x))
-            is_free = finer._points(what, 2 * n) * rows <= FREE_POINTS
+            now = float(finer.expectation(x))  # without derivatives: as much as one or two evaluations
+            is_free = finer.points * rows <= FREE_POINTS
             if abs(now - value) <= (FINE if is_free else settled) * (1 + abs(now)):
                 return term
+            if finer.is_costly:
+                return finer._too_costly
             term, value = finer, now
 
-    def _too_costly(self, nodes: int) -> str:
-        return f"{nodes} nodes a dimension for {len(self.spec.weight):,} rows: draws are cheaper"
+    @property
+    def _too_costly(self) -> str:
+        nodes = max(self.condition_nodes, self.slot_nodes)
+        return f"{nodes} nodes a dimension for {len(self.spec.weight):,} rows: {CHEAPER}"
 
-    def _is_costly(self, what: str, nodes: int) -> bool:
-        """True if draws take less time and memory, if one kind of nodes is changed to this number."""
-        points = self._points(what, nodes)
-        return points > FEW_POINTS and points * len(self.spec.weight) > MOST_POINTS
+    @property
+    def is_costly(self) -> bool:
+        """True if draws take less time and memory."""
+        return self.points > FEW_POINTS and self.points * len(self.spec.weight) > MOST_POINTS
 
-    def _points(self, what: str, nodes: int) -> int:
-        """Points of a row, if one kind of nodes is changed to this number."""
-        counts = {"condition_nodes": self.condition_nodes, "slot_nodes": self.slot_nodes, what: nodes}
-        grid = counts["condition_nodes"] ** len(self.random_conditions) if self.has_grid else 1
-        return int(grid * self.form.points(counts["slot_nodes"]))
+    @property
+    def work(self) -> int:
+        """Values of the density at nodes that one evaluation takes, if they take long."""
+        if self.form.is_light and not self.has_grid:
+            return 0
+        grid = self.condition_nodes ** len(self.random_conditions) if self.has_grid else 1
+        return int(grid * self.slot_nodes**self.form.dims * len(self.spec.weight))
+
+    @property
+    def points(self) -> int:
+        """Points of a row that derivatives are taken at, or as many as cost what they do."""
+        grid = self.condition_nodes ** len(self.random_conditions) if self.has_grid else 1
+        return int(grid * self.form.points(self.slot_nodes))
 
     @property
     def has_grid(self) -> bool:

@@ -5,22 +5,26 @@ rows, so that a Hessian product costs what it does for a closed form.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .reduced import Rows, reduced
+from .reduced import MOST_AT_NODES, Rows, reduced
 
+Numbers: TypeAlias = Mapping[str, Tensor]
+Bends: TypeAlias = dict[tuple[int, int], Tensor | None]
+Derivatives: TypeAlias = Callable[[Numbers, Sequence[str]], tuple[Sequence[Tensor], Bends, Tensor]]
 Place: TypeAlias = tuple[int, int]
 """An input: of which number, and 0 for its mean or 1 + j for its part in the j-th standard normal."""
 
 
 def mean_at_nodes(
-    function: Callable[[Mapping[str, Tensor]], Tensor],
-    mean: Mapping[str, Tensor],
+    function: Callable[[Numbers], Tensor],
+    mean: Numbers,
     parts: Mapping[tuple[str, int], Tensor],
     rule: tuple[Tensor, Tensor],
+    derivatives: Derivatives | None = None,
 ) -> Tensor:
     """E f by a tensor grid over the numbers that are random; twice differentiable in all moments.
 
@@ -30,6 +34,8 @@ def mean_at_nodes(
         parts: what numbers have of each standard normal, by name and dimension of the grid; as a rule a
             Cholesky factor of their covariance.
         rule: nodes and weights of N(0, 1) in each dimension.
+        derivatives: first and second derivatives in numbers of these names, and values; by autograd if there
+            are none.
 
     Example:
         >>> one = torch.ones(1, dtype=torch.float64)
@@ -47,36 +53,33 @@ def mean_at_nodes(
     every = torch.broadcast_tensors(*given, *rest)
     inputs = every[: len(given)]
     dimensions = max((1 + j for _, j in parts), default=0)
+    is_value = not any(value.requires_grad for value in inputs)
+    sums: dict[Any, Tensor] = {}
     with torch.no_grad():
-        noise, weights = _grid(rule, dimensions)
-        monomials = torch.cat([torch.ones_like(weights).unsqueeze(0), noise])
-        at = {name: value for name, value in mean.items() if name not in names}
-        for i, name in enumerate(names):
-            mine = [(k, j) for k, (of, j) in enumerate(places) if of == i]
-            column = monomials[[j for _, j in mine]].T.reshape(-1, len(mine), *(1,) * every[0].dim())
-            at[name] = (column * torch.stack([inputs[k] for k, _ in mine])).sum(1)
-
-        def summed(values: Tensor, powers: Tensor) -> Tensor:
-            shape = every[0].shape
-            return (powers @ values.expand(len(weights), *shape).reshape(len(weights), -1)).reshape(
-                -1, *shape
-            )
-
-        if not any(value.requires_grad for value in inputs):
-            return summed(function(at), weights.unsqueeze(0))[0]
-    slopes, bends, value = _derivatives(function, at, names)
-    with torch.no_grad():
-        powers = weights * monomials
-        squares = weights * monomials.unsqueeze(1) * monomials
-        first = [summed(slope, powers) for slope in slopes]
-        second = {key: summed(bend, squares.flatten(0, 1)) for key, bend in bends.items() if bend is not None}
-        found = {}
-        for a, (i, j) in enumerate(places):
-            for b, (k, m) in enumerate(places[a:], a):
-                sums = second.get((min(i, k), max(i, k)))
-                if sums is not None:
-                    found[a, b] = sums[j * len(monomials) + m]
-        rows = Rows(summed(value, weights.unsqueeze(0))[0], tuple(first[i][j] for i, j in places), found)
+        few = max(1, MOST_AT_NODES // every[0].numel())
+        for noise, weights in zip(*(part.split(few, -1) for part in _grid(rule, dimensions)), strict=True):
+            monomials = torch.cat([torch.ones_like(weights).unsqueeze(0), noise])
+            at = {name: value for name, value in mean.items() if name not in names}
+            for i, name in enumerate(names):
+                mine = [(k, j) for k, (of, j) in enumerate(places) if of == i]
+                column = monomials[[j for _, j in mine]].T.reshape(-1, len(mine), *(1,) * every[0].dim())
+                at[name] = (column * torch.stack([inputs[k] for k, _ in mine])).sum(1)
+            found: tuple[Sequence[Tensor], Bends, Tensor]
+            if is_value:
+                found = [], {}, function(at)
+            else:
+                found = derivatives(at, names) if derivatives else _derivatives(function, at, names)
+            for key, part in _sums(*found, weights, monomials, every[0].shape).items():
+                sums[key] = sums[key] + part if key in sums else part
+    if is_value:
+        return sums[()][0]
+    bends = {
+        (a, b): sums[min(i, k), max(i, k)][j * (1 + dimensions) + m]
+        for a, (i, j) in enumerate(places)
+        for b, (k, m) in enumerate(places[a:], a)
+        if (min(i, k), max(i, k)) in sums
+    }
+    rows = Rows(sums[()][0], tuple(sums[i,][j] for i, j in places), bends)
     return reduced(rows, *inputs)
 
 
@@ -88,15 +91,36 @@ def _grid(rule: tuple[Tensor, Tensor], dimensions: int) -> tuple[Tensor, Tensor]
     return points.reshape(-1, dimensions).T, weights.reshape(-1, dimensions).prod(-1)
 
 
+def _sums(
+    slopes: Sequence[Tensor],
+    bends: Bends,
+    value: Tensor,
+    weights: Tensor,
+    monomials: Tensor,
+    shape: Sequence[int],
+) -> dict[tuple[int, ...], Tensor]:
+    """Sums over nodes of a function and its derivatives, times monomials in the noise."""
+    powers = weights * monomials
+
+    def summed(values: Tensor, powers: Tensor) -> Tensor:
+        flat = values.expand(len(weights), *shape).reshape(len(weights), -1)
+        return (powers @ flat).reshape(-1, *shape)
+
+    squares = (powers.unsqueeze(1) * monomials).flatten(0, 1)
+    found: dict[tuple[int, ...], Tensor] = {(): summed(value, powers[:1])}
+    found |= {(i,): summed(slope, powers) for i, slope in enumerate(slopes)}
+    return found | {key: summed(bend, squares) for key, bend in bends.items() if bend is not None}
+
+
 def _derivatives(
-    function: Callable[[Mapping[str, Tensor]], Tensor], at: Mapping[str, Tensor], names: Sequence[str]
-) -> tuple[list[Tensor], dict[tuple[int, int], Tensor | None], Tensor]:
+    function: Callable[[Numbers], Tensor], at: Numbers, names: Sequence[str]
+) -> tuple[Sequence[Tensor], Bends, Tensor]:
     """First and second derivatives of an elementwise function, and its values; None for what is zero."""
     leaves = [at[name].detach().requires_grad_() for name in names]
     with torch.enable_grad():
         value = function({**at, **dict(zip(names, leaves, strict=True))})
         slopes = torch.autograd.grad(value.sum(), leaves, create_graph=True, materialize_grads=True)
-        bends: dict[tuple[int, int], Tensor | None] = {}
+        bends: Bends = {}
         for i, slope in enumerate(slopes):
             found: Sequence[Tensor | None] = [None] * (len(leaves) - i)
             if slope.requires_grad:
