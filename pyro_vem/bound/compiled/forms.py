@@ -18,11 +18,12 @@ from torch import Tensor
 from torch import distributions as td
 
 from ..kl.quadrature import softplus
+from .categories import ordered, slopes_of_share
 from .counts import mean_log_density
 from .links import GROWING, arguments, is_linked
 from .nodes import mean_at_nodes
 from .reduced import mean_after_stirling, mean_softplus, scaled_square
-from .slots import RATIO, RESIDUAL, Spec, ordered
+from .slots import RATIO, RESIDUAL, Spec
 from .student import mean_normaliser, mean_tail
 
 Mean: TypeAlias = Mapping[str, Tensor]
@@ -32,11 +33,12 @@ Vector: TypeAlias = NDArray[np.float64]
 
 REACH = 8.0  # of the trapezoid rule, in standard deviations
 FEW = 8  # nodes up to which Gauss-Hermite is always better: narrow factors need no more
+ROUNDING = 1e-13  # of a variance
 CHEAPER = 8  # nodes that cost what one does which derivatives are taken through
 LOGIT = (td.Bernoulli, td.Binomial, td.NegativeBinomial, td.Geometric)
 KINKED = (td.Laplace, dist.AsymmetricLaplace)  # smooth only where the residual is random
 # Log densities that grow at most linearly in their slots: the trapezoid rule beats Gauss-Hermite.
-BOUNDED = (*LOGIT, dist.OrderedLogistic, td.StudentT, td.Cauchy, td.HalfCauchy)
+BOUNDED = (*LOGIT, td.Categorical, dist.OrderedLogistic, td.StudentT, td.Cauchy, td.HalfCauchy)
 
 
 def gauss_hermite(n: int) -> Rule:
@@ -97,6 +99,11 @@ class Form:
         """How many nodes count as one: the trapezoid rule may take twice as many."""
         return 2 if self.is_bounded else 1
 
+    @property
+    def is_light(self) -> bool:
+        """True if an evaluation costs next to what a product does: softplus at nodes of one dimension."""
+        return self.function in (_logit, _ordered, _half_cauchy, _laplace)
+
     def points(self, nodes: int) -> int:
         """Numbers of each row that derivatives are taken through, or as many as cost what its nodes do."""
         points: int = len(self._rule(nodes)[0]) ** self.dims
@@ -137,6 +144,8 @@ def form_of(spec: Spec, random: tuple[str, ...]) -> Form:
         return form(_negative_binomial, 1)
     if family is dist.OrderedLogistic:
         return form(_ordered, 1)
+    if family is td.Categorical:
+        return form(_categorical, count)
     if family in (td.StudentT, td.Cauchy):
         return form(_student, int(RESIDUAL in random) + int("scale" in random or "df" in random))
     return form(_grid, count)
@@ -291,10 +300,14 @@ def _student(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Ru
     return spec.jacobian + normaliser - 0.5 * math.log(math.pi) - m_s - 0.5 * tail
 
 
+def _categorical(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    """A grid over the log odds that are random."""
+    return mean_at_nodes(spec.log_density, mean, _parts(random, cov), rule, slopes_of_share)
+
+
 def _grid(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
     """A tensor grid over the random slots."""
-    parts = {(random[i], j): part for (i, j), part in _cholesky(random, cov).items()}
-    return mean_at_nodes(spec.log_density, mean, parts, rule)
+    return mean_at_nodes(spec.log_density, mean, _parts(random, cov), rule)
 
 
 def _normal_by_link(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
@@ -316,17 +329,19 @@ def _normal_by_link(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, r
     return mean_at_nodes(density, {**mean, "variance": v_r}, parts, rule)
 
 
-def _cholesky(names: tuple[str, ...], cov: Cov) -> dict[tuple[int, int], Tensor]:
-    """Factor of the slots' covariance, row by row."""
+def _parts(names: tuple[str, ...], cov: Cov) -> dict[tuple[str, int], Tensor]:
+    """What slots have of standard normals: the Cholesky factor of their covariance, row by row."""
     lower: dict[tuple[int, int], Tensor] = {}
     for j, b in enumerate(names):
         rest = cov[b, b]
         for k in range(j):
             rest = rest - lower[j, k] ** 2
-        lower[j, j] = root(rest)
+        is_free = rest > ROUNDING * cov[b, b]  # else the slot is a combination of those before
+        lower[j, j] = root(torch.where(is_free, rest, 0.0))
+        by = torch.where(is_free, lower[j, j], 1.0)
         for i in range(j + 1, len(names)):
             part = _of(cov, b, names[i])
             for k in range(j):
                 part = part - lower[i, k] * lower[j, k]
-            lower[i, j] = part / lower[j, j]
-    return lower
+            lower[i, j] = torch.where(is_free, part, 0.0) / by
+    return {(names[i], j): part for (i, j), part in lower.items()}

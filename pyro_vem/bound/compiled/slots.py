@@ -3,8 +3,8 @@
 A row is one scalar observation or one scalar latent. Location families have the residual
 value - loc as a slot, so that a likelihood, a hierarchy and a random walk are the same case; positive
 scale families have the log of value / scale (or of value * rate) likewise; other latents have their
-unconstrained value; an ordered category has the cutpoint above it and its distance to the one below;
-every other argument is a slot on the log scale where it is positive, else as it stands.
+unconstrained value; categories have slots of their own (`pyro_vem.bound.compiled.categories`); every
+other argument is a slot on the log scale where it is positive, else as it stands.
 """
 
 import functools
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from ...model.density import lean_log_prob
 from ...model.parameters import is_elementwise, is_identity
 from ...model.runtime import Site
 from ...model.sites import Latent
@@ -26,6 +27,7 @@ from ...model.support import plain_parts
 from ..kl.quadrature import softplus
 from ..kl.table import is_same_density, leaf_of
 from ..weights import element_weight
+from .categories import log_share, odds, odds_slots, ordered, ordered_slots
 from .links import arguments, is_linked, slot_of
 
 # Families whose log density depends on value - loc only.
@@ -64,6 +66,7 @@ GENERAL: dict[type, tuple[str, ...]] = {
     td.HalfCauchy: ("scale",),
     td.LogNormal: ("loc", "scale"),
     dist.OrderedLogistic: ("predictor", "cut", "gap"),
+    td.Categorical: (),  # as many as there are categories beside the observed one
     dist.BetaBinomial: ("total_count", "concentration1", "concentration0"),
     dist.ZeroInflatedPoisson: ("rate", "gate_logits"),
     dist.ZeroInflatedNegativeBinomial: ("total_count", "logits", "gate_logits"),
@@ -153,52 +156,18 @@ class Spec:
             assert self.value is not None
             below = eta["predictor"] - eta["cut"]
             return ordered(self.value, eta["gap"], softplus(below), softplus(-below - eta["gap"]))
-        if self.latent is None:
-            return self.family(**args, validate_args=False).log_prob(self.value)
+        if self.family is td.Categorical:
+            return log_share({name: eta[name] for name in self.slots})
+        if self.value is not None:
+            return lean_log_prob(self.family(**args, validate_args=False), self.value)
+        assert self.latent is not None
         u = eta[VALUE]
         z, slope = u, torch.zeros_like(u)
         for part in plain_parts([self.latent.transform]):
             image = part(z)
             slope = slope + part.log_abs_det_jacobian(z, image)
             z = image
-        return self.family(**args, validate_args=False).log_prob(z) + slope
-
-
-def ordered(side: Tensor, gap: Tensor, above: Tensor, below: Tensor) -> Tensor:
-    """Log probability of an ordered category, from softplus terms of its two ends.
-
-    With eta the predictor it is log(s(upper - eta) - s(lower - eta)), s the logistic function: for a
-    category between two cutpoints log(1 - exp(-gap)) - softplus(eta - upper) - softplus(lower - eta),
-    where no cancellation is left, nor two ends in one term.
-
-    Args:
-        side: -1, 0 or 1: the lowest category, one between others, the highest.
-        gap: distance of its cutpoints.
-        above: softplus(eta - upper), or its expectation.
-        below: softplus(lower - eta), or its expectation.
-
-    References:
-        McCullagh (1980), Regression models for ordinal data, J. R. Statist. Soc. B 42.
-    """
-    width = torch.where(side == 0, gap, 1.0)
-    inner = torch.where(side == 0, torch.log(-torch.expm1(-width)), 0.0)
-    return inner - torch.where(side < 1, above, 0.0) - torch.where(side > -1, below, 0.0)
-
-
-def _ordered_slots(fn: Any, observed: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """The cutpoint above each row's category and its distance to the one below; of the highest that one."""
-    cuts = fn.cutpoints.expand(*shape, fn.cutpoints.shape[-1]).to(torch.float64)
-    k, most = observed.expand(shape).long(), cuts.shape[-1]
-
-    def cut(index: Tensor) -> Tensor:
-        return cuts.gather(-1, index.clamp(0, most - 1).unsqueeze(-1)).squeeze(-1)
-
-    is_between = (k > 0) & (k < most)
-    return {
-        "predictor": fn.predictor,
-        "cut": cut(k),
-        "gap": torch.where(is_between, cut(k) - cut(k - 1), 0.0),
-    }
+        return lean_log_prob(self.family(**args, validate_args=False), z) + slope
 
 
 def _log_ratio_density(family: type, r: Tensor, args: Mapping[str, Tensor]) -> Tensor:
@@ -234,9 +203,10 @@ def spec_of(site: Site, latent: Latent | None) -> Spec | str:
         value = site["value"].expand(shape).reshape(rows).to(torch.float64)
         hidden = _hidden(leaf.dist, value, flat)
         value = value if hidden is None else torch.where(flat == 0, hidden, value)
+    if latent is not None and leaf.dist.support.is_discrete:
+        return "a discrete latent"
     if family is dist.OrderedLogistic:
-        if value is None:
-            return "a discrete latent"
+        assert value is not None
         value = (value >= leaf.dist.cutpoints.shape[-1]).to(torch.float64) - (value <= 0).to(torch.float64)
     is_positive = _is_log(latent) if value is None else bool((value > 0).all())
 
@@ -251,6 +221,9 @@ def spec_of(site: Site, latent: Latent | None) -> Spec | str:
         return spec(family, (RESIDUAL, *LOCATION[family]))
     if family in SCALED and is_positive:
         return spec(family, (RATIO, *SCALED[family][2]), is_log=True)
+    if family is td.Categorical:
+        found = odds(leaf.dist)
+        return found if isinstance(found, str) else spec(family, found)
     first = () if latent is None else (VALUE,)
     return spec(family, (*first, *GENERAL[family]))
 
@@ -276,7 +249,9 @@ def read(spec: Spec, site: Site, u: Tensor | None) -> dict[str, Tensor]:
     if spec.hidden is not None:
         observed = torch.where(spec.weight.reshape(spec.shape) == 0, spec.hidden, observed)
     if spec.family is dist.OrderedLogistic:
-        found = _ordered_slots(fn, observed, spec.shape)
+        found = ordered_slots(fn, observed, spec.shape)
+    elif spec.family is td.Categorical:
+        found = odds_slots(fn, observed, spec.shape)
     for name in spec.slots if not found else ():
         if name == RESIDUAL:
             value = observed if u is None else u

@@ -1,0 +1,173 @@
+"""Categorical observations: slots for the log odds of the categories that were not observed."""
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_vem as vem
+from pyro_vem.bound.compiled import nodes
+from pyro_vem.model.runtime import isolated
+
+D = torch.float64
+
+
+def softmax_data(rows=60, columns=3, categories=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator, dtype=D)
+    w = torch.randn(columns, categories, generator=generator, dtype=D)
+    noise = torch.rand(rows, categories, generator=generator, dtype=D)
+    return {"x": x, "y": (x @ w - (-noise.log()).log()).argmax(-1), "categories": categories}
+
+
+def softmax(x, y, categories):
+    w = pyro.sample("w", dist.Normal(torch.zeros(x.shape[1], categories), 2.0).to_event(2))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Categorical(logits=x @ w), obs=y)
+
+
+def by_probabilities(x, y, categories):
+    w = pyro.sample("w", dist.Normal(torch.zeros(x.shape[1], categories), 2.0).to_event(2))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Categorical((x @ w).softmax(-1)), obs=y)
+
+
+def with_reference(x, y, categories):
+    """The first category has no coefficients, as statisticians write it."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(x.shape[1], categories - 1), 2.0).to_event(2))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Categorical(logits=torch.nn.functional.pad(x @ w, (1, 0))), obs=y)
+
+
+def expected(loc, scale, x, y, nodes=24):
+    """Sum over rows of E log softmax, logits independent and Gaussian, by a grid over all of them."""
+    z, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    weights = weights / weights.sum()
+    categories = loc.shape[1]
+    grid = np.stack(np.meshgrid(*[z] * categories, indexing="ij"), -1).reshape(-1, categories)
+    weight = np.prod(np.stack(np.meshgrid(*[weights] * categories, indexing="ij"), -1), -1).reshape(-1)
+    total = 0.0
+    for row, chosen in zip(x, y, strict=True):
+        logits = row @ loc + grid * np.sqrt(row**2 @ scale**2)
+        top = logits.max(1)
+        total += weight @ (logits[:, chosen] - top - np.log(np.exp(logits - top[:, None]).sum(1)))
+    return total
+
+
+@pytest.mark.parametrize("model", [softmax, by_probabilities, with_reference])
+def test_expectations_are_those_of_a_grid_over_all_logits(fit, model):
+    data = softmax_data()
+    found = fit(model, data)
+    assert found.converged
+    row = found.terms["y"]
+    assert row.method == "quadrature"
+    q = found.guide_params
+    loc, scale = (q[key].reshape(3, -1).numpy() for key in ("guide.loc.w", "guide.scale.w"))
+    if model is with_reference:
+        loc, scale = (np.pad(part, ((0, 0), (1, 0))) for part in (loc, scale))
+    assert row.value == pytest.approx(expected(loc, scale, data["x"].numpy(), data["y"].numpy()), abs=1e-6)
+
+
+def test_optimum_is_that_on_many_draws(fit):
+    data = softmax_data()
+    found = fit(softmax, data)
+    drawn = fit(softmax, data, options=vem.FitOptions(compiled=False, num_draws=4096))
+    assert drawn.plan["y"].method == "draws"
+    for key in ("guide.loc.w", "guide.scale.w"):
+        off = (found.guide_params[key] - drawn.guide_params[key]) / drawn.guide_params["guide.scale.w"]
+        assert off.abs().max() < 0.02
+    assert found.elbo == pytest.approx(drawn.elbo, abs=4 * drawn.elbo_se + 0.01)
+
+
+def test_four_categories_take_a_grid_and_more_are_drawn(fit):
+    for categories in (4, 5):
+        data = softmax_data(40, 2, categories)
+        found = fit(softmax, data)
+        assert found.plan["y"].method == ("quadrature" if categories == 4 else "draws"), categories
+    drawn = fit(softmax, softmax_data(40, 2, 6))
+    assert drawn.plan["y"].method == "draws"
+    assert "6 categories" in drawn.plan["y"].proof
+
+
+def test_slots_that_are_the_same_are_one(fit):
+    """Three categories with one predictor: their log odds beside the fourth are the same number."""
+
+    def tied(x, y, categories):
+        a, b = (pyro.sample(name, dist.Normal(torch.zeros(x.shape[1]), 2.0).to_event(1)) for name in "ab")
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Categorical(logits=torch.stack([x @ a, x @ b, x @ b, x @ b], -1)), obs=y)
+
+    data = softmax_data(categories=4)
+    found = fit(tied, data)
+    assert found.plan["y"].method == "quadrature"
+    q, x, y = found.guide_params, data["x"].numpy(), data["y"].numpy()
+    m_a, s_a, m_b, s_b = (q[f"guide.{key}.{site}"].numpy() for site in "ab" for key in ("loc", "scale"))
+    z, weights = np.polynomial.hermite_e.hermegauss(40)
+    mean, sd = x @ (m_a - m_b), np.sqrt(x**2 @ (s_a**2 + s_b**2))
+    odds = mean[:, None] + sd[:, None] * z  # of the first beside any of the others
+    log_p = np.where(y[:, None] == 0, odds, 0.0) - np.logaddexp(odds, np.log(3.0))
+    assert found.terms["y"].value == pytest.approx((log_p @ weights).sum() / weights.sum(), abs=1e-6)
+
+
+def test_two_categories_are_a_logistic_regression(fit):
+    data = softmax_data(categories=2)
+    found = fit(with_reference, data)
+
+    def logistic(x, y, categories):
+        w = pyro.sample("w", dist.Normal(torch.zeros(x.shape[1], 1), 2.0).to_event(2))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=(x @ w)[:, 0]), obs=y)
+
+    other = fit(logistic, {**data, "y": data["y"].double()})
+    assert found.elbo == pytest.approx(other.elbo, abs=1e-7)
+
+
+def test_rows_that_are_masked_say_nothing(fit):
+    """Whatever category stands in for what is missing."""
+
+    def masked(x, y, is_known):
+        w = pyro.sample("w", dist.Normal(torch.zeros(x.shape[1], 3), 2.0).to_event(2))
+        with pyro.plate("rows", len(y)), pyro.poutine.mask(mask=is_known):
+            pyro.sample("y", dist.Categorical(logits=x @ w), obs=y)
+
+    data = softmax_data()
+    x, y, is_known = data["x"], data["y"], torch.arange(60) % 4 > 0
+    fits = [
+        fit(masked, {"x": x, "y": torch.where(is_known, y, other), "is_known": is_known}) for other in (0, 2)
+    ]
+    kept = fit(softmax, {"x": x[is_known], "y": y[is_known], "categories": 3})
+    assert fits[0].elbo == fits[1].elbo == pytest.approx(kept.elbo, abs=1e-7)
+    assert fits[0].plan["y"].method == "quadrature"
+
+
+def test_groups_have_effects_of_their_own(fit):
+    """Slots that share latents, and latents in a plate."""
+
+    def grouped(y, group):
+        with pyro.plate("groups", 4):
+            u = pyro.sample("u", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        a = pyro.sample("a", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Categorical(logits=a + u[group]), obs=y)
+
+    y = softmax_data()["y"]
+    found = fit(grouped, {"y": y, "group": torch.arange(60) % 4})
+    assert found.plan["y"].method == "quadrature"
+    loc = found.guide_params["guide.loc.a"] + found.guide_params["guide.loc.u"]
+    scale = (found.guide_params["guide.scale.a"] ** 2 + found.guide_params["guide.scale.u"] ** 2).sqrt()
+    total = sum(
+        expected(loc[g : g + 1].numpy(), scale[g : g + 1].numpy(), np.ones((15, 1)), y[g::4].numpy())
+        for g in range(4)
+    )
+    assert found.terms["y"].value == pytest.approx(total, abs=1e-6)
+
+
+def test_nodes_may_come_in_parts(fit, monkeypatch):
+    data = softmax_data()
+    whole = fit(softmax, data)
+    monkeypatch.setattr(nodes, "MOST_AT_NODES", 500)
+    parts = fit(softmax, data)
+    assert parts.elbo == pytest.approx(whole.elbo, abs=1e-9)
+    with isolated(torch.float64):
+        assert torch.allclose(parts.guide_params["guide.loc.w"], whole.guide_params["guide.loc.w"], atol=1e-6)
