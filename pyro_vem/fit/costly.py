@@ -9,6 +9,7 @@ from .setup import Setup
 FEW_DRAWS = (32, 64, 128, 256)  # that may do
 PER_LATENT = 4  # draws for each latent of a clique: with few more than two, factors fit the draws
 COSTLY = 300_000  # numbers, data and latents, that all draws together work on
+AT_NODES = 30_000  # values of densities that one evaluation at nodes takes
 
 
 def is_costly(setup: Setup) -> bool:
@@ -21,7 +22,7 @@ def is_costly(setup: Setup) -> bool:
 def is_costly_at_nodes(setup: Setup) -> bool:
     """True if terms at quadrature nodes work on many numbers, or would if they were not drawn for that."""
     exact = setup.objective.exact
-    return isinstance(exact, Deterministic) and setup.processes.count == 1 and exact.work > COSTLY
+    return isinstance(exact, Deterministic) and setup.processes.count == 1 and exact.work > AT_NODES
 
 
 def on_fewer(setup: Setup) -> Setup | None:

@@ -27,7 +27,7 @@ Key: TypeAlias = tuple[str, ...]
 Inputs: TypeAlias = Mapping[Key, Tensor]
 
 FIRST_NODES, FREE_NODES = 8, 32  # to begin with; the second where they cost next to nothing: most end there
-LEAST_NODES = 3  # to begin with where more are costly: enough beside many rows, where factors are narrow
+LEAST_NODES = 3  # to begin with where more take long: enough beside many rows, where factors are narrow
 MOST_NODES = {"conditions": 64, 1: 128, 2: 32, 3: 16, 4: 8}
 MOST_POINTS = 500_000  # nodes times rows of one term
 FEW_POINTS = 256  # nodes of a row that are allowed regardless: as many as draws would be
@@ -92,12 +92,16 @@ class CompiledTerm:
         grid = len(self.random_conditions) if self.has_grid else 0
         first = replace(self, condition_nodes=FIRST_NODES, slot_nodes=FIRST_NODES)
         if grid + self.form.dims == 1 and FREE_NODES * len(self.spec.weight) <= FREE_POINTS:
-            return (
-                replace(first, condition_nodes=FREE_NODES) if grid else replace(first, slot_nodes=FREE_NODES)
-            )
-        return (
-            replace(self, condition_nodes=LEAST_NODES, slot_nodes=LEAST_NODES) if first.is_costly else first
-        )
+            kind = "condition_nodes" if grid else "slot_nodes"
+            return first._with_nodes(kind, FREE_NODES)
+        if first.is_costly:
+            return replace(self, condition_nodes=LEAST_NODES, slot_nodes=LEAST_NODES)
+        return first._with_nodes("slot_nodes", LEAST_NODES) if self.form.dims > 1 else first
+
+    def _with_nodes(self, kind: str, number: int) -> "CompiledTerm":
+        if kind == "condition_nodes":
+            return replace(self, condition_nodes=number)
+        return replace(self, slot_nodes=number)
 
     def problem(self) -> str | None:
         """Why the term cannot be integrated, or None."""
@@ -226,7 +230,7 @@ class CompiledTerm:
             n = getattr(term, what)
             if n >= most:
                 return f"{n} {TOO_FEW}"
-            finer = replace(term, **{what: 2 * n})
+            finer = term._with_nodes(what, 2 * n)
             now = float(finer.expectation(x))  # without derivatives: as much as one or two evaluations
             is_free = finer.points * rows <= FREE_POINTS
             if abs(now - value) <= (FINE if is_free else settled) * (1 + abs(now)):
