@@ -5,9 +5,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from scipy import special
 
 import pyro_vem as vem
-from pyro_vem.bound.compiled.slots import ordered
+from pyro_vem.bound.compiled.categories import ordered
 
 FIXED = torch.eye(2)
 
@@ -33,6 +34,63 @@ def test_filled_tensors_run_at_once(fit):
     result = fit(latent_cutpoints, ordinal_data())
     assert result.converged
     assert not any("vmap" in note for note in result.plan.notes)
+
+
+def summed_exponentials(x, y=None):
+    """Cutpoints as many models write them."""
+    b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    c = pyro.sample("c", dist.Normal(torch.zeros(3), 2.0).to_event(1))
+    cutpoints = torch.cat([c[:1], c[:1] + c[1:].exp().cumsum(0)])
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.OrderedLogistic(x @ b, cutpoints), obs=y)
+
+
+def expected(x, y, b, c, nodes=30):
+    """Sum over rows of E log p, by a grid over the predictor and the logs of two gaps."""
+    z, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    weights = weights / weights.sum()
+    low, *gaps = (z[(slice(None), *(None,) * k)] for k in (2, 1, 0))
+    first, second = (np.exp(c[0][j] + c[1][j] * gap) for j, gap in enumerate(gaps, 1))
+    weight = weights[:, None, None] * weights[:, None] * weights
+    total = 0.0
+    for row, k in zip(x, y, strict=True):
+        mean, sd = row @ b[0] - c[0][0], np.sqrt(row**2 @ b[1] ** 2 + c[1][0] ** 2)
+        ends = [-np.inf, 0.0, first, first + second, np.inf]
+        upper, lower = (special.expit(end - (mean + sd * low)) for end in (ends[k + 1], ends[k]))
+        total += (weight * np.log(upper - lower)).sum()
+    return total
+
+
+@pytest.mark.parametrize("model", [latent_cutpoints, summed_exponentials])
+def test_random_cutpoints_have_exact_expectations(fit, model):
+    data = ordinal_data()
+    found = fit(model, data)
+    assert found.converged
+    assert found.terms["y"].method == "quadrature"
+    b, c = ([found.guide_params[f"guide.{k}.{n}"].numpy() for k in ("loc", "scale")] for n in "bc")
+    assert found.terms["y"].value == pytest.approx(expected(data["x"].numpy(), data["y"], b, c), abs=1e-6)
+
+
+def test_optimum_with_random_cutpoints_is_that_on_many_draws(fit):
+    data = ordinal_data()
+    found = fit(latent_cutpoints, data)
+    drawn = fit(latent_cutpoints, data, options=vem.FitOptions(compiled=False, num_draws=4096))
+    for site in "bc":
+        loc, scale = (f"guide.{key}.{site}" for key in ("loc", "scale"))
+        off = (found.guide_params[loc] - drawn.guide_params[loc]) / drawn.guide_params[scale]
+        assert off.abs().max() < 0.02
+
+
+def test_many_random_cutpoints_are_drawn(fit):
+    def seven(y):
+        base = dist.Normal(torch.zeros(6), 2.0).to_event(1)
+        c = pyro.sample("c", dist.TransformedDistribution(base, [dist.transforms.OrderedTransform()]))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.OrderedLogistic(torch.zeros(len(y)), c), obs=y)
+
+    row = fit(seven, {"y": torch.arange(70) % 7}).plan["y"]
+    assert row.method == "draws"
+    assert row.proof == "6 random slots together"
 
 
 @pytest.mark.parametrize(
@@ -99,11 +157,11 @@ def test_probabilities_of_ordered_categories_are_exact():
     cuts = torch.tensor([-1.0, 0.2, 0.3]).double()
     for k in range(4):
         upper, lower = cuts[min(k, 2)], cuts[max(k - 1, 0)]
-        side = torch.tensor(float(k == 3) - float(k == 0))
+        y = torch.tensor(torch.inf if k == 3 else float(k))
         above = torch.nn.functional.softplus(predictor - upper)
         below = torch.nn.functional.softplus(lower - predictor)
         truth = dist.OrderedLogistic(predictor, cuts).log_prob(torch.tensor(k))
-        assert torch.allclose(ordered(side, upper - lower, above, below), truth, atol=1e-12)
+        assert torch.allclose(ordered(y, upper - lower, above, below), truth, atol=1e-12)
 
 
 def with_roles(**roles):

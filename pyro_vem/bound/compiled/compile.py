@@ -194,7 +194,10 @@ class Compiled:
         usual = dict(self.specs)
         bad = self._compiled(usual, generator)
         for number in range(MOST_LINKS):
-            linked = {name: relinked(self.specs[name].slots, slots, number) for name, slots in bad.items()}
+            linked = {}
+            for name, slots in bad.items():
+                spec = self.specs[name]
+                linked[name] = relinked(spec.slots, slots, number, spec.cutpoints)
             specs = {
                 n: replace(self.specs[n], slots=slots) for n, slots in linked.items() if slots is not None
             }

@@ -20,7 +20,7 @@ from .affine import AffineSlot, Dense, Local, compact, product
 from .conditional import Group, conditional_normal, grouped, is_conditional_normal
 from .forms import BOUNDED, Form, form_of, root, tensor_grid
 from .linear import Input
-from .links import GROWING
+from .links import grows
 from .slots import POSITIVE, RATIO, RESIDUAL, Spec
 
 Key: TypeAlias = tuple[str, ...]
@@ -30,6 +30,7 @@ FIRST_NODES, FREE_NODES = 8, 32  # to begin with; the second where they cost nex
 LEAST_NODES = 3  # to begin with where more take long: enough beside many rows, where factors are narrow
 MOST_NODES = {"conditions": 64, 1: 128, 2: 32, 3: 16, 4: 8}
 MOST_POINTS = 500_000  # nodes times rows of one term
+MOST_CHECKED = 20_000_000  # values of the density, to see that its nodes are enough
 FEW_POINTS = 256  # nodes of a row that are allowed regardless: as many as draws would be
 # Slots whose exponential the log density grows with, where that is not plain from their names.
 EXPONENTS: dict[type, tuple[str, ...]] = {
@@ -148,7 +149,7 @@ class CompiledTerm:
                 return f"its {name}"
         exponents = EXPONENTS.get(family, () if family in BOUNDED else (RATIO, *POSITIVE))
         for name, slot in self.slots.items():
-            if name not in exponents and name not in GROWING:
+            if name not in exponents and not grows(name):
                 continue
             for c in self.random_conditions:
                 parts: list[Local | Dense] = [*slot.locals.values(), *slot.denses.values()]
@@ -231,6 +232,8 @@ class CompiledTerm:
             if n >= most:
                 return f"{n} {TOO_FEW}"
             finer = term._with_nodes(what, 2 * n)
+            if finer.work > MOST_CHECKED:
+                return finer._too_costly
             now = float(finer.expectation(x))  # without derivatives: as much as one or two evaluations
             is_free = finer.points * rows <= FREE_POINTS
             if abs(now - value) <= (FINE if is_free else settled) * (1 + abs(now)):

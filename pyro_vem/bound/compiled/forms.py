@@ -18,9 +18,9 @@ from torch import Tensor
 from torch import distributions as td
 
 from ..kl.quadrature import softplus
-from .categories import ordered, slopes_of_share
+from .categories import LOW, ordered, slopes_between, slopes_of_share
 from .counts import mean_log_density
-from .links import GROWING, arguments, is_linked
+from .links import arguments, grows, is_linked
 from .nodes import mean_at_nodes
 from .reduced import mean_after_stirling, mean_softplus, scaled_square
 from .slots import RATIO, RESIDUAL, Spec
@@ -116,13 +116,15 @@ def form_of(spec: Spec, random: tuple[str, ...]) -> Form:
     """The form of a term with these random slots."""
     family, count = spec.family, len(random)
     is_other = is_linked(spec.slots)
-    is_bounded = family in BOUNDED if not is_other else set(GROWING).isdisjoint(spec.slots)
+    is_bounded = not any(map(grows, spec.slots)) if is_other else family in BOUNDED
 
     def form(function: Callable[..., Tensor], dims: int) -> Form:
         return Form(spec, random, function, dims, is_bounded)
 
     if not random:
         return form(_known, 0)
+    if LOW in spec.slots:
+        return form(_between, count)
     if is_other:
         is_normal = family is td.Normal
         return form(_normal_by_link, int(spec.slots[1] in random)) if is_normal else form(_grid, count)
@@ -303,6 +305,13 @@ def _student(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Ru
 def _categorical(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
     """A grid over the log odds that are random."""
     return mean_at_nodes(spec.log_density, mean, _parts(random, cov), rule, slopes_of_share)
+
+
+def _between(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    """A grid over the predictor and the distances of cutpoints."""
+    assert spec.value is not None
+    slopes = functools.partial(slopes_between, spec.value)
+    return mean_at_nodes(spec.log_density, mean, _parts(random, cov), rule, slopes)
 
 
 def _grid(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kl.quadrature import softplus
+from .categories import GAP, LOW
 
 BY = " by "
 ODDS, TOTAL = "log odds", "log total"  # of two concentrations: log c1 - log c0, log(c1 + c0)
@@ -57,18 +58,20 @@ ALTERNATIVES: Mapping[str, tuple[str, ...]] = {
     "logits": ("probit", "complementary log-log", "log-log"),
     **dict.fromkeys(POSITIVE_ARGUMENTS, ("softplus",)),
 }
-# Slots whose exponential the log density grows with, where that is not plain from the usual ones.
 GROWING = ("logits by complementary log-log", "logits by log-log", "scale by softplus", TOTAL)
 MOST_LINKS = max(map(len, ALTERNATIVES.values()))
 
 
-def relinked(slots: tuple[str, ...], bad: Collection[str], number: int) -> tuple[str, ...] | None:
+def relinked(
+    slots: tuple[str, ...], bad: Collection[str], number: int, cutpoints: int = 0
+) -> tuple[str, ...] | None:
     """Slots with another link for each that is not affine; None where there is no other.
 
     Args:
         slots: names of all slots.
         bad: those that are not affine.
         number: of the alternative, from 0.
+        cutpoints: of ordered categories.
 
     Example:
         >>> relinked(("total_count", "logits"), {"logits"}, 0)
@@ -79,6 +82,8 @@ def relinked(slots: tuple[str, ...], bad: Collection[str], number: int) -> tuple
     if number == 0 and not set(CONCENTRATIONS).isdisjoint(bad):
         pair = dict(zip(CONCENTRATIONS, (ODDS, TOTAL), strict=True))
         return tuple(pair.get(name, name) for name in slots)
+    if number == 0 and cutpoints and not {"cut", "gap"}.isdisjoint(bad):
+        return (LOW, *(f"{GAP}{j}" for j in range(1, cutpoints)))
     found = []
     for name in slots:
         base, _, _ = name.partition(BY)
@@ -90,7 +95,12 @@ def relinked(slots: tuple[str, ...], bad: Collection[str], number: int) -> tuple
 
 def is_linked(slots: Collection[str]) -> bool:
     """True if a slot is other than usual."""
-    return any(BY in name or name in (ODDS, TOTAL) for name in slots)
+    return any(BY in name or name in (ODDS, TOTAL, LOW) or name.startswith(GAP) for name in slots)
+
+
+def grows(name: str) -> bool:
+    """True if the log density grows with the exponential of a slot, where that is not plain otherwise."""
+    return name in GROWING or name.startswith(GAP)
 
 
 def slot_of(fn: object, name: str) -> Tensor:

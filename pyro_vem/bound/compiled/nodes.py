@@ -13,7 +13,7 @@ from torch import Tensor
 from .reduced import MOST_AT_NODES, Rows, reduced
 
 Numbers: TypeAlias = Mapping[str, Tensor]
-Bends: TypeAlias = dict[tuple[int, int], Tensor | None]
+Bends: TypeAlias = Mapping[tuple[int, int], Tensor | None]
 Derivatives: TypeAlias = Callable[[Numbers, Sequence[str]], tuple[Sequence[Tensor], Bends, Tensor]]
 Place: TypeAlias = tuple[int, int]
 """An input: of which number, and 0 for its mean or 1 + j for its part in the j-th standard normal."""
@@ -120,7 +120,7 @@ def _derivatives(
     with torch.enable_grad():
         value = function({**at, **dict(zip(names, leaves, strict=True))})
         slopes = torch.autograd.grad(value.sum(), leaves, create_graph=True, materialize_grads=True)
-        bends: Bends = {}
+        bends: dict[tuple[int, int], Tensor | None] = {}
         for i, slope in enumerate(slopes):
             found: Sequence[Tensor | None] = [None] * (len(leaves) - i)
             if slope.requires_grad:

@@ -27,7 +27,16 @@ from ...model.support import plain_parts
 from ..kl.quadrature import softplus
 from ..kl.table import is_same_density, leaf_of
 from ..weights import element_weight
-from .categories import log_share, odds, odds_slots, ordered, ordered_slots
+from .categories import (
+    LOW,
+    gap_slots,
+    log_between,
+    log_share,
+    odds,
+    odds_slots,
+    ordered,
+    ordered_slots,
+)
 from .links import arguments, is_linked, slot_of
 
 # Families whose log density depends on value - loc only.
@@ -93,11 +102,12 @@ class Spec:
         slots: names of the slots, in order.
         shape: shape of the rows before they are flattened.
         weight: scale times mask of each row, flat.
-        value: the observed value of each row, flat (of an ordered category its side: -1 for the lowest,
-            1 for the highest, else 0); None for a latent.
+        value: the observed value of each row, flat (inf for the highest of ordered categories); None for a
+            latent.
         latent: the latent site of the rows; None for data.
         is_log: whether a residual is one of log values.
         hidden: what stands in for the values of data of weight zero, wherever those are.
+        cutpoints: their number, of ordered categories.
     """
 
     name: str
@@ -109,6 +119,7 @@ class Spec:
     latent: Latent | None
     is_log: bool = False
     hidden: Tensor | None = None
+    cutpoints: int = 0
 
     @functools.cached_property
     def jacobian(self) -> Tensor:
@@ -154,6 +165,8 @@ class Spec:
             return _log_ratio_density(self.family, eta[RATIO], args) + self.jacobian
         if self.family is dist.OrderedLogistic:
             assert self.value is not None
+            if LOW in self.slots:
+                return log_between(self.value, eta)
             below = eta["predictor"] - eta["cut"]
             return ordered(self.value, eta["gap"], softplus(below), softplus(-below - eta["gap"]))
         if self.family is td.Categorical:
@@ -207,11 +220,13 @@ def spec_of(site: Site, latent: Latent | None) -> Spec | str:
         return "a discrete latent"
     if family is dist.OrderedLogistic:
         assert value is not None
-        value = (value >= leaf.dist.cutpoints.shape[-1]).to(torch.float64) - (value <= 0).to(torch.float64)
+        value = torch.where(value >= leaf.dist.cutpoints.shape[-1], torch.inf, value)
     is_positive = _is_log(latent) if value is None else bool((value > 0).all())
 
+    cutpoints = leaf.dist.cutpoints.shape[-1] if family is dist.OrderedLogistic else 0
+
     def spec(family: type, slots: tuple[str, ...], is_log: bool = False) -> Spec:
-        return Spec(site["name"], family, slots, shape, flat, value, latent, is_log, hidden)
+        return Spec(site["name"], family, slots, shape, flat, value, latent, is_log, hidden, cutpoints)
 
     if family is td.LogNormal and is_positive:
         return spec(td.Normal, (RESIDUAL, "scale"), is_log=True)
@@ -249,7 +264,7 @@ def read(spec: Spec, site: Site, u: Tensor | None) -> dict[str, Tensor]:
     if spec.hidden is not None:
         observed = torch.where(spec.weight.reshape(spec.shape) == 0, spec.hidden, observed)
     if spec.family is dist.OrderedLogistic:
-        found = ordered_slots(fn, observed, spec.shape)
+        found = (gap_slots if LOW in spec.slots else ordered_slots)(fn, observed, spec.shape)
     elif spec.family is td.Categorical:
         found = odds_slots(fn, observed, spec.shape)
     for name in spec.slots if not found else ():
