@@ -64,18 +64,23 @@ def from_mode(setup: Setup, state: State) -> tuple[State, Step] | None:
         return None
     phi = state.phi.copy()
     phi[is_loc], phi[is_scale] = found.x, -0.5 * np.log(curvatures)
-    elbo = elbo_at(setup, phi, state.theta)
-    if not elbo > state.elbo:
+    new = State(phi, state.theta, elbo_at(setup, phi, state.theta))
+    if not new.elbo > state.elbo:
         return None
-    if isinstance(objective.exact, Deterministic):
-        objective.exact.begin_again()
-        prepare(setup, phi, state.theta)
-        settle_nodes(setup, phi, state.theta)
-        elbo = elbo_at(setup, phi, state.theta)
-    new = State(phi, state.theta, elbo)
+    new = with_fewer_nodes(setup, new)
     evaluations = 2 + found.evaluations + end.evaluations
     products, seconds = scale.size + found.products + end.products, time.perf_counter() - begin
-    return new, Step(0, "start", state.elbo, elbo, 0.0, evaluations, products, seconds, "from the mode")
+    return new, Step(0, "start", state.elbo, new.elbo, 0.0, evaluations, products, seconds, "from the mode")
+
+
+def with_fewer_nodes(setup: Setup, state: State) -> State:
+    """As few quadrature nodes as are enough where factors have become narrower."""
+    if not isinstance(setup.objective.exact, Deterministic):
+        return state
+    setup.objective.exact.begin_again()
+    prepare(setup, state.phi, state.theta)
+    settle_nodes(setup, state.phi, state.theta)
+    return replace(state, elbo=elbo_at(setup, state.phi, state.theta))
 
 
 def _at_means(setup: Setup, state: State, is_loc: Flags) -> Loss:

@@ -16,12 +16,12 @@ from .acceleration import Extrapolation
 from .border import Border
 from .checkpoint import Checkpoint, snapshot
 from .closed import ClosedForm
-from .costly import on_fewer
+from .costly import is_costly_at_nodes, on_fewer
 from .exactness import more_draws, settle, settle_nodes
 from .few import FewDraws
 from .kinks import Kinks
 from .minimise import Method
-from .mode import from_mode
+from .mode import from_mode, with_fewer_nodes
 from .options import FitOptions
 from .profile import Profile
 from .result import VEMResult
@@ -117,6 +117,10 @@ class Run:
             if found is not None:
                 self.state, row = found
                 self.record(row)
+            elif is_costly_at_nodes(setup):
+                self.state, row = start_factors(setup, self.state)
+                self.record(row)
+                self.state = with_fewer_nodes(setup, self.state)
 
     def reset_gtol(self, first: float | None = None) -> None:
         """How small gradients have to be at first; as at last where no other block waits."""
