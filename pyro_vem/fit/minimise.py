@@ -44,6 +44,7 @@ def minimise(
     max_iter: int,
     method: Method,
     log_sds: Flags | None = None,
+    curvature: Loss | None = None,
 ) -> Minimum:
     """Minimise from `start`; never ends at a higher value, and believes only the gradient.
 
@@ -56,6 +57,7 @@ def minimise(
         max_iter: iterations of the method.
         method: "newton" (trust region on Hessian-vector products) or "lbfgs".
         log_sds: coordinates that are logs of sds, see `Smooth`.
+        curvature: a cheaper function whose Hessian stands in for that of the loss.
 
     References:
         Gould, Lucidi, Roma and Toint (1999), Solving the trust-region subproblem using the
@@ -68,7 +70,9 @@ def minimise(
         >>> round(float(result.x[0]), 4)
         2.0
     """
-    smooth = Smooth(loss, start.copy(), scale, log_sds)
+    smooth = Smooth(loss, start.copy(), scale, log_sds, is_bent=curvature is None)
+    if curvature is not None:
+        smooth.curvature = Smooth(curvature, start.copy(), scale, log_sds)
     zero = smooth.zero
     best: list[Any] = [zero, smooth.value(zero)]
 

@@ -113,14 +113,13 @@ class Run:
             check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
         if warm is None:
             note_idle(setup, self.state)
-            found = from_mode(setup, self.state)
+            found: tuple[State, Step | None] | None = from_mode(setup, self.state)
+            if found is None and is_costly_at_nodes(setup):
+                state, row = start_factors(setup, self.state)
+                found = with_fewer_nodes(setup, state), row
             if found is not None:
-                self.state, row = found
-                self.record(row)
-            elif is_costly_at_nodes(setup):
-                self.state, row = start_factors(setup, self.state)
-                self.record(row)
-                self.state = with_fewer_nodes(setup, self.state)
+                self.state = found[0]
+                self.record(found[1])
 
     def reset_gtol(self, first: float | None = None) -> None:
         """How small gradients have to be at first; as at last where no other block waits."""

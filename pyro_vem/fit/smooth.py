@@ -106,7 +106,7 @@ class Smooth:
     def in_units_of(self, scale: Vector) -> "Smooth":
         """The same function about the point that it was evaluated at last, which costs no evaluation."""
         assert self._at is not None
-        twin = Smooth(self.loss, self.point(self._at), scale)
+        twin = Smooth(self.loss, self.point(self._at), scale, is_bent=self.is_bent)
         twin._at, twin._leaf, twin._value = twin.zero, self._leaf, self._value
         twin._number, twin._gradient = self._number, self._gradient
         return twin
@@ -148,6 +148,8 @@ class Smooth:
         self.products += 1
         if self.curvature is not None:
             return self.curvature.hessian_product(a, v)
+        if not self.is_bent:  # asked for after all
+            self.is_bent, self._at = True, None
         if not self.loss.is_twice:
             return self.difference_product(a, v, ACROSS if self.loss.has_kinks else DIFFERENCE)
         self._move(a)

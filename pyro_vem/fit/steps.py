@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import ModelError, NonMonotoneError
 from ..guides.factorised import FactorisedNormal
 from ..model.parameters import is_identity
+from .costly import on_fewer
 from .minimise import Method, minimise
 from .scales import Scales, free_sites
 from .setup import Setup
@@ -71,9 +72,11 @@ def step(
         loss, x = loss_of(setup, new, block)
         can_turn = turns is not None and loss.both is None and bool(scale.all())  # a length of zero holds
         can_turn &= iteration <= 1 or left < max_iter  # later rounds are short: few steps need no turns
+        fewer = on_fewer(setup) if method == "newton" and not can_turn else None
         result = (turns.minimise if turns is not None and can_turn else minimise)(
             loss, x, scale, gtol=gtol, max_iter=min(most, left), method=method,
             log_sds=scales.log_sds(x.size) if has_lengths else None,
+            curvature=None if fewer is None else loss_of(fewer, new, block)[0],
         )  # fmt: skip
         new = moved(setup, new, block, result.x, -result.value)
         setup.captures.spent += time.perf_counter() - begin
