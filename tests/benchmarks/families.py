@@ -40,6 +40,8 @@ FAMILIES: dict[str, Family] = {
     "beta": lambda eta, k: dist.Beta(k * eta.sigmoid(), k * (1 - eta.sigmoid())),
     "beta-binomial": lambda eta, k: dist.BetaBinomial(k * eta.sigmoid(), k * (1 - eta.sigmoid()), 20),
     "zero-inflated Poisson": lambda eta, k: dist.ZeroInflatedPoisson(eta.exp(), gate_logits=-k.log()),
+    "softmax": lambda eta, k: dist.Categorical(logits=torch.stack([0 * eta, eta, k - eta], -1)),
+    "ordered": lambda eta, k: dist.OrderedLogistic(eta, torch.stack([0 * k, k, 2.5 * k])),
     "Weibull": lambda eta, k: dist.Weibull(eta.exp(), k),
     "mixture": _mixture,
 }
