@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import pyro_vem as vem
-from pyro_vem.bound.compiled import nodes
+from pyro_vem.bound.compiled import expect, nodes
 from pyro_vem.model.runtime import isolated
 
 D = torch.float64
@@ -80,11 +80,11 @@ def test_optimum_is_that_on_many_draws(fit):
     assert found.elbo == pytest.approx(drawn.elbo, abs=4 * drawn.elbo_se + 0.01)
 
 
-def test_four_categories_take_a_grid_and_more_are_drawn(fit):
+def test_five_categories_take_a_grid_and_more_are_drawn(fit):
     for categories in (4, 5):
         data = softmax_data(40, 2, categories)
         found = fit(softmax, data)
-        assert found.plan["y"].method == ("quadrature" if categories == 4 else "draws"), categories
+        assert found.plan["y"].method == "quadrature"
     drawn = fit(softmax, softmax_data(40, 2, 6))
     assert drawn.plan["y"].method == "draws"
     assert "6 categories" in drawn.plan["y"].proof
@@ -107,7 +107,31 @@ def test_slots_that_are_the_same_are_one(fit):
     mean, sd = x @ (m_a - m_b), np.sqrt(x**2 @ (s_a**2 + s_b**2))
     odds = mean[:, None] + sd[:, None] * z  # of the first beside any of the others
     log_p = np.where(y[:, None] == 0, odds, 0.0) - np.logaddexp(odds, np.log(3.0))
-    assert found.terms["y"].value == pytest.approx((log_p @ weights).sum() / weights.sum(), abs=1e-6)
+    told = float(found.plan["y"].proof.rsplit("nodes to ", 1)[1].removesuffix(" nats"))
+    assert found.terms["y"].value == pytest.approx((log_p @ weights).sum() / weights.sum(), abs=2 * told)
+    assert told < 1e-5
+
+
+def test_one_category_is_certain(fit):
+    data = {**softmax_data(categories=1), "categories": 1}
+    found = fit(softmax, data)
+    assert found.converged
+    assert found.elbo == pytest.approx(0.0, abs=1e-9)
+
+
+def test_nodes_that_take_too_long_are_kept_where_they_are_near(fit, monkeypatch):
+    """The plan says how near; draws would be farther."""
+    data = softmax_data(60, 2, 4)
+    exact = fit(softmax, data)
+    monkeypatch.setattr(expect, "MOST_CHECKED", 100_000)
+    monkeypatch.setattr(expect, "MOST_POINTS", 3_000)
+    found = fit(softmax, data)
+    row = found.plan["y"]
+    assert row.method == "quadrature"
+    assert "nats" in row.proof
+    assert found.elbo == pytest.approx(exact.elbo, abs=0.01)
+    monkeypatch.setattr(expect, "NEARLY", 1e-9)
+    assert fit(softmax, data).plan["y"].method == "draws"
 
 
 def test_two_categories_are_a_logistic_regression(fit):

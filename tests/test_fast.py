@@ -312,6 +312,24 @@ def test_derivatives_where_sds_grow_linearly(is_small):
     assert smooth.point(np.array([1.0, 2.0])) == pytest.approx([0.5, -2.0 + np.log(2)])
 
 
+def test_second_derivatives_can_be_asked_for_after_all():
+    """A function without the graph of its gradient, and in other units before and after that is taken."""
+    x, scale = np.array([1.0, 2.0]), np.array([2.0, 0.5])
+    loss = Loss(lambda a: (a**4).sum() + a.prod())
+    v = np.array([0.3, -1.0])
+    wanted = Smooth(loss, x, scale)
+    product = wanted.hessian_product(wanted.zero, v)
+    for is_known in (False, True):
+        plain = Smooth(loss, x, np.ones(2), is_bent=False)
+        plain.value(plain.zero)
+        if is_known:
+            plain.gradient(plain.zero)
+        twin = plain.in_units_of(scale)
+        assert np.allclose(twin.gradient(twin.zero), wanted.gradient(wanted.zero))
+        assert np.allclose(twin.hessian_product(twin.zero, v), product)
+        assert np.allclose(plain.gradient(plain.zero) * scale, wanted.gradient(wanted.zero))
+
+
 def test_few_sds_that_start_too_small_do_not_hold_up_the_rest():
     """Five of 5,000 start three e-folds too low: a Newton step in their logs goes 200 beyond."""
     curvature = np.full(5000, np.exp(10.0))

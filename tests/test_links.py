@@ -184,3 +184,40 @@ def test_weibull_rows_have_the_density_of_torch():
         torch.testing.assert_close(lean_log_prob(fn, value), fn.log_prob(value))
     at_zero = dist.Weibull(scale, shape, validate_args=False)
     assert lean_log_prob(at_zero, torch.zeros(6, dtype=D)).isinf().all()
+
+
+def mixtures():
+    """Mixtures of every kind of part, by name, with values."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(5, 3, generator=generator, dtype=D)
+    loc = torch.randn(5, 3, generator=generator, dtype=D)
+    parts = dist.Normal(loc, 0.5 + weights)
+    vectors = dist.Normal(loc.unsqueeze(-1).expand(5, 3, 2), 1.0).to_event(1)
+    scalar, vector = torch.zeros(5, dtype=D), torch.zeros(5, 2, dtype=D)
+    read = dist.MixtureSameFamily(dist.Categorical(logits=torch.tensor([0.0, -50.0, 1.0]).double()), parts)
+    assert read.mean.isfinite().all()  # reads probabilities of the logits, cut at the smallest number
+    yield read, scalar + 3
+    yield dist.MixtureSameFamily(dist.Categorical(weights), parts), scalar
+    yield dist.MixtureSameFamily(dist.Categorical(weights[0]).expand([5]), parts).expand([4, 5]), scalar
+    yield dist.MixtureSameFamily(dist.Categorical(logits=loc), vectors), vector
+    yield dist.MixtureSameFamily(dist.Categorical(torch.tensor([1.0, 0.0, 1.0]).double()), parts), scalar
+    yield dist.MixtureSameFamily(dist.Categorical(weights), dist.Poisson(weights)), scalar + 2
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_mixtures_have_the_density_of_torch(number):
+    fn, value = list(mixtures())[number]
+    torch.testing.assert_close(lean_log_prob(fn, value), fn.log_prob(value))
+
+
+@pytest.mark.parametrize("first", [0.5, 1.0, 2.0])
+def test_shares_have_the_density_of_torch(first):
+    value = torch.tensor([0.0, 0.3, 1.0], dtype=D)
+    fn = dist.Beta(torch.tensor(first, dtype=D), torch.tensor([1.0, 2.0, 1.0], dtype=D), validate_args=False)
+    torch.testing.assert_close(lean_log_prob(fn, value), fn.log_prob(value))
+
+
+def test_normals_have_the_density_of_torch():
+    scale, value = torch.tensor([0.5, 2.0], dtype=D), torch.arange(6.0, dtype=D).reshape(3, 2)
+    for fn in (dist.Normal(1.0, scale), dist.Normal(value, scale.expand(3, 2)), dist.Normal(0.0, 2.0)):
+        torch.testing.assert_close(lean_log_prob(fn, value), fn.log_prob(value))

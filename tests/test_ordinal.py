@@ -8,6 +8,7 @@ import torch
 from scipy import special
 
 import pyro_vem as vem
+from pyro_vem.bound.compiled import categories
 from pyro_vem.bound.compiled.categories import ordered
 
 FIXED = torch.eye(2)
@@ -69,6 +70,22 @@ def test_random_cutpoints_have_exact_expectations(fit, model):
     assert found.terms["y"].method == "quadrature"
     b, c = ([found.guide_params[f"guide.{k}.{n}"].numpy() for k in ("loc", "scale")] for n in "bc")
     assert found.terms["y"].value == pytest.approx(expected(data["x"].numpy(), data["y"], b, c), abs=1e-6)
+
+
+@pytest.mark.parametrize("wide", [0.0, 20.0])
+@pytest.mark.parametrize("narrow", [-37.0, -20.0, 2.0])
+def test_narrow_categories_beyond_wide_ones_keep_their_width(wide, narrow):
+    """A difference of sums would have lost it."""
+    at = torch.tensor([wide, narrow, wide]).double()
+    slots = {categories.LOW: at[:1].exp(), f"{categories.GAP}1": at[:1], f"{categories.GAP}2": at[1:2]}
+    y = torch.tensor([2.0]).double()
+    value = categories.log_between(y, slots)
+    assert value.item() == pytest.approx(narrow - 2 * np.log(2.0) if narrow < 0 else value.item(), abs=1e-6)
+    leaves = {name: slot.requires_grad_() for name, slot in slots.items()}
+    truth = torch.autograd.grad(categories.log_between(y, leaves).sum(), list(leaves.values()))
+    with torch.no_grad():
+        found = categories.slopes_between(y, slots, list(slots))[0]
+    assert torch.allclose(torch.cat(truth), torch.cat(found), atol=1e-9)
 
 
 def test_optimum_with_random_cutpoints_is_that_on_many_draws(fit):

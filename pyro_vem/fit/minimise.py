@@ -91,9 +91,8 @@ def minimise(
     is_solved = float(np.linalg.norm(smooth.gradient(best[0]))) <= gtol
     gradient = float(np.linalg.norm(smooth.plain_gradient(best[0])))
     point = smooth.point(best[0])
-    return Minimum(
-        point, best[1], gradient, is_solved, iterations, smooth.evaluations, smooth.products, smooth
-    )
+    evaluations = smooth.evaluations + (smooth.curvature.evaluations if smooth.curvature is not None else 0)
+    return Minimum(point, best[1], gradient, is_solved, iterations, evaluations, smooth.products, smooth)
 
 
 def _search(

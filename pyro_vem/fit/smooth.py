@@ -106,6 +106,8 @@ class Smooth:
     def in_units_of(self, scale: Vector) -> "Smooth":
         """The same function about the point that it was evaluated at last, which costs no evaluation."""
         assert self._at is not None
+        if not self.is_bent:
+            self._gradient_tensor()  # which frees the graph that both would need
         twin = Smooth(self.loss, self.point(self._at), scale, is_bent=self.is_bent)
         twin._at, twin._leaf, twin._value = twin.zero, self._leaf, self._value
         twin._number, twin._gradient = self._number, self._gradient

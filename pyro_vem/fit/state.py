@@ -64,8 +64,8 @@ def _loss(setup: Setup, function: Callable[[Tensor], Tensor], spread: Spread) ->
     return Loss(function, is_twice, objective.has_kinks, setup.is_small, spread=spread)
 
 
-def loss_of(setup: Setup, state: State, block: str) -> tuple[Loss, Vector]:
-    """Minus the bound as a function of one block, and where that block is now."""
+def eager_loss(setup: Setup, state: State, block: str) -> tuple[Loss, Vector, Tensor]:
+    """Minus the bound as a function of one block, without graphs; where that block is, and the other one."""
     x, other = {
         "E": (state.phi, state.theta),
         "M": (state.theta, state.phi),
@@ -73,7 +73,12 @@ def loss_of(setup: Setup, state: State, block: str) -> tuple[Loss, Vector]:
     }[block]
     rest = torch.as_tensor(other)
     function = function_of(setup, block)
-    loss = _loss(setup, lambda a: function(a, rest), setup.processes.spread(block))
+    return _loss(setup, lambda a: function(a, rest), setup.processes.spread(block)), x, rest
+
+
+def loss_of(setup: Setup, state: State, block: str) -> tuple[Loss, Vector]:
+    """Minus the bound as a function of one block, as a known graph if there is one; where that block is."""
+    loss, x, rest = eager_loss(setup, state, block)
     captured = None if setup.is_our_code else setup.captures.of(setup, block, torch.as_tensor(x), rest)
     if captured is None:
         return loss, x

@@ -16,7 +16,7 @@ from .minimise import Method, minimise
 from .scales import Scales, free_sites
 from .setup import Setup
 from .smooth import DIFFERENCE, Smooth, Vector
-from .state import State, elbo_at, joint_loss, loss_of, moved
+from .state import State, eager_loss, elbo_at, joint_loss, loss_of, moved
 from .status import Step
 from .turns import Turns
 
@@ -72,11 +72,11 @@ def step(
         loss, x = loss_of(setup, new, block)
         can_turn = turns is not None and loss.both is None and bool(scale.all())  # a length of zero holds
         can_turn &= iteration <= 1 or left < max_iter  # later rounds are short: few steps need no turns
-        fewer = on_fewer(setup) if method == "newton" and not can_turn else None
+        fewer = on_fewer(setup) if method == "newton" and not can_turn and loss.both is None else None
         result = (turns.minimise if turns is not None and can_turn else minimise)(
             loss, x, scale, gtol=gtol, max_iter=min(most, left), method=method,
             log_sds=scales.log_sds(x.size) if has_lengths else None,
-            curvature=None if fewer is None else loss_of(fewer, new, block)[0],
+            curvature=None if fewer is None else eager_loss(fewer, new, block)[0],
         )  # fmt: skip
         new = moved(setup, new, block, result.x, -result.value)
         setup.captures.spent += time.perf_counter() - begin

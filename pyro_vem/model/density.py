@@ -15,7 +15,7 @@ FEW = 8  # numbers, of which a sum is a sum of slices
 
 
 def lean_log_prob(fn: Any, value: Tensor) -> Tensor:
-    """``fn.log_prob(value)``, at a categorical site with no more numbers than the table itself has.
+    """``fn.log_prob(value)``, without copies of tables, underflow, or what torch takes long for.
 
     A plate expands a categorical site's table to all its rows, and torch then takes the log of
     every copy: rows x values x categories numbers, where a mixture over words looks up one each. So it
@@ -56,12 +56,12 @@ def _categorical(fn: Any, value: Tensor) -> Tensor:
 
 def _table(fn: Any) -> tuple[Tensor, Tensor]:
     """Logs of what the probabilities of a categorical distribution are proportional to, and of their sum."""
-    if "probs" in fn.__dict__:
-        kept = collapsed(fn.__dict__["probs"], 1)
-        logits = torch.distributions.utils.probs_to_logits(kept / kept.sum(-1, keepdim=True))
-        return logits, torch.zeros((), dtype=logits.dtype)
-    kept = collapsed(fn.__dict__["logits"], 1)
-    return kept, log_sum_exp(kept, [-1])
+    if "logits" in fn.__dict__:  # probabilities beside them are theirs, and cut at the smallest number
+        kept = collapsed(fn.__dict__["logits"], 1)
+        return kept, log_sum_exp(kept, [-1])
+    kept = collapsed(fn.__dict__["probs"], 1)
+    logits = torch.distributions.utils.probs_to_logits(kept / kept.sum(-1, keepdim=True))
+    return logits, torch.zeros((), dtype=logits.dtype)
 
 
 def _mixture(fn: Any, value: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def _mixture(fn: Any, value: Tensor) -> Tensor:
 
 def _normal(fn: Any, value: Tensor) -> Tensor:
     scale = collapsed(fn.scale, 0)
-    return -0.5 * ((value - fn.loc) / scale) ** 2 - (scale.log() + 0.5 * math.log(2 * math.pi))
+    return -0.5 * ((value - fn.loc) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi)
 
 
 def _weibull(fn: Any, value: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ MOST_CATEGORIES = 5  # a row needs a node for each combination of its slots
 def odds(fn: Any) -> tuple[str, ...] | str:
     """Names of the slots of a categorical distribution, or why it has none."""
     number = fn.logits.shape[-1]
+    if number < 2:
+        return "one category is certain"
     if number > MOST_CATEGORIES:
         return f"{number} categories need {number - 1} slots together"
     return tuple(f"{ODDS}{k}" for k in range(1, number))
@@ -139,7 +141,8 @@ class _Ends(NamedTuple):
             sum((torch.where(where[n], steps[n], 0.0) for n in steps), torch.zeros_like(low))
             for where in (is_up, is_down)
         )
-        gap = torch.where((y > 0) & y.isfinite(), upper - lower, 1.0)
+        own = (torch.where(is_up[n] & ~is_down[n], steps[n], 0.0) for n in steps)  # a difference would cancel
+        gap = torch.where((y > 0) & y.isfinite(), sum(own, torch.zeros_like(low)), 1.0)
         return cls(steps, is_up, is_down, gap, low - upper, lower - low)
 
 

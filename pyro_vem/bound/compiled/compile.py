@@ -332,8 +332,9 @@ class Compiled:
                     self._costly[name] = term
                 grew = True
             elif finer is not term:
+                has_grown = finer.nodes != term.nodes
                 self.terms[name], self._merged, self._apart = finer, None, None
-                grew = True
+                grew |= has_grown
         return grew
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ FIRST_NODES, FREE_NODES = 8, 32  # to begin with; the second where they cost nex
 LEAST_NODES = 3  # to begin with where more take long: enough beside many rows, where factors are narrow
 MOST_NODES = {"conditions": 64, 1: 128, 2: 32, 3: 16, 4: 8}
 MOST_POINTS = 500_000  # nodes times rows of one term
-MOST_CHECKED = 20_000_000  # values of the density, to see that its nodes are enough
+SEEN = 32  # numbers that a draw takes as long for as for the density itself
+MOST_CHECKED = 10_000_000  # values of the density, to see that its nodes are enough
 FEW_POINTS = 256  # nodes of a row that are allowed regardless: as many as draws would be
 # Slots whose exponential the log density grows with, where that is not plain from their names.
 EXPONENTS: dict[type, tuple[str, ...]] = {
@@ -40,6 +42,7 @@ EXPONENTS: dict[type, tuple[str, ...]] = {
     dist.BetaBinomial: (),
 }
 SETTLED, ROUGHLY = 1e-9, 1e-8  # change of a term, relative, on doubling its nodes: at the end, and before
+NEARLY = 1e-2  # nats that nodes may be off by where more take too long: draws of the bound are hardly better
 FREE_POINTS = 4_000  # nodes times rows of a term that cost next to nothing
 CHEAPER = "draws are cheaper"
 TOO_FEW = "quadrature nodes are not enough: the expectation is rough, or infinite"
@@ -55,6 +58,7 @@ class CompiledTerm:
         slots: its compiled slots by name.
         latents: names of the variables that are random.
         condition_nodes, slot_nodes: numbers of quadrature nodes.
+        error: nats that twice as many would change, where they take too long.
     """
 
     spec: Spec
@@ -62,6 +66,7 @@ class CompiledTerm:
     latents: frozenset[str]
     condition_nodes: int = FIRST_NODES
     slot_nodes: int = FIRST_NODES
+    error: float = 0.0
 
     @functools.cached_property
     def conditions(self) -> dict[str, Tensor]:
@@ -98,6 +103,11 @@ class CompiledTerm:
         if first.is_costly:
             return replace(self, condition_nodes=LEAST_NODES, slot_nodes=LEAST_NODES)
         return first._with_nodes("slot_nodes", LEAST_NODES) if self.form.dims > 1 else first
+
+    @property
+    def nodes(self) -> tuple[int, int]:
+        """Numbers of nodes: of conditions, and of slots."""
+        return self.condition_nodes, self.slot_nodes
 
     def _with_nodes(self, kind: str, number: int) -> "CompiledTerm":
         if kind == "condition_nodes":
@@ -226,21 +236,24 @@ class CompiledTerm:
 
     def _doubled(self, x: Inputs, what: str, most: int, settled: float) -> "CompiledTerm | str":
         rows = len(self.spec.weight)
-        term, value = self, float(self.expectation(x))
+        term, value, gap = self, float(self.expectation(x)), np.inf
         while True:
             n = getattr(term, what)
-            if n >= most:
-                return f"{n} {TOO_FEW}"
             finer = term._with_nodes(what, 2 * n)
-            if finer.work > MOST_CHECKED:
-                return finer._too_costly
+            if n >= most or finer.work > MOST_CHECKED * self._draw:
+                if term is self and n > 1:
+                    gap = abs(float(term._with_nodes(what, n // 2).expectation(x)) - value)
+                reason = f"{n} {TOO_FEW}" if n >= most else finer._too_costly
+                break
             now = float(finer.expectation(x))  # without derivatives: as much as one or two evaluations
-            is_free = finer.points * rows <= FREE_POINTS
-            if abs(now - value) <= (FINE if is_free else settled) * (1 + abs(now)):
+            gap, is_free = abs(now - value), finer.points * rows <= FREE_POINTS
+            if gap <= (FINE if is_free else settled) * (1 + abs(now)):
                 return term
             if finer.is_costly:
-                return finer._too_costly
+                reason = finer._too_costly
+                break
             term, value = finer, now
+        return replace(term, error=gap) if gap <= NEARLY else reason
 
     @property
     def _too_costly(self) -> str:
@@ -250,7 +263,17 @@ class CompiledTerm:
     @property
     def is_costly(self) -> bool:
         """True if draws take less time and memory."""
-        return self.points > FEW_POINTS and self.points * len(self.spec.weight) > MOST_POINTS
+        points = self.points
+        return points > FEW_POINTS and points * len(self.spec.weight) > MOST_POINTS * self._draw
+
+    @functools.cached_property
+    def _draw(self) -> float:
+        """What a draw of a row takes, a density being one: slots of many latents are sums."""
+        seen = [
+            len(slot.locals) + sum(part.matrix.shape[1] for part in slot.denses.values())
+            for slot in self.slots.values()
+        ]
+        return 1 + max(seen, default=0) / SEEN
 
     @property
     def work(self) -> int:
@@ -258,7 +281,7 @@ class CompiledTerm:
         if self.form.is_light and not self.has_grid:
             return 0
         grid = self.condition_nodes ** len(self.random_conditions) if self.has_grid else 1
-        return int(grid * self.slot_nodes**self.form.dims * len(self.spec.weight))
+        return grid * self.form.size(self.slot_nodes) * len(self.spec.weight)
 
     @property
     def points(self) -> int:
@@ -332,7 +355,8 @@ class CompiledTerm:
         multiplied = [k for k in free if k in self._multiplied]
         parts = [", ".join(k for k in free if k not in multiplied)]
         parts += [f"products of {', '.join(multiplied)}"] if multiplied else []
-        return f"affine in {' and '.join(filter(None, parts))}{given}, checked against the model"
+        error = f", nodes to {self.error:.0e} nats" if self.error else ""
+        return f"affine in {' and '.join(filter(None, parts))}{given}, checked against the model{error}"
 
     @property
     def _multiplied(self) -> set[str]:

@@ -104,9 +104,15 @@ class Form:
         """True if an evaluation costs next to what a product does: softplus at nodes of one dimension."""
         return self.function in (_logit, _ordered, _half_cauchy, _laplace)
 
+    def size(self, nodes: int) -> int:
+        """Points of the grid."""
+        return int(len(self._rule(nodes)[0]) ** self.dims)
+
     def points(self, nodes: int) -> int:
         """Numbers of each row that derivatives are taken through, or as many as cost what its nodes do."""
-        points: int = len(self._rule(nodes)[0]) ** self.dims
+        points = self.size(nodes)
+        if self.function in (_categorical, _between):
+            return max(1, points // 2)
         if self.function is _grid and self.dims > 1:  # by autograd, with more derivatives in more dimensions
             return 2 ** (self.dims - 1) * points
         return max(1, points // CHEAPER) if self.dims > 1 else 1  # rows come with their own derivatives
