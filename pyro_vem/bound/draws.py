@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..model.sites import Plate
 
+NOT_MATCHED = "not moment-matched"  # how a note ends on draws that are too few for their latents
 SETTLE = 3  # rounds of whitening and stratifying in turn
 
 
@@ -105,7 +106,7 @@ def matched_noise(
                 columns = _restratify(_whiten(columns, parents))
             columns = _whiten(columns, parents)
         else:
-            notes.append(f"{width} coupled latents exceed {half} antithetic pairs: not moment-matched")
+            notes.append(f"{width} coupled latents exceed {half} antithetic pairs: {NOT_MATCHED}")
             columns = columns / columns.square().mean(-2, keepdim=True).sqrt()
         matched.append((group, columns))
     noise = {}

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..model.checks import SingularMatrix, regular
 from ..model.data import Arguments
 from ..model.together import Together, one_by_one
-from .draws import NoiseSpec, independent_noise, matched_noise
+from .draws import NOT_MATCHED, NoiseSpec, independent_noise, matched_noise
 from .exact import ExactTerms
 from .grids import Batch, Rows, grid, split
 from .groups import flattened, grouped, groups_of
@@ -276,6 +276,8 @@ class Objective:
         """Another number of fixed draws from here on."""
         if num_draws != self.num_draws:
             self.num_draws, self._noise = num_draws, None
+            kept = tuple(note for note in self.plan.notes if not note.endswith(NOT_MATCHED))
+            self.plan = replace(self.plan, notes=kept)  # said anew where it is true of the new ones
 
     def take_full_draws(self) -> None:
         """The number of draws that was asked for, or has been found necessary, where fewer have served."""

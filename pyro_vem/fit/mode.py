@@ -45,8 +45,7 @@ def from_mode(setup: Setup, state: State) -> tuple[State, Step] | None:
     begin, guide, objective = time.perf_counter(), setup.guide, setup.objective
     names = free_sites(guide)
     is_global = len(names) == len(objective.specs) and not any(spec.plates for spec in objective.specs)
-    is_plain = not setup.theta.size and not objective.has_kinks and objective.is_twice
-    if not isinstance(guide, FactorisedNormal) or not is_global or not is_plain:
+    if not isinstance(guide, FactorisedNormal) or not is_global or setup.theta.size:
         return None
     if not (is_costly(setup) or is_costly_at_nodes(setup)):
         return None

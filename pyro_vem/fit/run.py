@@ -109,8 +109,6 @@ class Run:
         self.reset_gtol()
         self.iterations = 0
         self.scales = Scales(setup, self.hooks)
-        if not setup.is_our_code:
-            check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
         if warm is None:
             note_idle(setup, self.state)
             found: tuple[State, Step | None] | None = from_mode(setup, self.state)
@@ -120,6 +118,8 @@ class Run:
             if found is not None:
                 self.state = found[0]
                 self.record(found[1])
+        if not setup.is_our_code:
+            check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
 
     def reset_gtol(self, first: float | None = None) -> None:
         """How small gradients have to be at first; as at last where no other block waits."""
