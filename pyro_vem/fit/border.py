@@ -9,6 +9,7 @@ import numpy as np
 from .edges import DRIFTED, Edges
 from .profile import Profile
 from .scales import Scales
+from .schedule import is_slow
 from .smooth import Flags
 from .state import State
 from .status import Step
@@ -38,7 +39,7 @@ class Border:
         """Where rounds have become slow: go to the edges that parameters creep towards."""
         run, edges = self.run, self.edges
         edges.watch(run.state.theta)
-        is_asked_for = run.is_slow() or run.failed > self._failed
+        is_asked_for = is_slow(run) or run.failed > self._failed
         if not is_asked_for or run.iterations < edges.next_try or run.setup.processes.count > 1:
             return
         start, old, self._failed = time.perf_counter(), run.state, run.failed

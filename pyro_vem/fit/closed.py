@@ -132,6 +132,14 @@ class ClosedForm:
             sweep.update(batch)
         return sweep.state()
 
+    def begun(self, state: State, number: int) -> State:
+        """Where a start of this number begins: at random responsibilities, and parameters if they need it."""
+        is_level = state.theta.size > 0 and not state.phi.size and self.is_level(state)
+        if is_level:
+            self.setup.objective.add_note("equal components are a saddle: started from random ones")
+        is_random = is_level or (number > 0 and state.theta.size > 0)
+        return self.scattered(state, self.setup.objective.seed + number, is_random)
+
     def scattered(self, state: State, seed: int, also_parameters: bool) -> State:
         """The state after one update from random responsibilities: equal components are a saddle."""
         lifted = self.terms.lifted

@@ -1,4 +1,4 @@
-"""Where many rows tell of few latents: the mode of their density first, at the price of one draw."""
+"""Starts where factors are narrow: where many rows tell of few latents, the mode of their density."""
 
 import time
 from dataclasses import replace
@@ -17,6 +17,7 @@ from .setup import Setup
 from .smooth import Flags, Loss, Smooth, curvature_scale
 from .state import State, elbo_at
 from .status import Step
+from .steps import start_factors
 
 MOST_LATENTS = 200  # numbers whose curvatures are formed one by one
 MODE_ITERATIONS = 50
@@ -70,6 +71,15 @@ def from_mode(setup: Setup, state: State) -> tuple[State, Step] | None:
     evaluations = 2 + found.evaluations + end.evaluations
     products, seconds = scale.size + found.products + end.products, time.perf_counter() - begin
     return new, Step(0, "start", state.elbo, new.elbo, 0.0, evaluations, products, seconds, "from the mode")
+
+
+def nearer(setup: Setup, state: State) -> tuple[State, Step | None] | None:
+    """A start where factors are narrow, with the nodes that these need and a row of history; None if none."""
+    found = from_mode(setup, state)
+    if found is not None or not is_costly_at_nodes(setup):
+        return found
+    state, row = start_factors(setup, state)
+    return with_fewer_nodes(setup, state), row
 
 
 def with_fewer_nodes(setup: Setup, state: State) -> State:

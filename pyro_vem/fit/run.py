@@ -16,12 +16,12 @@ from .acceleration import Extrapolation
 from .border import Border
 from .checkpoint import Checkpoint, snapshot
 from .closed import ClosedForm
-from .costly import is_costly_at_nodes, on_fewer
+from .costly import on_fewer
 from .exactness import more_draws, settle, settle_nodes
 from .few import FewDraws
 from .kinks import Kinks
 from .minimise import Method
-from .mode import from_mode, with_fewer_nodes
+from .mode import nearer
 from .options import FitOptions
 from .profile import Profile
 from .result import VEMResult
@@ -40,7 +40,6 @@ Hook = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 MStep: TypeAlias = StepMethod | Mapping[str, Hook]
 Callback = Callable[[Step, Mapping[str, Tensor]], None]
 ROUNDING = 1e3 * float(np.finfo(np.float64).eps)  # of the bound, relative
-SLOW_AFTER = 10  # rounds of EM before a joint step may follow
 MOST_KEPT = 100_000  # parameters of which the points after each step are kept, for plots
 NEWTON_LIMIT = 5_000_000  # parameters in a block beyond which its Krylov vectors outgrow memory
 MOST_POLISHED = 30  # rounds of closed forms after convergence
@@ -101,23 +100,16 @@ class Run:
         if setup.lifted is not None:
             self.closed = ClosedForm(setup, setup.lifted, self.hooks)
             if warm is None:
-                is_level = theta.size > 0 and not phi.size and self.closed.is_level(self.state)
-                if is_level:
-                    setup.objective.add_note("equal components are a saddle: started from random ones")
-                is_random = is_level or (number > 0 and theta.size > 0)
-                self.state = self.closed.scattered(self.state, setup.objective.seed + number, is_random)
+                self.state = self.closed.begun(self.state, number)
         self.reset_gtol()
         self.iterations = 0
         self.scales = Scales(setup, self.hooks)
         if warm is None:
             note_idle(setup, self.state)
-            found: tuple[State, Step | None] | None = from_mode(setup, self.state)
-            if found is None and is_costly_at_nodes(setup):
-                state, row = start_factors(setup, self.state)
-                found = with_fewer_nodes(setup, state), row
+            found = nearer(setup, self.state)
             if found is not None:
-                self.state = found[0]
-                self.record(found[1])
+                self.state, row = found
+                self.record(row)
         if not setup.is_our_code:
             check_second_derivatives(setup, self.state, self.scales.of(self.state, "joint", 0))
 
@@ -289,16 +281,6 @@ class Run:
     def _final_gtol(self) -> float:
         """Scaled gradient norm at which a block counts as solved; lower after each failed check."""
         return max(1e-10, 0.1 * self.tolerance() ** 0.5 * 0.3**self.failed)
-
-    def is_slow(self) -> bool:
-        """True if EM has become linear: ten rounds, and the last gained over half of the one before."""
-        if self.iterations < SLOW_AFTER or not (self.setup.phi.size and self.setup.theta.size):
-            return False
-        gains = [0.0, 0.0, 0.0]
-        for row in self.history:
-            if row.block != "check" and 0 <= self.iterations - row.iteration < 3:
-                gains[self.iterations - row.iteration] += row.gain
-        return gains[1] > 0.5 * gains[2] and gains[1] > 10 * self.tolerance()
 
     def is_stalled(self) -> bool:
         """True if the last steps used up their iterations for next to nothing, or none moves anything."""

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from .affine import AffineSlot, Dense, Local, compact, product
+from .affine import AffineSlot, Dense, Local, product
 from .conditional import Group, conditional_normal, grouped, is_conditional_normal
 from .forms import BOUNDED, Form, form_of, root, tensor_grid
+from .inputs import local_input, mean_input, variance_input
 from .linear import Input
 from .links import grows
 from .slots import POSITIVE, RATIO, RESIDUAL, Spec
@@ -185,12 +186,12 @@ class CompiledTerm:
         """What the term needs of the guide, by key: linear in its means, or in its variances."""
         found: dict[Key, Input] = {}
         for name, index in self.conditions.items():
-            found["condition", name] = _local_input(name, index, torch.ones(len(index)).double(), False)
+            found["condition", name] = local_input(name, index, torch.ones(len(index)).double(), False)
             if name in self.latents:
-                found["spread", name] = _local_input(name, index, torch.ones(len(index)).double(), True)
+                found["spread", name] = local_input(name, index, torch.ones(len(index)).double(), True)
         for slot, groups in self.groups.items():
             for g, group in enumerate(groups):
-                found["mean", slot, str(g)] = _mean_input(group, len(self.spec.weight))
+                found["mean", slot, str(g)] = mean_input(group, len(self.spec.weight))
             products = self.slots[slot].products
             for (side, key), entry in products.inputs(self.latents).items() if products else ():
                 found["product", slot, side, key] = entry
@@ -201,7 +202,7 @@ class CompiledTerm:
                     for h, other in enumerate(self.groups[b]):
                         shared = [k for k in one.parts if k in other.parts and k in self.latents]
                         if shared:
-                            entry = _variance_input(one, other, shared, len(self.spec.weight))
+                            entry = variance_input(one, other, shared, len(self.spec.weight))
                             found["cov", a, str(g), b, str(h)] = entry
         return found
 
@@ -363,49 +364,3 @@ class CompiledTerm:
         """Variables in products, as a plan names them."""
         products = [slot.products for slot in self.slots.values() if slot.products is not None]
         return {k.removeprefix("$") for one in products for k in one.variables}
-
-
-def _local_input(name: str, index: Tensor, coefficient: Tensor, of_variance: bool) -> Input:
-    """Rows of one variable; one row where they are all the same."""
-    if len(compact(index)) == 1 and len(compact(coefficient)) == 1:
-        index, coefficient = index[:1], coefficient[:1]
-    return Input(len(index), of_variance, [(name, index, coefficient)])
-
-
-def _mean_input(group: Group, rows: int) -> Input:
-    parts = list(group.parts.items())
-    if len(parts) == 1 and isinstance(parts[0][1], Local):
-        name, part = parts[0]
-        assert isinstance(part, Local)
-        return _local_input(name, part.index, part.coefficient, False)
-    entry = Input(rows, False)
-    for name, part in parts:
-        if isinstance(part, Local):
-            entry.locals.append((name, part.index, part.coefficient))
-        else:
-            entry.denses.append((name, part.matrix))
-    return entry
-
-
-def _variance_input(one: Group, other: Group, shared: list[str], rows: int) -> Input:
-    """Sum over the shared latents of both coefficients times the variance."""
-    entry = Input(rows, True)
-    for name in shared:
-        first, second = one.parts[name], other.parts[name]
-        if isinstance(first, Dense) and isinstance(second, Dense):
-            entry.denses.append((name, first.matrix * second.matrix))
-            continue
-        local = first if isinstance(first, Local) else second
-        assert isinstance(local, Local)
-        together = _at(first, local.index) * _at(second, local.index)
-        if len(shared) == 1:
-            return _local_input(name, local.index, together, True)
-        entry.locals.append((name, local.index, together))
-    return entry
-
-
-def _at(part: Local | Dense, index: Tensor) -> Tensor:
-    """Each row's coefficient of one element."""
-    if isinstance(part, Dense):
-        return part.matrix.gather(1, index.unsqueeze(1)).squeeze(1)
-    return part.coefficient * (part.index == index)
