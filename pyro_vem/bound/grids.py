@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..model.checks import SingularMatrix
-from .compiled.forms import tensor_grid
+from .compiled.forms import gauss_hermite
+from .compiled.nodes import tensor_grid
 from .draws import NoiseSpec, independent_noise
 from .tables import Plan
 
@@ -89,7 +90,7 @@ def grid(specs: Iterable[NoiseSpec], scope: tuple[str, ...], n: int) -> tuple[di
     """
     specs = list(specs)
     dimensions = sum(spec.size for spec in specs if spec.name in scope)
-    nodes, weights = tensor_grid(n, dimensions)
+    nodes, weights = tensor_grid(gauss_hermite(n), dimensions)
     noise, start = {}, 0
     for spec in specs:
         if spec.name in scope:

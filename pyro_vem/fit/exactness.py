@@ -28,10 +28,8 @@ MOST_CHECKED = 500_000  # densities evaluated for that check
 CHECK_LIMIT = 5.0  # standard errors, of each term
 DRAW_ERROR = 0.1  # posterior sds that fixed draws may move the optimum by
 MOST_DRAWS = 4096
-FEW_ERROR, FEW_NATS = (
-    1e-2,
-    1e-3,
-)  # sds that few draws may move a coordinate of the optimum by, and nats in all
+FEW_ERROR = 1e-2  # sds that few draws may move a coordinate of the optimum by
+FEW_NATS = 1e-3  # nats that they may move it by in all
 
 
 def compile_terms(setup: Setup, options: FitOptions) -> None:

@@ -24,7 +24,16 @@ MODE_ITERATIONS = 50
 AT_MODE = 0.1  # gradient norm there, in sds a coordinate
 
 
-def from_mode(setup: Setup, state: State) -> tuple[State, Step] | None:
+def nearer(setup: Setup, state: State) -> tuple[State, Step | None] | None:
+    """A start where factors are narrow, with the nodes that these need and a row of history; None if none."""
+    found = _from_mode(setup, state)
+    if found is not None or not is_costly_at_nodes(setup):
+        return found
+    state, row = start_factors(setup, state)
+    return _with_fewer_nodes(setup, state), row
+
+
+def _from_mode(setup: Setup, state: State) -> tuple[State, Step] | None:
     """Means at the mode of the density and sds by its curvatures, if the bound is higher there.
 
     Beside many rows the factors are narrow, and the best ones are almost these (the precision of a factor is
@@ -67,22 +76,13 @@ def from_mode(setup: Setup, state: State) -> tuple[State, Step] | None:
     new = State(phi, state.theta, elbo_at(setup, phi, state.theta))
     if not new.elbo > state.elbo:
         return None
-    new = with_fewer_nodes(setup, new)
+    new = _with_fewer_nodes(setup, new)
     evaluations = 2 + found.evaluations + end.evaluations
     products, seconds = scale.size + found.products + end.products, time.perf_counter() - begin
     return new, Step(0, "start", state.elbo, new.elbo, 0.0, evaluations, products, seconds, "from the mode")
 
 
-def nearer(setup: Setup, state: State) -> tuple[State, Step | None] | None:
-    """A start where factors are narrow, with the nodes that these need and a row of history; None if none."""
-    found = from_mode(setup, state)
-    if found is not None or not is_costly_at_nodes(setup):
-        return found
-    state, row = start_factors(setup, state)
-    return with_fewer_nodes(setup, state), row
-
-
-def with_fewer_nodes(setup: Setup, state: State) -> State:
+def _with_fewer_nodes(setup: Setup, state: State) -> State:
     """As few quadrature nodes as are enough where factors have become narrower."""
     if not isinstance(setup.objective.exact, Deterministic):
         return state

@@ -120,9 +120,8 @@ class Run:
 
     def start_factors(self) -> None:
         """The variances near their optimum, unless an earlier fit has left them somewhere."""
-        if self.is_warm or any(
-            row.block == "start" for row in self.history
-        ):  # the mode has brought them there
+        has_begun = any(row.block == "start" for row in self.history)  # nearer, with its factors
+        if self.is_warm or has_begun:
             return
         self.state, row = start_factors(self.setup, self.state)
         self.record(row)

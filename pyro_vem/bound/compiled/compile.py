@@ -194,13 +194,11 @@ class Compiled:
         usual = dict(self.specs)
         bad = self._compiled(usual, generator)
         for number in range(MOST_LINKS):
-            linked = {}
+            specs = {}
             for name, slots in bad.items():
-                spec = self.specs[name]
-                linked[name] = relinked(spec.slots, slots, number, spec.cutpoints)
-            specs = {
-                n: replace(self.specs[n], slots=slots) for n, slots in linked.items() if slots is not None
-            }
+                linked = relinked(self.specs[name].slots, slots, number, self.specs[name].cutpoints)
+                if linked is not None:
+                    specs[name] = replace(self.specs[name], slots=linked)
             if specs:
                 self.specs |= specs
                 bad |= self._compiled(specs, generator)

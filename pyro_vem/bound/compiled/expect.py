@@ -19,10 +19,11 @@ from torch import distributions as td
 
 from .affine import AffineSlot, Dense, Local, product
 from .conditional import Group, conditional_normal, grouped, is_conditional_normal
-from .forms import BOUNDED, Form, form_of, root, tensor_grid
+from .forms import BOUNDED, Form, form_of, gauss_hermite, root
 from .inputs import local_input, mean_input, variance_input
 from .linear import Input
 from .links import grows
+from .nodes import tensor_grid
 from .slots import POSITIVE, RATIO, RESIDUAL, Spec
 
 Key: TypeAlias = tuple[str, ...]
@@ -301,7 +302,7 @@ class CompiledTerm:
         names = self.random_conditions
         if not names:
             return given, None
-        nodes, weights = tensor_grid(self.condition_nodes, len(names))
+        nodes, weights = tensor_grid(gauss_hermite(self.condition_nodes), len(names))
         for i, name in enumerate(names):
             given[name] = given[name] + nodes[:, i : i + 1] * root(x["spread", name])
         return given, weights

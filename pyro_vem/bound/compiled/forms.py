@@ -66,12 +66,6 @@ def _equidistant(n: int) -> tuple[Vector, Vector]:
     return x, w / w.sum()
 
 
-def tensor_grid(n: int, dimensions: int) -> Rule:
-    """Gauss-Hermite nodes (points, dimensions) and weights (points,) of N(0, I), n each way."""
-    nodes, weights = (torch.cartesian_prod(*[part] * dimensions) for part in gauss_hermite(n))
-    return nodes.reshape(-1, dimensions), weights.reshape(-1, dimensions).prod(-1)
-
-
 @dataclass(frozen=True)
 class Form:
     """How the rows of a term are integrated over its random slots.

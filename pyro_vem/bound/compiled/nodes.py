@@ -57,8 +57,8 @@ def mean_at_nodes(
     sums: dict[Any, Tensor] = {}
     with torch.no_grad():
         few = max(1, MOST_AT_NODES // every[0].numel())
-        for noise, weights in zip(*(part.split(few, -1) for part in _grid(rule, dimensions)), strict=True):
-            monomials = torch.cat([torch.ones_like(weights).unsqueeze(0), noise])
+        for noise, weights in zip(*(p.split(few) for p in tensor_grid(rule, dimensions)), strict=True):
+            monomials = torch.cat([torch.ones_like(weights).unsqueeze(0), noise.T])
             at = {name: value for name, value in mean.items() if name not in names}
             for i, name in enumerate(names):
                 mine = [(k, j) for k, (of, j) in enumerate(places) if of == i]
@@ -83,12 +83,12 @@ def mean_at_nodes(
     return reduced(rows, *inputs)
 
 
-def _grid(rule: tuple[Tensor, Tensor], dimensions: int) -> tuple[Tensor, Tensor]:
-    """Noise of each dimension, (dimensions, points), and weights of the points."""
+def tensor_grid(rule: tuple[Tensor, Tensor], dimensions: int) -> tuple[Tensor, Tensor]:
+    """Nodes (points, dimensions) and weights (points,) of N(0, I), a rule of N(0, 1) each way."""
     if not dimensions:
-        return rule[0].new_zeros(0, 1), rule[1].new_ones(1)
+        return rule[0].new_zeros(1, 0), rule[1].new_ones(1)
     points, weights = (torch.cartesian_prod(*[part] * dimensions) for part in rule)
-    return points.reshape(-1, dimensions).T, weights.reshape(-1, dimensions).prod(-1)
+    return points.reshape(-1, dimensions), weights.reshape(-1, dimensions).prod(-1)
 
 
 def _sums(
