@@ -21,6 +21,7 @@ DIFFERENCE = 1e-4  # step of differences of a gradient, in scaled coordinates
 ACROSS = 0.3  # the same where the gradient has jumps: across so many of them that their sum is a slope
 MOST_PRODUCTS = 400  # of a predicted gain
 FEW_PRODUCTS, STILL = 10, 0.03  # products, and the part of the tolerance that they add to no gain worth it
+NEAR = 1e-3  # scaled lengths within which a Hessian is taken for that of another point
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Smooth:
         self._gradient: Tensor | None = None
         self._whole: Vector | None = None
         self._hessian: Vector | None = None
+        self._bent: tuple[Vector, Vector] | None = None  # a Hessian on the original scale, and its point
 
     def in_units_of(self, scale: Vector) -> "Smooth":
         """The same function about the point that it was evaluated at last, which costs no evaluation."""
@@ -110,7 +112,7 @@ class Smooth:
             self._gradient_tensor()  # which frees the graph that both would need
         twin = Smooth(self.loss, self.point(self._at), scale, is_bent=self.is_bent)
         twin._at, twin._leaf, twin._value = twin.zero, self._leaf, self._value
-        twin._number, twin._gradient = self._number, self._gradient
+        twin._number, twin._gradient, twin._bent = self._number, self._gradient, self._bent
         return twin
 
     def point(self, a: Vector) -> Vector:
@@ -174,8 +176,10 @@ class Smooth:
 
     def _dense_hessian(self, a: Vector) -> Vector:
         if self._hessian is None:  # it costs two or three products, and a step takes five
-            hessian = jacobian(self._gradient_tensor(), self._leaf).numpy()
-            self._hessian = self._slope[:, None] * hessian * self._slope
+            point = self._leaf.detach().numpy()
+            if self._bent is None or (np.abs(point - self._bent[1]) > NEAR * self._slope).any():
+                self._bent = jacobian(self._gradient_tensor(), self._leaf).numpy(), point
+            self._hessian = self._slope[:, None] * self._bent[0] * self._slope
             if self._bend is not None:
                 self._hessian += np.diag(self._bend * self.gradient(a))
         return self._hessian

@@ -23,6 +23,7 @@ Evaluate: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 ROUNDING = 1e-9  # relative; differences from a straight line below it are rounding
 FAINT = 1e-13  # relative; changes below it are rounding
 VERIFIED = 1e-8
+SPREADS = (0.3, 0.3, 0.3, 1.2, 1.2, 1.2)  # sds of the points that a compiled slot is verified at
 SHIFT = 0.4  # of a conditioning variable, per step
 MOST_DENSE = 20_000_000  # entries of a dense coefficient matrix
 
@@ -167,6 +168,11 @@ class Probe:
         sizes: number of elements of each variable.
         generator: of base point and steps.
         lengths: of the steps of some variables, of others one.
+
+    Attributes:
+        here: the slots at the base point.
+        all_moved: where all variables are moved by one and two of their steps.
+        points, truth: points at which compiled slots are verified, and the slots there.
     """
 
     def __init__(
@@ -184,9 +190,17 @@ class Probe:
         for k in sizes:
             points += [self.moved({k: c}) for c in (1.0, 2.0, 3.0)]
         several = [k for k in sizes if sizes[k] > 1]
-        values = self.at(points + [point for k in several for point in self._bit(k, 0)])
+        elsewhere = [
+            {k: spread * self.reach(k) * self._normal(generator, n) for k, n in sizes.items()}
+            for spread in SPREADS
+        ]
+        last = [self.moved(dict.fromkeys(sizes, c)) for c in (1.0, 2.0)] + elsewhere
+        values = self.at(points + [point for k in several for point in self._bit(k, 0)] + last)
         self._values, self._order = {key: v[: len(points)] for key, v in values.items()}, list(sizes)
         self.here = {key: v[0] for key, v in values.items()}
+        self.all_moved = {key: v[-len(last) :][:2] for key, v in values.items()}
+        self.points = {k: torch.stack([point[k] for point in elsewhere]) for k in sizes}
+        self.truth = {key: v[-len(SPREADS) :] for key, v in values.items()}
         self.bits = self._bits(
             {
                 k: {key: v[len(points) + 2 * i :][:2] for key, v in values.items()}

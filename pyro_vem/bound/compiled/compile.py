@@ -1,10 +1,10 @@
 """Compiling a problem: which terms have slots, what they are, and the bound as their sum."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyro.distributions as dist
 import torch
@@ -25,14 +25,19 @@ from .expect import CHEAPER, CompiledTerm
 from .fit_slots import SlotFitter, worst_gap
 from .links import MOST_LINKS, is_linked, relinked
 from .moments import Moments, slices
-from .slots import RESIDUAL, Spec, read, spec_of
+from .slots import CHANGES, RESIDUAL, Spec, read, spec_of
 from .stack import Stack
 
 FINAL_DRAWS = 256  # of the fitted guide, at which compiled slots are held against the model again
 MOST_FINAL = 500_000  # slots read for that
 MOST_PARTS, FEW_PARTS = 150, 4  # of all terms together, and of one term that is kept regardless
 FINAL_GAP = 1e-6
+STATIC = 3  # points at which weights, family and data must be those of another one
 APART = 10.0  # of neighbours in an ordered vector, while probes move each by less than 3
+
+
+Reader: TypeAlias = Callable[[Mapping[str, Site], Mapping[str, Tensor]], dict[str, Tensor]]
+"""Numbers in a run, from its sites and the flat point that it is at, by name."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,18 @@ def _first(fitters: Iterable[SlotFitter], key: str) -> AffineSlot | str:
     return found
 
 
+def _slots(
+    specs: Mapping[str, Spec], sites: Mapping[str, Site], flat: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """A reader of the slots of some terms, by term and slot."""
+    found = {}
+    for name, spec in specs.items():
+        u = flat[name].reshape(spec.shape) if spec.latent is not None else None
+        for slot, value in read(spec, sites[name], u).items():
+            found[f"{name}\0{slot}"] = value
+    return found
+
+
 class Compiled:
     """The terms of a model that are known in closed form, as a function of moments.
 
@@ -171,26 +188,36 @@ class Compiled:
             else:
                 self.specs[name] = spec
 
-    def _slots(self, specs: Mapping[str, Spec], flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        sites, found = self._model(flat).sites, {}
-        for name, spec in specs.items():
-            u = flat[name].reshape(spec.shape) if spec.latent is not None else None
-            for slot, value in read(spec, sites[name], u).items():
-                found[f"{name}\0{slot}"] = value
-        return found
+    def _evaluate(self, batch: dict[str, Tensor], *readers: Reader) -> dict[str, Tensor]:
+        """What readers find in runs at a batch of points."""
 
-    def _evaluate(self, specs: Mapping[str, Spec], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        slots = functools.partial(self._slots, specs)
+        def one(flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            sites = self._model(flat).sites
+            return {key: value for reader in readers for key, value in reader(sites, flat).items()}
+
         try:
-            return self._together(slots, batch)
+            return self._together(one, batch)
         except (ModelError, UnsupportedModelError):
             raise
         except Exception:  # the model refuses vmap: probing runs it point by point
-            return one_by_one(slots, batch, len(next(iter(batch.values()))))
+            return one_by_one(one, batch, len(next(iter(batch.values()))))
+
+    def _changes(self, sites: Mapping[str, Site], _: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A reader of what may not change from point to point, by term."""
+        return {n: s.changes(spec_of(sites[n], s.latent)) for n, s in self.specs.items()}
+
+    def _refuse_changing(self, changes: Mapping[str, Tensor]) -> list[str]:
+        """Refuse terms whose weights, family or data have changed; their names."""
+        changed = {name: found.any(0).tolist() for name, found in changes.items() if bool(found.any())}
+        for name, found in changed.items():
+            self.refuse(name, CHANGES[found.index(True)])
+            del self.specs[name]
+        return list(changed)
 
     def _compile(self, generator: torch.Generator) -> None:
-        points = [{k: Probe._normal(generator, n) for k, n in self.variables.sizes.items()} for _ in range(3)]
-        self._check_static(points)
+        sizes, precise = self.variables.sizes, torch.float64
+        points = {k: torch.randn(STATIC, n, generator=generator, dtype=precise) for k, n in sizes.items()}
+        self._refuse_changing(self._evaluate(points, self._changes))
         usual = dict(self.specs)
         bad = self._compiled(usual, generator)
         for number in range(MOST_LINKS):
@@ -230,7 +257,10 @@ class Compiled:
         Shorter ones come last, where slots overflow within a unit.
         """
         squared = [f"{name}\0{RESIDUAL}" for name, spec in specs.items() if spec.family is td.Normal]
-        evaluate = functools.partial(self._evaluate, specs)
+        slots = functools.partial(_slots, specs)
+
+        def evaluate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return self._evaluate(batch, slots)
 
         def fitter(lengths: Mapping[str, float] | None = None) -> SlotFitter:
             probe = Probe(evaluate, self.variables.sizes, generator, lengths)
@@ -300,19 +330,6 @@ class Compiled:
             if not differ(prints[0], prints[1]) and not differ(prints[0], prints[2]):
                 self.constant[name] = runs[0][name]
 
-    def _check_static(self, points: list[dict[str, Tensor]]) -> list[str]:
-        """Refuse terms whose weights, family or data change from point to point; their names."""
-        changed = []
-        for point in points:
-            sites = self._model(point).sites
-            for name, spec in list(self.specs.items()):
-                change = spec.change(spec_of(sites[name], spec.latent))
-                if change is not None:
-                    self.refuse(name, change)
-                    del self.specs[name]
-                    changed.append(name)
-        return changed
-
     @property
     def rows(self) -> int:
         """Scalar densities in all compiled terms."""
@@ -361,8 +378,9 @@ class Compiled:
             for name, sd in moments.scale.items():
                 noise = torch.randn(num, len(sd), generator=generator, dtype=torch.float64)
                 batch[name] = batch[name] + sd * noise
-            truth = self._evaluate(self.specs, batch)
-        wrong = self._check_static([{k: v[i] for k, v in batch.items()} for i in range(3)])
+            specs = dict(self.specs)
+            truth = self._evaluate(batch, functools.partial(_slots, specs), self._changes)
+        wrong = self._refuse_changing({name: truth[name] for name in specs})
         for name, term in list(self.terms.items()):
             for slot, affine in term.slots.items():
                 there = truth[f"{name}\0{slot}"]

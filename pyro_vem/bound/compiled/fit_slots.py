@@ -32,7 +32,6 @@ MOST_ELEMENTS = 5_000  # of a latent that rows see several elements of: one mode
 FOLLOWED = 1e-3  # of a row's changes between those points
 SHORTER, FARTHEST = range(0, 24, 4), 4.0  # halvings of steps that overflow, and how far points are in them
 SMALL = 1e3  # a slot's size for its changes with a variable: longer steps lose fewer digits
-SPREADS = (0.3, 0.3, 0.3, 1.2, 1.2, 1.2)  # sds of the points that a compiled slot is verified at
 
 
 class NotAffine(Exception):
@@ -60,7 +59,7 @@ class SlotFitter:
     ) -> None:
         self.probe, self.keys, self.generator = probe, keys, generator
         self.found = {key: self._dependences(key) for key in keys}
-        self.joint: dict[frozenset[str], dict[str, Tensor]] = {}
+        self.joint = {frozenset[str](): probe.all_moved}
         self.splits: dict[str, tuple[list[str], list[str]] | str] = {}
         for key in keys:
             try:
@@ -70,12 +69,6 @@ class SlotFitter:
         self._find_products([key for key in squared if isinstance(self.splits[key], str)], shapes or {})
         self._probe_conditions()
         self._probe_dense()
-        points = [
-            {k: spread * probe.reach(k) * Probe._normal(generator, n) for k, n in probe.sizes.items()}
-            for spread in SPREADS
-        ]
-        self.points = {k: torch.stack([point[k] for point in points]) for k in probe.sizes}
-        self.truth = probe.at(points)
 
     def fit(self, key: str) -> AffineSlot | str:
         """The compiled slot, verified; or why there is none."""
@@ -86,10 +79,10 @@ class SlotFitter:
             slot = self._assemble(key, *split)
         except NotAffine as reason:
             return str(reason)
-        gap = worst_gap(slot, self.points, self.truth[key])
+        gap = worst_gap(slot, self.probe.points, self.probe.truth[key])
         if gap > VERIFIED:
             return f"its compiled form is off by {gap:.1g} at a random point"
-        if not _follows(slot, self.points, self.truth[key]):
+        if not _follows(slot, self.probe.points, self.probe.truth[key]):
             return "it varies too little for its size to be compiled: centre the data"
         return slot
 
@@ -113,7 +106,7 @@ class SlotFitter:
 
         A rate is the exponential of 2,000 times a slope, if years are counted from our era.
         """
-        if all(bool(values.isfinite().all()) for values in self.truth.values()):
+        if all(bool(values.isfinite().all()) for values in self.probe.truth.values()):
             return {}
         zero = {k: torch.zeros_like(base) for k, base in self.probe.base.items()}
         lengths = [2.0**-power for power in SHORTER]

@@ -86,6 +86,11 @@ POSITIVE = frozenset(
 )
 RESIDUAL, RATIO, VALUE = "residual", "log ratio", "value"
 OF_VALUES = (RESIDUAL, RATIO, VALUE)  # slots that are no argument
+CHANGES = (
+    "its family or shape changes with latents or parameters",
+    "its scale or mask depends on latents or parameters",
+    "its observed value depends on latents or parameters",
+)
 
 
 def is_log(family: type, name: str) -> bool:
@@ -141,18 +146,16 @@ class Spec:
         usual = {name: slot for name, slot in slots.items() if not is_linked([name])}
         return {name: self.argument(name, slot) for name, slot in usual.items()} | arguments(slots)
 
-    def change(self, other: "Spec | str") -> str | None:
-        """What of the static part differs in another run, or None."""
+    def changes(self, other: "Spec | str") -> Tensor:
+        """Which of `CHANGES` differ in another run, also in one of many under `torch.func.vmap`."""
         if isinstance(other, str) or other.family is not self.family or other.shape != self.shape:
-            return "its family or shape changes with latents or parameters"
-        if not torch.equal(other.weight, self.weight):
-            return "its scale or mask depends on latents or parameters"
+            return torch.tensor([True, False, False])
+        weight, value = (other.weight != self.weight).any(), torch.tensor(False)
         is_used = self.slots[0] != RESIDUAL or self.is_log  # other than in a slot
         if is_used and self.value is not None and other.value is not None:
             same = (other.value == self.value) | (other.value.isnan() & self.value.isnan())
-            if not bool(same.all()):
-                return "its observed value depends on latents or parameters"
-        return None
+            value = ~same.all()
+        return torch.stack([torch.tensor(False), weight, value])
 
     def log_density(self, eta: Mapping[str, Tensor]) -> Any:
         """Log density of each row at given slots, (..., rows); with the Jacobian for a latent."""
