@@ -14,6 +14,7 @@ from ..model.sites import Latent
 from .certificate import View
 from .compiled.compile import Compiled, Variables
 from .compiled.expect import ROUGHLY, SETTLED
+from .compiled.linear import weighted_sum
 from .compiled.moments import Moments
 from .exact import ExactTerms
 from .kl import lookup, negative_entropy
@@ -93,7 +94,7 @@ class Deterministic(ExactTerms):
         used = {name: ~site.idle_in(site.unconstrained) for name, site in latents.items()}
         self.weights = {name: self.shares[name] * used[name].double() for name in latents}
         self.compiled = Compiled(problem.run_model, self.variables, held, seed, self.weights)
-        self._weighted: tuple[frozenset[str], Tensor] | None = None
+        self._weighted: tuple[frozenset[str], tuple[Tensor, Tensor]] | None = None
         self.priors = {name: p for name, p in self.compiled.constant.items() if self._has_divergence(name, p)}
 
     @property
@@ -193,16 +194,19 @@ class Deterministic(ExactTerms):
         """The sum of all compiled rows, with the terms of one family evaluated together."""
         parts = self.compiled.merged.values(moments)
         parts += self._divergences(moments).values()
-        weight = self._entropy_weights()
-        parts.append((weight * normal_entropy(moments.scale.flat)).sum())
+        weight, constant = self._entropy_weights()
+        parts += [weighted_sum(weight, moments.scale.flat.log()), constant]
         return torch.stack(parts).sum()
 
-    def _entropy_weights(self) -> Tensor:
-        """One weight for each latent element: zero where no compiled term of its own has the entropy."""
+    def _entropy_weights(self) -> tuple[Tensor, Tensor]:
+        """One weight for each latent element: zero where no compiled term of its own has the entropy.
+
+        And the sum of entropies of sd one.
+        """
         key = frozenset(self.compiled.terms)
         if self._weighted is None or self._weighted[0] != key:
-            parts = [w if n in key else torch.zeros_like(w) for n, w in self.weights.items()]
-            self._weighted = key, torch.cat(parts)
+            weight = torch.cat([w if n in key else torch.zeros_like(w) for n, w in self.weights.items()])
+            self._weighted = key, (weight, (weight * normal_entropy(torch.ones_like(weight))).sum())
         return self._weighted[1]
 
     def _divergences(self, moments: Moments) -> dict[str, Tensor]:

@@ -67,13 +67,14 @@ def _flat_moments(setup: Setup, latents: Mapping[str, Latent]) -> Flat | None:
     if not isinstance(guide, FactorisedNormal) or guide.encoded or isinstance(setup.phi, PartlyHeld):
         return None
     plain = [name for name in setup.theta.names if name not in map_names]
-    loc = setup.phi.positions(guide.loc_name(name) for name in latents)
-    log_scale = setup.phi.positions(guide.scale_name(name) for name in latents)
-    parameters = setup.theta.positions([*plain, *map_names])
+    moments = [*map(guide.loc_name, latents), *map(guide.scale_name, latents)]
+    here, parameters = setup.phi.positions(moments), setup.theta.positions([*plain, *map_names])
 
     def flat(phi: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        centre = torch.cat([phi.index_select(0, loc), theta.index_select(0, parameters)])
-        return centre, phi.index_select(0, log_scale).exp()
+        centre, log_scale = phi.index_select(0, here).chunk(2)
+        if len(parameters):
+            centre = torch.cat([centre, theta.index_select(0, parameters)])
+        return centre, log_scale.exp()
 
     return flat
 

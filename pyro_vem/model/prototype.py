@@ -114,6 +114,8 @@ def _modules_of_run(
         ):
             fn(*ready.args, **ready.kwargs)
             failed = False
+        if not (found or failed):
+            break
     return found, failed
 
 

@@ -25,6 +25,7 @@ FAINT = 1e-13  # relative; changes below it are rounding
 VERIFIED = 1e-8
 SPREADS = (0.3, 0.3, 0.3, 1.2, 1.2, 1.2)  # sds of the points that a compiled slot is verified at
 SHIFT = 0.4  # of a conditioning variable, per step
+FEW_BITS = 4  # of the number of an element, that are looked at together
 MOST_DENSE = 20_000_000  # entries of a dense coefficient matrix
 
 
@@ -189,24 +190,22 @@ class Probe:
         points = [self.base]
         for k in sizes:
             points += [self.moved({k: c}) for c in (1.0, 2.0, 3.0)]
-        several = [k for k in sizes if sizes[k] > 1]
+        begun = {k: self._num_bits(k) if self._num_bits(k) <= FEW_BITS else 1 for k in sizes if sizes[k] > 1}
         elsewhere = [
             {k: spread * self.reach(k) * self._normal(generator, n) for k, n in sizes.items()}
             for spread in SPREADS
         ]
+        first = [point for k, bits in begun.items() for b in range(bits) for point in self._bit(k, b)]
         last = [self.moved(dict.fromkeys(sizes, c)) for c in (1.0, 2.0)] + elsewhere
-        values = self.at(points + [point for k in several for point in self._bit(k, 0)] + last)
-        self._values, self._order = {key: v[: len(points)] for key, v in values.items()}, list(sizes)
-        self.here = {key: v[0] for key, v in values.items()}
-        self.all_moved = {key: v[-len(last) :][:2] for key, v in values.items()}
+        cut = len(points), *(2 * bits for bits in begun.values()), 2, len(SPREADS)
+        values = {key: v.split(cut) for key, v in self.at(points + first + last).items()}
+        self._values, self._order = {key: v[0] for key, v in values.items()}, list(sizes)
+        self.here = {key: v[0][0] for key, v in values.items()}
+        self.all_moved = {key: v[-2] for key, v in values.items()}
         self.points = {k: torch.stack([point[k] for point in elsewhere]) for k in sizes}
-        self.truth = {key: v[-len(SPREADS) :] for key, v in values.items()}
-        self.bits = self._bits(
-            {
-                k: {key: v[len(points) + 2 * i :][:2] for key, v in values.items()}
-                for i, k in enumerate(several)
-            }
-        )
+        self.truth = {key: v[-1] for key, v in values.items()}
+        bits = {k: {key: v[i] for key, v in values.items()} for i, k in enumerate(begun, start=1)}
+        self.bits = self._all_bits(begun, bits)
 
     def reach(self, k: str) -> float:
         """How far from zero points are: no farther than short steps go."""
@@ -252,23 +251,28 @@ class Probe:
         bit = (torch.arange(self.sizes[k]) >> b) & 1
         return [self.moved({k: 1.0}, {k: (bit == side).to(torch.float64)}) for side in (0, 1)]
 
-    def _bits(self, first: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Slots at the points of every bit, (2 * bits, rows); of bit 0 only where no row is local."""
+    def _num_bits(self, k: str) -> int:
+        return math.ceil(math.log2(self.sizes[k]))
+
+    def _all_bits(
+        self, begun: Mapping[str, int], first: dict[str, dict[str, Tensor]]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Slots at the points of every bit, (2 * bits, rows); of those begun only where no row is local."""
         wanted = {
-            k: range(1, math.ceil(math.log2(self.sizes[k])))
-            for k, values in first.items()
-            if any(self._may_be_local(values[key], key) for key in self.here)
+            k: range(number, self._num_bits(k))
+            for k, number in begun.items()
+            if number < self._num_bits(k)
+            and any(self._may_be_local(v[:2], key) for key, v in first[k].items())
         }
         points = [point for k, bits in wanted.items() for b in bits for point in self._bit(k, b)]
-        found = self.at(points) if points else {}
-        result, start = {}, 0
-        for k, values in first.items():
-            result[k] = values
-            if k in wanted and found:
-                stop = start + 2 * len(wanted[k])
-                result[k] = {key: torch.cat([v, found[key][start:stop]]) for key, v in values.items()}
-                start = stop
-        return result
+        if not points:
+            return first
+        found = {key: v.split([2 * len(b) for b in wanted.values()]) for key, v in self.at(points).items()}
+        more = {k: {key: v[i] for key, v in found.items()} for i, k in enumerate(wanted)}
+        return {
+            k: {key: torch.cat([v, more[k][key]]) for key, v in values.items()} if k in more else values
+            for k, values in first.items()
+        }
 
     def _may_be_local(self, sides: Tensor, key: str) -> bool:
         """False if nothing moves a slot, or some row moves with elements on both sides of bit 0."""

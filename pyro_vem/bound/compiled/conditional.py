@@ -1,5 +1,6 @@
 """Parts of a slot that scale together, and the closed second moment of a conditional residual."""
 
+import functools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from .affine import AffineSlot, Condition, Dense, Local
+from .affine import AffineSlot, Dense, Local
 from .slots import RESIDUAL, Spec
 
 
@@ -81,12 +82,16 @@ def conditional_normal(
             scaled.append((mean, spread, group))
         else:  # the only one: groups differ by their factors
             alone, variance = alone + mean, spread
-    square = _plus(alone * alone, variance)
+    shifts = {name: c.shift(x["condition", name]) for name, c in residual.conditions.items()}
+    expected = functools.partial(_expected, shifts=shifts, x=x)
+    line = alone  # alone^2 + 2 alone * the rest, as one product
+    for mean, _, group in scaled:
+        line = torch.add(line, expected(mean, group), alpha=2)
+    square = _plus(alone * line, variance)
     for i, (mean, spread, group) in enumerate(scaled):
-        square = square + _expected(2 * alone * mean, residual.conditions, x, group)
-        square = square + _expected(_plus(mean * mean, spread), residual.conditions, x, group, group)
+        square = square + expected(_plus(mean * mean, spread), group, group)
         for other, _, more in scaled[:i]:
-            square = square + _expected(2 * mean * other, residual.conditions, x, group, more)
+            square = square + expected(2 * mean * other, group, more)
     log_scale, exponent = slots["scale"].offset, torch.zeros((), dtype=torch.float64)
     for g in range(len(groups["scale"])):
         log_scale = log_scale + x["mean", "scale", str(g)]
@@ -100,15 +105,15 @@ def _plus(first: Tensor, second: Tensor | None) -> Tensor:
 
 
 def _expected(
-    factor: Tensor, conditions: Mapping[str, Condition], x: Mapping[tuple[str, ...], Tensor], *groups: Group
+    factor: Tensor, *groups: Group, shifts: Mapping[str, Tensor], x: Mapping[tuple[str, ...], Tensor]
 ) -> Tensor:
     """A factor times E of the product of the groups' factors, each condition Gaussian and independent."""
-    for name, condition in conditions.items():
+    for name, by in shifts.items():
         rates = [group.rate[name] for group in groups if name in group.rate]
         slopes = [group.slope[name] for group in groups if name in group.slope]
         if not (rates or slopes):
             continue
-        by, spread = condition.shift(x["condition", name]), x.get(("spread", name))
+        spread = x.get(("spread", name))
         if rates:
             rate = sum(rates[1:], rates[0])
             exponent = rate * by if spread is None else rate * (by + 0.5 * rate * spread)

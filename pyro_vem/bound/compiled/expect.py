@@ -21,7 +21,7 @@ from .affine import AffineSlot, Dense, Local, product
 from .conditional import Group, conditional_normal, grouped, is_conditional_normal
 from .forms import BOUNDED, Form, form_of, gauss_hermite, root
 from .inputs import local_input, mean_input, variance_input
-from .linear import Input
+from .linear import Input, weighted_sum
 from .links import grows
 from .nodes import tensor_grid
 from .slots import POSITIVE, RATIO, RESIDUAL, Spec
@@ -211,13 +211,13 @@ class CompiledTerm:
         """Sum over rows of weight * E[log p], in nats, given the values of the inputs."""
         if self.is_second_moment:
             rows = conditional_normal(self.spec, self.slots, self.groups, x)
-            return (self.spec.weight * rows).sum()
+            return weighted_sum(self.spec.weight, rows)
         given, weights = self._grid(x)
         mean, cov = self._slot_moments(x, given)
         rows = self.form.rows(mean, cov, self.slot_nodes)
         if weights is not None:
             rows = (weights.unsqueeze(-1) * rows).sum(0)
-        return (self.spec.weight * rows).sum()
+        return weighted_sum(self.spec.weight, rows)
 
     def refined(self, x: Inputs, settled: float) -> "CompiledTerm | str":
         """The term with enough nodes at these moments; or why there are not enough."""

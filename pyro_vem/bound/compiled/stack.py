@@ -39,7 +39,8 @@ class Stack:
 
     def inputs(self, moments: Moments) -> list[Inputs]:
         """The inputs of each term at some moments."""
-        flats = moments.centre.flat, moments.scale.flat.square()
+        sd = moments.scale.flat
+        flats = moments.centre.flat, sd * sd
         rows = [linear(flat) for linear, flat in zip(self._maps, flats, strict=True)]
         cut = [r.split(linear.lengths) for r, linear in zip(rows, self._maps, strict=True)]
         return [{key: cut[kind][i] for key, (kind, i) in parts.items()} for parts in self._parts]
