@@ -32,7 +32,6 @@ FINAL_DRAWS = 256  # of the fitted guide, at which compiled slots are held again
 MOST_FINAL = 500_000  # slots read for that
 MOST_PARTS, FEW_PARTS = 150, 4  # of all terms together, and of one term that is kept regardless
 FINAL_GAP = 1e-6
-STATIC = 3  # points at which weights, family and data must be those of another one
 APART = 10.0  # of neighbours in an ordered vector, while probes move each by less than 3
 
 
@@ -215,9 +214,6 @@ class Compiled:
         return list(changed)
 
     def _compile(self, generator: torch.Generator) -> None:
-        sizes, precise = self.variables.sizes, torch.float64
-        points = {k: torch.randn(STATIC, n, generator=generator, dtype=precise) for k, n in sizes.items()}
-        self._refuse_changing(self._evaluate(points, self._changes))
         usual = dict(self.specs)
         bad = self._compiled(usual, generator)
         for number in range(MOST_LINKS):
@@ -236,6 +232,8 @@ class Compiled:
         fitters = self._fitters(specs, generator)
         latents, bad = frozenset(self.variables.latents), {}
         for name, spec in specs.items():
+            if name not in self.specs:  # it changes from point to point
+                continue
             slots = {slot: _first(fitters, f"{name}\0{slot}") for slot in spec.slots}
             bad[name] = [slot for slot, found in slots.items() if isinstance(found, str)]
             if bad[name]:
@@ -257,10 +255,14 @@ class Compiled:
         Shorter ones come last, where slots overflow within a unit.
         """
         squared = [f"{name}\0{RESIDUAL}" for name, spec in specs.items() if spec.family is td.Normal]
-        slots = functools.partial(_slots, specs)
+        readers: list[Reader] = [functools.partial(_slots, specs), self._changes]
 
         def evaluate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            return self._evaluate(batch, slots)
+            found = self._evaluate(batch, *readers)
+            if readers[1:]:  # at the first points
+                self._refuse_changing({name: found.pop(name) for name in list(self.specs)})
+                del readers[1:]
+            return found
 
         def fitter(lengths: Mapping[str, float] | None = None) -> SlotFitter:
             probe = Probe(evaluate, self.variables.sizes, generator, lengths)
