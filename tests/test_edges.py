@@ -85,6 +85,16 @@ def test_a_variance_component_of_zero_is_gone_to(fit, guide, schedule):
 
 
 @pytest.mark.parametrize("guide", [None, "auto"])
+def test_joint_steps_come_to_an_edge_from_wherever_they_start(fit, guide):
+    """There values tell nothing of the last steps, and steps that wait for a check are no standstill."""
+    y = groups()
+    for seed in range(6):
+        result = fit(intercepts(), {"y": y}, guide=guide, schedule="joint", seed=seed)
+        assert result.converged
+        assert [str(edge) for edge in result.boundary] == ["tau = 0"]
+
+
+@pytest.mark.parametrize("guide", [None, "auto"])
 @pytest.mark.parametrize("unit", [1e-6, 1e-3, 1e3])
 def test_units_do_not_matter(fit, unit, guide):
     y = groups(unit=unit)

@@ -330,6 +330,33 @@ def test_second_derivatives_can_be_asked_for_after_all():
         assert np.allclose(plain.gradient(plain.zero) * scale, wanted.gradient(wanted.zero))
 
 
+def test_steps_go_on_where_the_function_shows_no_gain():
+    """Beside 1e6 nats a gain of 1e-12 is rounding; the gradient of 1e-6 is not."""
+    weights = torch.logspace(-3, 0, 5, dtype=torch.float64)
+    loss = Loss(lambda x: 1e6 + (weights * (x - 1).cosh()).sum())
+    found = minimise(loss, np.zeros(5), np.ones(5), gtol=1e-11, max_iter=100, method="newton")
+    assert found.is_solved
+    assert found.x == pytest.approx(np.ones(5), abs=1e-8)
+
+
+def test_a_hessian_serves_near_by_only_where_it_explains_the_gradient():
+    def count(function, step):
+        smooth = Smooth(Loss(function, is_small=True, is_even=True), np.ones(2), np.ones(2))
+        for a in (smooth.zero, step):
+            exact = Smooth(Loss(function), smooth.point(a), np.ones(2))
+            product = smooth.hessian_product(a, np.ones(2))
+        return smooth._bent.point - 1, product, exact.hessian_product(exact.zero, np.ones(2))
+
+    near, far = np.array([5e-4, 0.0]), np.array([5e-3, 0.0])
+    kept, found, wanted = count(lambda x: (x**4).sum(), near)
+    assert not kept.any()
+    assert found == pytest.approx(wanted, rel=2e-3)
+    steep = count(lambda x: (1e3 * (x - 1)).cosh().sum(), near)
+    for kept, found, wanted in (count(lambda x: (x**4).sum(), far), steep):  # taken anew
+        assert kept.any()
+        assert found == pytest.approx(wanted, rel=1e-9)
+
+
 def test_few_sds_that_start_too_small_do_not_hold_up_the_rest():
     """Five of 5,000 start three e-folds too low: a Newton step in their logs goes 200 beyond."""
     curvature = np.full(5000, np.exp(10.0))

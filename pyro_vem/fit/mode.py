@@ -29,7 +29,7 @@ def nearer(setup: Setup, state: State) -> tuple[State, Step | None] | None:
     found = _from_mode(setup, state)
     if found is not None or not is_costly_at_nodes(setup):
         return found
-    state, row = start_factors(setup, state)
+    state, row, _ = start_factors(setup, state)
     return _with_fewer_nodes(setup, state), row
 
 

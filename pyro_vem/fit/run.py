@@ -123,7 +123,8 @@ class Run:
         has_begun = any(row.block == "start" for row in self.history)  # nearer, with its factors
         if self.is_warm or has_begun:
             return
-        self.state, row = start_factors(self.setup, self.state)
+        self.state, row, smooth = start_factors(self.setup, self.state)
+        self.evaluated = None if smooth is None else (self.state, smooth)
         self.record(row)
         change = settle_nodes(self.setup, self.state.phi, self.state.theta)  # now, not after a whole fit
         if change is not None:
@@ -150,11 +151,12 @@ class Run:
             self.record(row)
             if self.closed.is_all_of[block]:
                 return
-        self.evaluated = None  # or two graphs would be kept at a time
+        known, self.evaluated = self.evaluated, None  # or two graphs would be kept at a time
         self.state, row, smooth = step(
             self.setup, self.state, block, self.scales,
             iteration=iteration, gtol=self.gtol, method=self.method(block),
             max_iter=self.options.step_iterations,
+            begun=known[1] if known is not None and known[0] is self.state else None,
         )  # fmt: skip
         self.evaluated = None if smooth is None else (self.state, smooth)
         self.record(row)

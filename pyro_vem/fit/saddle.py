@@ -90,7 +90,7 @@ def _most_negative(smooth: Smooth) -> Vector | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its own accuracy does not matter here
             values, vectors = sparse_linalg.lobpcg(
-                smooth.hessian_operator(), start, largest=False, maxiter=MOST_ROUNDS, tol=0.1
+                smooth.hessian_operator(smooth.zero), start, largest=False, maxiter=MOST_ROUNDS, tol=0.1
             )
     if not values[0] < NEGATIVE:
         return None

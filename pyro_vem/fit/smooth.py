@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ DIFFERENCE = 1e-4  # step of differences of a gradient, in scaled coordinates
 ACROSS = 0.3  # the same where the gradient has jumps: across so many of them that their sum is a slope
 MOST_PRODUCTS = 400  # of a predicted gain
 FEW_PRODUCTS, STILL = 10, 0.03  # products, and the part of the tolerance that they add to no gain worth it
-NEAR = 1e-3  # scaled lengths within which a Hessian is taken for that of another point
+NEAR, EXPLAINED = 1e-3, 1e-2  # scaled lengths to another point with the same Hessian, and what it may miss
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Loss:
         is_small: whether operations cost the same for a matrix of directions as for one, so that the
             whole Hessian costs about two of its products.
         both, product: value and gradient, and Hessian times vector, if they are known as graphs.
+        is_even: whether coordinates have lengths over which the Hessian hardly changes, as means and sds of
+            factors do, so that one serves at points near by.
         spread: how the vector lies over several processes, whose functions are summed.
     """
 
@@ -43,9 +45,26 @@ class Loss:
     is_twice: bool = True
     has_kinks: bool = False
     is_small: bool = False
+    is_even: bool = False
     both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     product: Callable[[Tensor, Tensor], Tensor] | None = None
     spread: Spread = field(default_factory=Spread)
+
+
+class _Bent(NamedTuple):
+    """A Hessian on the original scale, with the point and the gradient there."""
+
+    point: Vector
+    gradient: Vector
+    hessian: Vector
+
+    def explains(self, point: Vector, gradient: Vector, length: Vector) -> bool:
+        """True if it is that of another point as well: near by, and the gradient has changed as it says."""
+        step, change = point - self.point, length * (gradient - self.gradient)
+        if (np.abs(step) > NEAR * length).any():
+            return False
+        missed = change - length * (self.hessian @ step)
+        return float(np.linalg.norm(missed)) <= EXPLAINED * float(np.linalg.norm(change))
 
 
 class Smooth:
@@ -103,17 +122,25 @@ class Smooth:
         self._gradient: Tensor | None = None
         self._whole: Vector | None = None
         self._hessian: Vector | None = None
-        self._bent: tuple[Vector, Vector] | None = None  # a Hessian on the original scale, and its point
+        self._bent: _Bent | None = None
 
-    def in_units_of(self, scale: Vector) -> "Smooth":
-        """The same function about the point that it was evaluated at last, which costs no evaluation."""
+    def in_units_of(self, scale: Vector, log_sds: Flags | None = None) -> "Smooth":
+        """The same function about the point that it was evaluated at last, which costs no evaluation.
+
+        This one forgets it: one graph is kept at a time.
+        """
         assert self._at is not None
         if not self.is_bent:
             self._gradient_tensor()  # which frees the graph that both would need
-        twin = Smooth(self.loss, self.point(self._at), scale, is_bent=self.is_bent)
+        twin = Smooth(self.loss, self.point(self._at), scale, log_sds, is_bent=self.is_bent)
         twin._at, twin._leaf, twin._value = twin.zero, self._leaf, self._value
         twin._number, twin._gradient, twin._bent = self._number, self._gradient, self._bent
+        self._at, self._value, self._gradient = None, torch.zeros(()), None
         return twin
+
+    def is_at(self, a: Vector) -> bool:
+        """True if `a` is the point that it was evaluated at last."""
+        return self._at is not None and np.array_equal(a, self._at)
 
     def point(self, a: Vector) -> Vector:
         """The point on the original scale, this process's entries of it."""
@@ -176,10 +203,12 @@ class Smooth:
 
     def _dense_hessian(self, a: Vector) -> Vector:
         if self._hessian is None:  # it costs two or three products, and a step takes five
-            point = self._leaf.detach().numpy()
-            if self._bent is None or (np.abs(point - self._bent[1]) > NEAR * self._slope).any():
-                self._bent = jacobian(self._gradient_tensor(), self._leaf).numpy(), point
-            self._hessian = self._slope[:, None] * self._bent[0] * self._slope
+            point, gradient = self._leaf.detach().numpy(), self._gradient_tensor()
+            known = self._bent if self.loss.is_even else None
+            if known is None or not known.explains(point, gradient.detach().numpy(), self._slope):
+                known = _Bent(point, gradient.detach().numpy(), jacobian(gradient, self._leaf).numpy())
+            self._bent = known
+            self._hessian = self._slope[:, None] * known.hessian * self._slope
             if self._bend is not None:
                 self._hessian += np.diag(self._bend * self.gradient(a))
         return self._hessian
@@ -188,11 +217,10 @@ class Smooth:
         """The Hessian at the origin, of few coordinates."""
         return np.stack([self.hessian_product(self.zero, e) for e in np.eye(self.zero.size)])
 
-    def hessian_operator(self) -> Any:
-        """The Hessian at the origin, for SciPy's iterative solvers."""
-        size = self.zero.size
+    def hessian_operator(self, a: Vector) -> Any:
+        """The Hessian at `a`, for SciPy's iterative solvers."""
         return sparse_linalg.LinearOperator(
-            (size, size), matvec=lambda v: self.hessian_product(self.zero, np.ravel(v)), dtype=float
+            (a.size, a.size), matvec=lambda v: self.hessian_product(a, np.ravel(v)), dtype=float
         )
 
     def difference_product(self, a: Vector, v: Vector, length: float = DIFFERENCE) -> Vector:
@@ -205,7 +233,7 @@ class Smooth:
         return product
 
     def _move(self, a: Vector) -> None:
-        if self._at is not None and np.array_equal(a, self._at):
+        if self.is_at(a):
             return
         self.evaluations += 1
         point, self._slope, self._bend = self._placed(a)
@@ -354,5 +382,6 @@ def newton_step(loss: Loss, x: Vector, scale: Vector, gradient: Vector, max_prod
         array([-0.25])
     """
     smooth = Smooth(loss, x, scale)
-    step, _ = sparse_linalg.cg(smooth.hessian_operator(), -gradient, rtol=0.1, maxiter=max_products)
+    hessian = smooth.hessian_operator(smooth.zero)
+    step, _ = sparse_linalg.cg(hessian, -gradient, rtol=0.1, maxiter=max_products)
     return smooth.spread.own(step)

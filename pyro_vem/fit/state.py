@@ -61,7 +61,8 @@ def joint_loss(setup: Setup) -> Loss:
 def _loss(setup: Setup, function: Callable[[Tensor], Tensor], spread: Spread) -> Loss:
     objective = setup.objective
     is_twice = objective.is_twice and not objective.has_kinks
-    return Loss(function, is_twice, objective.has_kinks, setup.is_small, spread=spread)
+    is_even = not setup.theta.size
+    return Loss(function, is_twice, objective.has_kinks, setup.is_small, is_even, spread=spread)
 
 
 def eager_loss(setup: Setup, state: State, block: str) -> tuple[Loss, Vector, Tensor]:

@@ -38,6 +38,7 @@ def step(
     gtol: float,
     method: Method,
     max_iter: int,
+    begun: Smooth | None = None,
 ) -> tuple[State, Step, Smooth | None]:
     """Raise the bound in one block ("E", "M" or "joint"); the other block cannot move.
 
@@ -53,6 +54,7 @@ def step(
         gtol: bound on the scaled gradient norm.
         method: optimiser.
         max_iter: its iterations.
+        begun: the bound as a function of all that moves, evaluated here already.
 
     A Gaussian factor's own sd is its length, so after some Newton iterations the lengths are taken
     anew: from far starts the first ones are wrong by orders of magnitude.
@@ -70,6 +72,7 @@ def step(
         begin, before = time.perf_counter(), new.elbo
         scale = scales.of(new, block, iteration)
         loss, x = loss_of(setup, new, block)
+        is_begun = x.size == state.joint.size and loss.both is None and not loss.has_kinks
         can_turn = turns is not None and loss.both is None and bool(scale.all())  # a length of zero holds
         can_turn &= iteration <= 1 or left < max_iter  # later rounds are short: few steps need no turns
         fewer = on_fewer(setup) if method == "newton" and not can_turn and loss.both is None else None
@@ -77,6 +80,7 @@ def step(
             loss, x, scale, gtol=gtol, max_iter=min(most, left), method=method,
             log_sds=scales.log_sds(x.size) if has_lengths else None,
             curvature=None if fewer is None else eager_loss(fewer, new, block)[0],
+            begun=begun if is_begun and left == max_iter and not can_turn else None,
         )  # fmt: skip
         new = moved(setup, new, block, result.x, -result.value)
         setup.captures.spent += time.perf_counter() - begin
@@ -223,8 +227,10 @@ def _check_rise(before: float, after: float, block: str, iteration: int) -> None
         )
 
 
-def start_factors(setup: Setup, state: State) -> tuple[State, Step | None]:
+def start_factors(setup: Setup, state: State) -> tuple[State, Step | None, Smooth | None]:
     """Two fixed-point steps on the variances of free Gaussian factors, after their means if those are far.
+
+    Returns what `step` does.
 
     At the optimum sigma^2 = sigma^2 / (1 - dELBO/d log sigma); the iteration moves variances
     near their optimum at the price of two gradients, before the first Newton step.
@@ -232,7 +238,7 @@ def start_factors(setup: Setup, state: State) -> tuple[State, Step | None]:
     guide = setup.guide
     free = free_sites(guide)
     if not isinstance(guide, FactorisedNormal) or not free:
-        return state, None
+        return state, None, None
     start = time.perf_counter()
     where = setup.phi.where(guide.scale_name(site) for site in free)
     loss, phi = loss_of(setup, state, "E")
@@ -250,7 +256,9 @@ def start_factors(setup: Setup, state: State) -> tuple[State, Step | None]:
         at, elbo, norm = trial, -smooth.value(trial), float(np.linalg.norm(gradient))
     new = replace(state, phi=smooth.point(at), elbo=elbo)
     seconds, evaluations = time.perf_counter() - start, evaluations + smooth.evaluations
-    return new, Step(0, "start", state.elbo, elbo, norm, evaluations, products, seconds)
+    row = Step(0, "start", state.elbo, elbo, norm, evaluations, products, seconds)
+    is_here = smooth.is_at(at) and new.phi.size == state.joint.size and loss.both is None
+    return new, row, smooth if is_here else None
 
 
 def _means_from_afar(

@@ -23,7 +23,8 @@ Evaluate: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 ROUNDING = 1e-9  # relative; differences from a straight line below it are rounding
 FAINT = 1e-13  # relative; changes below it are rounding
 VERIFIED = 1e-8
-SPREADS = (0.3, 0.3, 0.3, 1.2, 1.2, 1.2)  # sds of the points that a compiled slot is verified at
+# In sds, of the points that a compiled slot is verified at.
+SPREADS = (1.0, 1.0, 1.0, 0.3, 0.3, 0.3, 1.2, 1.2, 1.2)
 SHIFT = 0.4  # of a conditioning variable, per step
 FEW_BITS = 4  # of the number of an element, that are looked at together
 MOST_DENSE = 20_000_000  # entries of a dense coefficient matrix
@@ -185,16 +186,16 @@ class Probe:
     ) -> None:
         self.evaluate, self.sizes = evaluate, dict(sizes)
         self.length = dict.fromkeys(sizes, 1.0) | dict(lengths or {})
+        elsewhere = [
+            {k: spread * self.reach(k) * self._normal(generator, n) for k, n in sizes.items()}
+            for spread in SPREADS
+        ]
         self.base = {k: 0.3 * self.reach(k) * self._normal(generator, n) for k, n in sizes.items()}
         self.step = {k: self.length[k] * self._steps(generator, n) for k, n in sizes.items()}
         points = [self.base]
         for k in sizes:
             points += [self.moved({k: c}) for c in (1.0, 2.0, 3.0)]
         begun = {k: self._num_bits(k) if self._num_bits(k) <= FEW_BITS else 1 for k in sizes if sizes[k] > 1}
-        elsewhere = [
-            {k: spread * self.reach(k) * self._normal(generator, n) for k, n in sizes.items()}
-            for spread in SPREADS
-        ]
         first = [point for k, bits in begun.items() for b in range(bits) for point in self._bit(k, b)]
         last = [self.moved(dict.fromkeys(sizes, c)) for c in (1.0, 2.0)] + elsewhere
         cut = len(points), *(2 * bits for bits in begun.values()), 2, len(SPREADS)

@@ -95,25 +95,27 @@ def mean_of(
     """
     m, s = torch.broadcast_tensors(m, s)
     is_value = not (m.requires_grad or s.requires_grad)
-    powers = weights * torch.stack([torch.ones_like(nodes), nodes, nodes * nodes])
-
-    def at(m: Tensor, s: Tensor, *data: Tensor) -> Tensor:
-        eta = m + nodes.unsqueeze(1) * s
-        value = powers[:1] @ function(eta, *data)
-        if is_value:
-            return value
-        slope, bend = derivatives(eta, *data)
-        return torch.cat([value, powers[:2] @ slope, powers @ bend])
-
     with torch.no_grad():
+        x, weighted = nodes.unsqueeze(1), weights * nodes
+        powers = torch.stack([weights] if is_value else [weights, weighted, weighted * nodes])
+
+        def at(m: Tensor, s: Tensor, *data: Tensor) -> Tensor:
+            eta = m + x * s
+            if is_value:
+                return powers @ function(eta, *data)
+            slope, bend = derivatives(eta, *data)
+            return torch.cat([powers[:1] @ function(eta, *data), powers[:2] @ slope, powers @ bend])
+
         few = max(1, MOST_AT_NODES // len(nodes))
-        rows_of = [part.reshape(-1).split(few) for part in (m, s, *(d.expand_as(m) for d in data))]
-        parts = [at(*part) for part in zip(*rows_of, strict=True)]
-        found = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        value, *rest = found.reshape(-1, *m.shape)
+        rows_of = [part.reshape(-1) for part in (m, s, *(d.expand_as(m) for d in data))]
+        if m.numel() <= few:
+            found = at(*rows_of)
+        else:
+            parts = [at(*part) for part in zip(*(row.split(few) for row in rows_of), strict=True)]
+            found = torch.cat(parts, -1)
         if is_value:
-            return value
-        by_m, by_s, mm, ms, ss = rest
+            return found.reshape(m.shape)
+        value, by_m, by_s, mm, ms, ss = found.reshape(6, *m.shape)
         rows = Rows(value, (by_m, by_s), {(0, 0): mm, (0, 1): ms, (1, 1): ss})
     return reduced(rows, m, s)
 
