@@ -1,6 +1,7 @@
 """What an adversary found in compiled terms: coarse nodes, moving weights, small units, far kinks."""
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -10,6 +11,7 @@ from pyro import poutine
 from torch.distributions import constraints
 
 import pyro_vem as vem
+from pyro_vem.bound.compiled import compile
 from pyro_vem.bound.deterministic import Deterministic
 
 ONE = torch.tensor(1.0)
@@ -53,6 +55,73 @@ def test_a_narrow_student_likelihood_does_not_move_the_optimum(fit):
 
     compiled, sampled = both(fit, model, {"y": torch.tensor([-1.0, 1.0])})
     assert compiled.elbo >= sampled.elbo - 0.3
+
+
+def other_family(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    fn = dist.Normal(z, 1.0) if z < 0.7 else dist.Gamma(2.0 + 0 * z, 1.0)
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", fn, obs=y)
+
+
+def other_shape(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    rows = len(y) if z < 0.7 else len(y) // 2
+    pyro.sample("y", dist.Normal(z * torch.ones(rows), 1.0).to_event(1), obs=y[:rows])
+
+
+@pytest.mark.parametrize("model", [other_family, other_shape])
+def test_terms_of_two_kinds_are_refused_and_not_read(fit, model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it jumps
+        result = fit(model, {"y": torch.rand(20) + 0.5}, max_iter=5)
+    (row,) = (row for row in result.plan.rows if row.site == "y")
+    assert "its family or shape changes with latents or parameters" in row.proof
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mask_that_moves_beside_a_term_with_a_link(fit, seed):
+    """The second round of probes may be the first that sees it."""
+    x, y = torch.randn(2, 30, generator=torch.Generator().manual_seed(1))
+
+    def model(x, y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            share = torch.special.ndtr(b * x)
+            pyro.sample("hit", dist.Bernoulli(share), obs=(y > 0).to(share))
+            with poutine.mask(mask=z < 1.6):
+                pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        methods = {
+            row.site: row.method for row in fit(model, {"x": x, "y": y}, seed=seed, max_iter=5).plan.rows
+        }
+    assert methods["hit"] == "quadrature"
+
+
+def ordered_data(x, k):
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    cuts = pyro.param("cuts", torch.tensor([-1.0, 0.0, 1.0]), constraint=dist.constraints.ordered_vector)
+    with pyro.plate("rows", len(k)):
+        pyro.sample("k", dist.OrderedLogistic(b * x, cuts), obs=k)
+
+
+def imputed_data(x, k):
+    missing = pyro.sample("missing", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(b, 1.0), obs=torch.cat([x[5:], missing]))
+
+
+@pytest.mark.parametrize("model", [ordered_data, imputed_data])
+def test_what_may_not_change_is_looked_at_in_runs_of_all_points(fit, model, monkeypatch):
+    monkeypatch.setattr(compile, "one_by_one", lambda *args: pytest.fail("a run of the model for each point"))
+    x, k = torch.randn(50, generator=torch.Generator().manual_seed(1)), torch.arange(50) % 4
+    result = fit(model, {"x": x, "k": k})
+    assert result.converged
+    assert all("checked against the model" in row.proof for row in result.plan.rows if row.kind != "KL")
 
 
 def moving_value(y):

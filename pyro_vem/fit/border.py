@@ -39,8 +39,9 @@ class Border:
         """Where rounds have become slow: go to the edges that parameters creep towards."""
         run, edges = self.run, self.edges
         edges.watch(run.state.theta)
-        is_asked_for = is_slow(run) or run.failed > self._failed
-        if not is_asked_for or run.iterations < edges.next_try or run.setup.processes.count > 1:
+        is_last, is_asked_for = run.is_still(), is_slow(run) or run.failed > self._failed
+        is_due = is_last or (is_asked_for and run.iterations >= edges.next_try)
+        if not is_due or run.setup.processes.count > 1:
             return
         start, old, self._failed = time.perf_counter(), run.state, run.failed
         found = edges.gone_to(old, DRIFTED, run.tolerance(), run.iterations)

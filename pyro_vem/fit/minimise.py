@@ -79,6 +79,8 @@ def minimise(
     if begun is not None and begun.is_bent is (curvature is None):
         smooth = begun.in_units_of(scale, log_sds)
     else:
+        if begun is not None:
+            begun.forget()
         smooth = Smooth(loss, start.copy(), scale, log_sds, is_bent=curvature is None)
     if curvature is not None:
         smooth.curvature = Smooth(curvature, start.copy(), scale, log_sds)
@@ -143,7 +145,10 @@ def _refine(smooth: Smooth, best: list[Any], gtol: float) -> None:
         norm = float(np.linalg.norm(gradient))
         if norm <= gtol or not norm**2 <= rounding:
             return
-        step, _ = cg(smooth.hessian_operator(at), -gradient, rtol=1e-3, maxiter=FEW_PRODUCTS)
+        with np.errstate(all="ignore"):  # of a Hessian that is singular
+            step, _ = cg(smooth.hessian_operator(at), -gradient, rtol=1e-3, maxiter=FEW_PRODUCTS)
+        if not float(np.linalg.norm(step)) <= 1:
+            return
         trial = smooth.value(at + step)
         if not trial <= value + rounding or float(np.linalg.norm(smooth.gradient(at + step))) > 0.5 * norm:
             return

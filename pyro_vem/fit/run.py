@@ -286,9 +286,9 @@ class Run:
     def is_stalled(self) -> bool:
         """True if the last steps used up their iterations for next to nothing, or none moves anything."""
         is_stalled = stalled(self.history, 2 * self.options.step_iterations)
-        return is_stalled or self.kinks.are_too_large or self._is_still()
+        return is_stalled or self.kinks.are_too_large or self.is_still()
 
-    def _is_still(self) -> bool:
+    def is_still(self) -> bool:
         """True if rounds of closed forms are down to rounding, which takes back every step of theirs."""
         return self.closed is not None and self.closed.is_complete and standing_still(self.history)
 

@@ -135,8 +135,12 @@ class Smooth:
         twin = Smooth(self.loss, self.point(self._at), scale, log_sds, is_bent=self.is_bent)
         twin._at, twin._leaf, twin._value = twin.zero, self._leaf, self._value
         twin._number, twin._gradient, twin._bent = self._number, self._gradient, self._bent
-        self._at, self._value, self._gradient = None, torch.zeros(()), None
+        self.forget()
         return twin
+
+    def forget(self) -> None:
+        """Let go of the last point and its graph."""
+        self._at, self._value, self._gradient = None, torch.zeros(()), None
 
     def is_at(self, a: Vector) -> bool:
         """True if `a` is the point that it was evaluated at last."""

@@ -72,15 +72,18 @@ def step(
         begin, before = time.perf_counter(), new.elbo
         scale = scales.of(new, block, iteration)
         loss, x = loss_of(setup, new, block)
-        is_begun = x.size == state.joint.size and loss.both is None and not loss.has_kinks
         can_turn = turns is not None and loss.both is None and bool(scale.all())  # a length of zero holds
         can_turn &= iteration <= 1 or left < max_iter  # later rounds are short: few steps need no turns
+        is_other = x.size != state.joint.size or loss.both is not None or loss.has_kinks or can_turn
+        if begun is not None and is_other:
+            begun.forget()
+            begun = None
         fewer = on_fewer(setup) if method == "newton" and not can_turn and loss.both is None else None
         result = (turns.minimise if turns is not None and can_turn else minimise)(
             loss, x, scale, gtol=gtol, max_iter=min(most, left), method=method,
             log_sds=scales.log_sds(x.size) if has_lengths else None,
             curvature=None if fewer is None else eager_loss(fewer, new, block)[0],
-            begun=begun if is_begun and left == max_iter and not can_turn else None,
+            begun=begun if left == max_iter else None,
         )  # fmt: skip
         new = moved(setup, new, block, result.x, -result.value)
         setup.captures.spent += time.perf_counter() - begin

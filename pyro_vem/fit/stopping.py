@@ -76,9 +76,9 @@ def stalled(history: Sequence[Step], budget: int) -> bool:
 
 
 def standing_still(history: Sequence[Step]) -> bool:
-    """True if the last steps gained nothing at all; joint ones may only wait for the next check."""
+    """True if the last steps gained nothing at all."""
     rows = _last(history, STILL)
-    return len(rows) == STILL and all(row.gain == 0 and (row.block != "joint" or row.note) for row in rows)
+    return len(rows) == STILL and all(row.gain == 0 for row in rows)
 
 
 def _last(history: Sequence[Step], number: int) -> list[Step]:

@@ -25,7 +25,7 @@ from .expect import CHEAPER, CompiledTerm
 from .fit_slots import SlotFitter, worst_gap
 from .links import MOST_LINKS, is_linked, relinked
 from .moments import Moments, slices
-from .slots import CHANGES, RESIDUAL, Spec, read, spec_of
+from .slots import CHANGES, RESIDUAL, UNLIKE, Spec, changes_of, read, spec_of
 from .stack import Stack
 
 FINAL_DRAWS = 256  # of the fitted guide, at which compiled slots are held against the model again
@@ -33,7 +33,6 @@ MOST_FINAL = 500_000  # slots read for that
 MOST_PARTS, FEW_PARTS = 150, 4  # of all terms together, and of one term that is kept regardless
 FINAL_GAP = 1e-6
 APART = 10.0  # of neighbours in an ordered vector, while probes move each by less than 3
-
 
 Reader: TypeAlias = Callable[[Mapping[str, Site], Mapping[str, Tensor]], dict[str, Tensor]]
 """Numbers in a run, from its sites and the flat point that it is at, by name."""
@@ -110,18 +109,6 @@ def _first(fitters: Iterable[SlotFitter], key: str) -> AffineSlot | str:
     return found
 
 
-def _slots(
-    specs: Mapping[str, Spec], sites: Mapping[str, Site], flat: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """A reader of the slots of some terms, by term and slot."""
-    found = {}
-    for name, spec in specs.items():
-        u = flat[name].reshape(spec.shape) if spec.latent is not None else None
-        for slot, value in read(spec, sites[name], u).items():
-            found[f"{name}\0{slot}"] = value
-    return found
-
-
 class Compiled:
     """The terms of a model that are known in closed form, as a function of moments.
 
@@ -157,6 +144,7 @@ class Compiled:
         self.terms: dict[str, CompiledTerm] = {}
         self.constant: dict[str, Site] = {}
         self.rough: set[str] = set()
+        self._unlike: set[str] = set()  # of another family or shape somewhere
         self._costly: dict[str, CompiledTerm] = {}  # refused for their nodes at some point
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -201,17 +189,29 @@ class Compiled:
         except Exception:  # the model refuses vmap: probing runs it point by point
             return one_by_one(one, batch, len(next(iter(batch.values()))))
 
-    def _changes(self, sites: Mapping[str, Site], _: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A reader of what may not change from point to point, by term."""
-        return {n: s.changes(spec_of(sites[n], s.latent)) for n, s in self.specs.items()}
+    def _slots(
+        self, specs: Mapping[str, Spec], sites: Mapping[str, Site], flat: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """A reader of the slots of some terms, by term and slot; nan where family or shape are others."""
+        found: dict[str, Tensor] = {}
+        for name, spec in specs.items():
+            slots = dict.fromkeys(spec.slots, torch.full_like(spec.weight, torch.nan))
+            if spec.is_like(sites[name]):
+                u = flat[name].reshape(spec.shape) if spec.latent is not None else None
+                slots = read(spec, sites[name], u)
+            else:
+                self._unlike.add(name)
+            found |= {f"{name}\0{slot}": value for slot, value in slots.items()}
+        return found
 
     def _refuse_changing(self, changes: Mapping[str, Tensor]) -> list[str]:
         """Refuse terms whose weights, family or data have changed; their names."""
-        changed = {name: found.any(0).tolist() for name, found in changes.items() if bool(found.any())}
-        for name, found in changed.items():
-            self.refuse(name, CHANGES[found.index(True)])
+        reasons = {n: CHANGES[c.any(0).tolist().index(True)] for n, c in changes.items() if bool(c.any())}
+        reasons |= dict.fromkeys(self._unlike & self.specs.keys(), UNLIKE)
+        for name, reason in reasons.items():
+            self.refuse(name, reason)
             del self.specs[name]
-        return list(changed)
+        return list(reasons)
 
     def _compile(self, generator: torch.Generator) -> None:
         usual = dict(self.specs)
@@ -225,11 +225,13 @@ class Compiled:
             if specs:
                 self.specs |= specs
                 bad |= self._compiled(specs, generator)
+                bad = {name: slots for name, slots in bad.items() if name in self.specs}
         self.specs |= {name: usual[name] for name, slots in bad.items() if slots}
 
     def _compiled(self, specs: Mapping[str, Spec], generator: torch.Generator) -> dict[str, list[str]]:
         """Compile terms; the slots of others that are not affine, by term."""
         fitters = self._fitters(specs, generator)
+        self._refuse_changing({})  # what the other points have shown
         latents, bad = frozenset(self.variables.latents), {}
         for name, spec in specs.items():
             if name not in self.specs:  # it changes from point to point
@@ -254,18 +256,19 @@ class Compiled:
 
         Shorter ones come last, where slots overflow within a unit.
         """
-        squared = [f"{name}\0{RESIDUAL}" for name, spec in specs.items() if spec.family is td.Normal]
-        readers: list[Reader] = [functools.partial(_slots, specs), self._changes]
+        readers: list[Reader] = [functools.partial(of, specs) for of in (self._slots, changes_of)]
 
         def evaluate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             found = self._evaluate(batch, *readers)
             if readers[1:]:  # at the first points
-                self._refuse_changing({name: found.pop(name) for name in list(self.specs)})
+                self._refuse_changing({name: found.pop(name) for name in specs})
                 del readers[1:]
-            return found
+            return {key: values for key, values in found.items() if key.split("\0")[0] in self.specs}
 
         def fitter(lengths: Mapping[str, float] | None = None) -> SlotFitter:
             probe = Probe(evaluate, self.variables.sizes, generator, lengths)
+            left = specs.keys() & self.specs.keys()
+            squared = [f"{n}\0{RESIDUAL}" for n in specs if n in left and specs[n].family is td.Normal]
             return SlotFitter(probe, list(probe.here), generator, squared, self.variables.shapes)
 
         fitters = [fitter()]
@@ -381,7 +384,8 @@ class Compiled:
                 noise = torch.randn(num, len(sd), generator=generator, dtype=torch.float64)
                 batch[name] = batch[name] + sd * noise
             specs = dict(self.specs)
-            truth = self._evaluate(batch, functools.partial(_slots, specs), self._changes)
+            readers = (functools.partial(of, specs) for of in (self._slots, changes_of))
+            truth = self._evaluate(batch, *readers)
         wrong = self._refuse_changing({name: truth[name] for name in specs})
         for name, term in list(self.terms.items()):
             for slot, affine in term.slots.items():

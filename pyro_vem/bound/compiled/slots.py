@@ -86,8 +86,8 @@ POSITIVE = frozenset(
 )
 RESIDUAL, RATIO, VALUE = "residual", "log ratio", "value"
 OF_VALUES = (RESIDUAL, RATIO, VALUE)  # slots that are no argument
+UNLIKE = "its family or shape changes with latents or parameters"
 CHANGES = (
-    "its family or shape changes with latents or parameters",
     "its scale or mask depends on latents or parameters",
     "its observed value depends on latents or parameters",
 )
@@ -146,16 +146,26 @@ class Spec:
         usual = {name: slot for name, slot in slots.items() if not is_linked([name])}
         return {name: self.argument(name, slot) for name, slot in usual.items()} | arguments(slots)
 
-    def changes(self, other: "Spec | str") -> Tensor:
-        """Which of `CHANGES` differ in another run, also in one of many under `torch.func.vmap`."""
-        if isinstance(other, str) or other.family is not self.family or other.shape != self.shape:
-            return torch.tensor([True, False, False])
-        weight, value = (other.weight != self.weight).any(), torch.tensor(False)
+    def is_like(self, site: Site) -> bool:
+        """False if the family or the shape is another one in a run."""
+        leaf = leaf_of(site["fn"]).dist
+        family = td.LogNormal if self.is_log and self.family is td.Normal else self.family
+        shape = np.broadcast_shapes(site["value"].shape, leaf.batch_shape)
+        return _family(leaf) is family and shape == self.shape
+
+    def changes(self, site: Site) -> Tensor:
+        """Which of `CHANGES` differ in a run that is like this one, also in one of many under vmap."""
+        leaf = leaf_of(site["fn"])
+        weight = torch.as_tensor(element_weight(site, leaf.inner), dtype=torch.float64)
+        is_reweighted = weight.expand(self.shape).reshape(-1) != self.weight
         is_used = self.slots[0] != RESIDUAL or self.is_log  # other than in a slot
-        if is_used and self.value is not None and other.value is not None:
-            same = (other.value == self.value) | (other.value.isnan() & self.value.isnan())
-            value = ~same.all()
-        return torch.stack([torch.tensor(False), weight, value])
+        if not is_used or self.value is None:
+            return torch.stack([is_reweighted.any(), torch.tensor(False)])
+        value = site["value"].expand(self.shape).reshape(-1).to(torch.float64)
+        if self.cutpoints:
+            value = torch.where(value >= self.cutpoints, torch.inf, value)
+        is_same = (value == self.value) | (value.isnan() & self.value.isnan()) | (self.weight == 0)
+        return torch.stack([is_reweighted.any(), ~is_same.all()])
 
     def log_density(self, eta: Mapping[str, Tensor]) -> Any:
         """Log density of each row at given slots, (..., rows); with the Jacobian for a latent."""
@@ -184,6 +194,12 @@ class Spec:
             slope = slope + part.log_abs_det_jacobian(z, image)
             z = image
         return lean_log_prob(self.family(**args, validate_args=False), z) + slope
+
+
+def changes_of(specs: Mapping[str, Spec], sites: Mapping[str, Site], _: Any = None) -> dict[str, Tensor]:
+    """`Spec.changes` of each term in a run; none where it is not like the others at all."""
+    none = torch.zeros(len(CHANGES), dtype=torch.bool)
+    return {n: s.changes(sites[n]) if s.is_like(sites[n]) else none for n, s in specs.items()}
 
 
 def _log_ratio_density(family: type, r: Tensor, args: Mapping[str, Tensor]) -> Tensor:
