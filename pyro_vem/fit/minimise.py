@@ -11,7 +11,7 @@ from scipy.sparse.linalg import cg
 from .smooth import Flags, Loss, Smooth, Vector
 
 ROUNDING = 1e-13  # of a value, relative
-MOST_REFINED, FEW_PRODUCTS = 3, 30  # steps beyond it, and products for each
+MOST_REFINED, MOST_PRODUCTS = 3, 30  # steps beyond it, and products for each
 
 Method: TypeAlias = Literal["newton", "lbfgs"]
 
@@ -146,7 +146,7 @@ def _refine(smooth: Smooth, best: list[Any], gtol: float) -> None:
         if norm <= gtol or not norm**2 <= rounding:
             return
         with np.errstate(all="ignore"):  # of a Hessian that is singular
-            step, _ = cg(smooth.hessian_operator(at), -gradient, rtol=1e-3, maxiter=FEW_PRODUCTS)
+            step, _ = cg(smooth.hessian_operator(at), -gradient, rtol=1e-3, maxiter=MOST_PRODUCTS)
         if not float(np.linalg.norm(step)) <= 1:
             return
         trial = smooth.value(at + step)

@@ -83,8 +83,9 @@ def step(
             loss, x, scale, gtol=gtol, max_iter=min(most, left), method=method,
             log_sds=scales.log_sds(x.size) if has_lengths else None,
             curvature=None if fewer is None else eager_loss(fewer, new, block)[0],
-            begun=begun if left == max_iter else None,
+            begun=begun,
         )  # fmt: skip
+        begun = None
         new = moved(setup, new, block, result.x, -result.value)
         setup.captures.spent += time.perf_counter() - begin
         evaluations, products = evaluations + result.evaluations, products + result.products

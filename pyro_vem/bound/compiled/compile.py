@@ -195,12 +195,12 @@ class Compiled:
         """A reader of the slots of some terms, by term and slot; nan where family or shape are others."""
         found: dict[str, Tensor] = {}
         for name, spec in specs.items():
-            slots = dict.fromkeys(spec.slots, torch.full_like(spec.weight, torch.nan))
             if spec.is_like(sites[name]):
                 u = flat[name].reshape(spec.shape) if spec.latent is not None else None
                 slots = read(spec, sites[name], u)
             else:
                 self._unlike.add(name)
+                slots = dict.fromkeys(spec.slots, torch.full_like(spec.weight, torch.nan))
             found |= {f"{name}\0{slot}": value for slot, value in slots.items()}
         return found
 

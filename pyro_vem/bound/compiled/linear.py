@@ -17,9 +17,9 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+FEW = 1_000  # numbers whose sum needs no care
 # Entries of a map that is one matrix: a product costs less than going to SciPy, and so few that the
 # Hessian in all directions at once costs less than a step's products (the same from 30,000 on).
-FEW = 1_000  # numbers whose sum needs no care
 SMALL = 25_000
 _is_traced: ContextVar[bool] = ContextVar("_is_traced", default=False)
 

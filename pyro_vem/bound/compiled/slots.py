@@ -148,22 +148,16 @@ class Spec:
 
     def is_like(self, site: Site) -> bool:
         """False if the family or the shape is another one in a run."""
-        leaf = leaf_of(site["fn"]).dist
         family = td.LogNormal if self.is_log and self.family is td.Normal else self.family
-        shape = np.broadcast_shapes(site["value"].shape, leaf.batch_shape)
-        return _family(leaf) is family and shape == self.shape
+        return _family(leaf_of(site["fn"]).dist) is family and _shape(site) == self.shape
 
     def changes(self, site: Site) -> Tensor:
         """Which of `CHANGES` differ in a run that is like this one, also in one of many under vmap."""
-        leaf = leaf_of(site["fn"])
-        weight = torch.as_tensor(element_weight(site, leaf.inner), dtype=torch.float64)
-        is_reweighted = weight.expand(self.shape).reshape(-1) != self.weight
+        is_reweighted = _weight(site, self.shape) != self.weight
         is_used = self.slots[0] != RESIDUAL or self.is_log  # other than in a slot
         if not is_used or self.value is None:
             return torch.stack([is_reweighted.any(), torch.tensor(False)])
-        value = site["value"].expand(self.shape).reshape(-1).to(torch.float64)
-        if self.cutpoints:
-            value = torch.where(value >= self.cutpoints, torch.inf, value)
+        value = _observed(site, self.shape, self.cutpoints)
         is_same = (value == self.value) | (value.isnan() & self.value.isnan()) | (self.weight == 0)
         return torch.stack([is_reweighted.any(), ~is_same.all()])
 
@@ -196,8 +190,10 @@ class Spec:
         return lean_log_prob(self.family(**args, validate_args=False), z) + slope
 
 
-def changes_of(specs: Mapping[str, Spec], sites: Mapping[str, Site], _: Any = None) -> dict[str, Tensor]:
-    """`Spec.changes` of each term in a run; none where it is not like the others at all."""
+def changes_of(
+    specs: Mapping[str, Spec], sites: Mapping[str, Site], _: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """`Spec.changes` of each term in a run, wherever that is; none where it is not like the others at all."""
     none = torch.zeros(len(CHANGES), dtype=torch.bool)
     return {n: s.changes(sites[n]) if s.is_like(sites[n]) else none for n, s in specs.items()}
 
@@ -226,23 +222,17 @@ def spec_of(site: Site, latent: Latent | None) -> Spec | str:
         return f"no slots for {type(leaf.dist).__name__}"
     if latent is not None and not is_elementwise(latent.transform):
         return "its bijector is not elementwise"
-    shape = tuple(np.broadcast_shapes(site["value"].shape, leaf.dist.batch_shape))
-    weight = torch.as_tensor(element_weight(site, leaf.inner), dtype=torch.float64)
-    rows = int(np.prod(shape, dtype=int))
-    flat = weight.expand(shape).reshape(rows).clone()
+    shape = _shape(site)
+    flat = _weight(site, shape).clone()
+    cutpoints = leaf.dist.cutpoints.shape[-1] if family is dist.OrderedLogistic else 0
     value, hidden = None, None
     if latent is None:
-        value = site["value"].expand(shape).reshape(rows).to(torch.float64)
+        value = _observed(site, shape, cutpoints)
         hidden = _hidden(leaf.dist, value, flat)
         value = value if hidden is None else torch.where(flat == 0, hidden, value)
     if latent is not None and leaf.dist.support.is_discrete:
         return "a discrete latent"
-    if family is dist.OrderedLogistic:
-        assert value is not None
-        value = torch.where(value >= leaf.dist.cutpoints.shape[-1], torch.inf, value)
     is_positive = _is_log(latent) if value is None else bool((value > 0).all())
-
-    cutpoints = leaf.dist.cutpoints.shape[-1] if family is dist.OrderedLogistic else 0
 
     def spec(family: type, slots: tuple[str, ...], is_log: bool = False) -> Spec:
         return Spec(site["name"], family, slots, shape, flat, value, latent, is_log, hidden, cutpoints)
@@ -260,6 +250,23 @@ def spec_of(site: Site, latent: Latent | None) -> Spec | str:
         return found if isinstance(found, str) else spec(family, found)
     first = () if latent is None else (VALUE,)
     return spec(family, (*first, *GENERAL[family]))
+
+
+def _shape(site: Site) -> tuple[int, ...]:
+    """Of the rows of a term."""
+    return tuple(np.broadcast_shapes(site["value"].shape, leaf_of(site["fn"]).dist.batch_shape))
+
+
+def _weight(site: Site, shape: tuple[int, ...]) -> Tensor:
+    """Scale times mask of each row, flat."""
+    weight = element_weight(site, leaf_of(site["fn"]).inner)
+    return torch.as_tensor(weight, dtype=torch.float64).expand(shape).reshape(-1)
+
+
+def _observed(site: Site, shape: tuple[int, ...], cutpoints: int) -> Tensor:
+    """The observed value of each row, flat; of ordered categories inf for the highest."""
+    value: Tensor = site["value"].expand(shape).reshape(-1).to(torch.float64)
+    return torch.where(value >= cutpoints, torch.inf, value) if cutpoints else value
 
 
 def _hidden(fn: Any, value: Tensor, weight: Tensor) -> Tensor | None:
