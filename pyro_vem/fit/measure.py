@@ -9,9 +9,23 @@ from ..bound.objective import MOST_AT_ONCE
 from ..bound.tables import ElboTerms, TermRow
 from ..errors import warn
 from .setup import Setup
+from .status import Status
 
 PARTS = 4  # in which draws are added, at most, where they must be fewer than usual
 MOST_NUMBERS = 50_000_000  # data and latents, times draws added at a time
+
+
+def terms_of(
+    setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor], status: Status, most: int
+) -> ElboTerms:
+    """The bound of a finished fit, term by term.
+
+    A converged exact bound has been held against draws already (`pyro_vem.fit.exactness`).
+    """
+    is_settled = status is Status.converged or setup.lifted is not None
+    if setup.objective.is_exact and is_settled:
+        return exact_table(setup, phi, theta)
+    return measure(setup, phi, theta, most)
 
 
 def measure(setup: Setup, phi: Mapping[str, Tensor], theta: Mapping[str, Tensor], most: int) -> ElboTerms:

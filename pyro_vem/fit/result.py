@@ -14,11 +14,11 @@ from ..bound.tables import ElboTerms, Plan
 from ..errors import ModelError
 from ..model.data import Arguments
 from ..model.device import all_on_its_device, on_device
-from ..model.runtime import isolated
+from ..model.runtime import Program, isolated
 from .copies import Copied
 from .edges import Edge, sentences
 from .exactness import values_of
-from .measure import exact_table, measure
+from .measure import terms_of
 from .options import FitOptions
 from .setup import Setup
 from .state import State
@@ -34,11 +34,11 @@ class VEMResult(Copied):
     """The result of `fit_vem`.
 
     Attributes:
-        params: point estimates by name on the constrained scale, float64: the model's
-            parameters (held ones included) and the values of ``map_sites``.
+        params: point estimates by name on the constrained scale, float64: the model's parameters (held
+            ones included) and the values of ``map_sites``.
         guide_params: the guide's parameters by name, constrained.
-        elbo: evidence lower bound in nats, from fresh draws.
-        elbo_se: its Monte Carlo standard error.
+        elbo: evidence lower bound in nats; from fresh draws where a term needs them.
+        elbo_se: its Monte Carlo standard error, zero for an exact one.
         status: how the fit ended.
         n_iter: E/M rounds.
         history: one `Step` a step.
@@ -58,8 +58,6 @@ class VEMResult(Copied):
         >>> print(fit.terms)
         site  plates  kind        method       ...
         ...
-        >>> fit.sample(5)["z"].shape
-        torch.Size([5])
     """
 
     params: Mapping[str, Tensor]
@@ -92,16 +90,12 @@ class VEMResult(Copied):
         points: tuple[State, ...] = (),
         boundary: tuple[Edge, ...] = (),
     ) -> "VEMResult":
-        """Freeze a state; its bound is measured on fresh draws."""
+        """Freeze a state, and measure its bound."""
         phi, theta = (
             {name: value.detach().clone() for name, value in values.items()}
             for values in values_of(setup, state.phi, state.theta)
         )
-        # A converged exact bound has been held against draws already (`pyro_vem.fit.exactness`).
-        is_settled = setup.objective.is_exact and (status is Status.converged or setup.lifted is not None)
-        terms = (
-            exact_table(setup, phi, theta) if is_settled else measure(setup, phi, theta, options.elbo_draws)
-        )
+        terms = terms_of(setup, phi, theta, status, options.elbo_draws)
         terms, phi = setup.processes.table(terms), setup.processes.joined(phi)
         if not torch.isfinite(torch.tensor(terms.elbo)) and status is Status.converged:
             status = Status.nonfinite
@@ -148,20 +142,13 @@ class VEMResult(Copied):
     def model(self) -> Callable[..., Any]:
         """The model with the fitted parameters in place, an ordinary Pyro callable.
 
-        Works in Predictive and NUTS with an empty parameter store. It computes in float64, as
-        the fit did, and takes data of any floating dtype. Weights of modules are swapped in
-        while it runs, and the user's modules are never changed.
+        Works in Predictive and NUTS with an empty parameter store, in float64 as the fit did, on data of any
+        floating dtype. Weights of modules are swapped in while it runs; the modules themselves never change.
         """
-        program = self.setup.problem.model
-        points = {name: self.params[name] for name in self.setup.problem.map_sites}
+        problem = self.setup.problem
+        points = {name: self.params[name] for name in problem.map_sites}
         params = {name: value for name, value in self.params.items() if name not in points}
-
-        def model(*args: Any, **kwargs: Any) -> Any:
-            call = Arguments.of(args, kwargs).to(self.device).cast(torch.float64)
-            with on_device(self.device), pyro.condition(data=points):
-                return program.call(params, call.args, call.kwargs)
-
-        return model
+        return pyro.condition(self._fitted(problem.model, params), data=points)
 
     @property
     def guide(self) -> Callable[..., Any]:
@@ -173,13 +160,15 @@ class VEMResult(Copied):
         program = self.setup.problem.guide
         if program is None:
             raise ModelError("this fit has no guide: every latent is in map_sites, or there is none")
+        return self._fitted(program, self.guide_params)
 
-        def guide(*args: Any, **kwargs: Any) -> Any:
+    def _fitted(self, program: Program, params: Mapping[str, Tensor]) -> Callable[..., Any]:
+        def fitted(*args: Any, **kwargs: Any) -> Any:
             call = Arguments.of(args, kwargs).to(self.device).cast(torch.float64)
             with on_device(self.device):
-                return program.call(self.guide_params, call.args, call.kwargs)
+                return program.call(params, call.args, call.kwargs)
 
-        return guide
+        return fitted
 
     def draw(
         self, n: int, seed: int, *keep: str, correction: str | None = None
@@ -202,10 +191,10 @@ class VEMResult(Copied):
         Args:
             n: number of draws.
             seed: of the draws.
-            correction: None for the guide's own draws; "linear_response" for a Normal with the
-                covariance that the bound's curvature implies (mean field ignores correlations,
-                its sds are mostly too small); "psis" for draws resampled by Pareto-smoothed
-                importance weights, the most exact where their k-hat allows them.
+            correction: None for the guide's own draws; "linear_response" for a Normal with the covariance
+                that the bound's curvature implies (mean field ignores correlations, its sds are mostly too
+                small); "psis" for draws resampled by Pareto-smoothed importance weights, the most exact
+                where their k-hat allows them.
 
         Returns:
             Tensors shaped ``(n, *site)`` for each latent site on its constrained scale, MAP sites
@@ -225,8 +214,7 @@ class VEMResult(Copied):
         """Marginal probabilities of each discrete site that is summed out.
 
         Returns:
-            Tensors shaped ``(*plates, values)`` by site name, given the parameters and the factors
-            of the other latents.
+            Tensors shaped ``(*plates, values)`` by site name, given parameters and factors of other latents.
 
         Raises:
             ModelError: if the model has no such site.
@@ -311,8 +299,8 @@ class VEMResult(Copied):
             seed: of the draws.
 
         Returns:
-            Tensors shaped ``(num_draws, *site)``. Where a plate of the new data has another size,
-            the latents inside it are new: they come from their prior given the other latents.
+            Tensors shaped ``(num_draws, *site)``. Where a plate of the new data has another size, the latents
+            inside it are new: they come from their prior given the other latents.
 
         Raises:
             ModelError: if the model does not run on the new data.
@@ -390,8 +378,7 @@ class VEMResult(Copied):
         Args:
             path: what `save` wrote.
             model: the model that was fitted.
-            data: its data; without them only the numbers are there, and methods that run the
-                model raise `ModelError`.
+            data: its data; without them methods that run the model raise `ModelError`.
             guide: the guide, if the fit was given one.
             device: where to; as `FitOptions` has it, by default that of the data.
 
