@@ -60,7 +60,7 @@ def _layout(term: CompiledTerm) -> tuple[object, ...]:
     spec = term.spec
     if term.form.dims == 0 and spec.slots[0] in (RESIDUAL, RATIO) and spec.family not in KINKED:
         return ()
-    return spec.latent is None, term.random_slots, term.condition_nodes, term.slot_nodes
+    return spec.latent is None, term.random_slots, term.is_alike, term.condition_nodes, term.slot_nodes
 
 
 def _columns(term: CompiledTerm) -> tuple[list[str], list[str]]:

@@ -2,7 +2,7 @@
 
 An ordered category has the predictor, the cutpoint above it and its distance to the one below; where
 cutpoints are random the logs of their distances instead. Any other has the log odds of each category beside
-the observed one: one slot fewer than there are categories, whatever is common to all logits.
+the first: one slot fewer than there are categories, whatever is common to all logits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ from ...model.density import log_sum_exp
 from ..kl.quadrature import softplus
 
 LOW, GAP = "predictor beyond the first cutpoint", "log gap "  # and a number: of cutpoints, from the second on
-ODDS = "log odds "  # and a number: of the categories beside the observed one, in order
-MOST_CATEGORIES = 5  # a row needs a node for each combination of its slots
+ODDS = "log odds "  # and a number: of the categories beside the first
+MOST_CATEGORIES = 30  # a row has so many second derivatives, squared
 
 
 def odds(fn: Any) -> tuple[str, ...] | str:
@@ -29,39 +29,50 @@ def odds(fn: Any) -> tuple[str, ...] | str:
     return tuple(f"{ODDS}{k}" for k in range(1, number))
 
 
-def odds_slots(fn: Any, observed: Tensor, shape: Sequence[int]) -> dict[str, Tensor]:
-    """Log odds of the other categories, row by row."""
+def odds_slots(fn: Any, shape: Sequence[int]) -> dict[str, Tensor]:
+    """Log odds of the categories beside the first."""
     logits = fn.logits.expand(*shape, fn.logits.shape[-1]).to(torch.float64)
-    y = observed.expand(shape).long().unsqueeze(-1)
-    others = torch.arange(logits.shape[-1] - 1)
-    others = others + (others >= y)
-    found = logits.gather(-1, others) - logits.gather(-1, y)
-    return {f"{ODDS}{k + 1}": part for k, part in enumerate(found.unbind(-1))}
+    found = logits[..., 1:] - logits[..., :1]
+    return {f"{ODDS}{k}": part for k, part in enumerate(found.unbind(-1), start=1)}
 
 
-def log_share(slots: Mapping[str, Tensor]) -> Tensor:
-    """Log probability of a category from the log odds of all others.
+def log_share(y: Tensor, slots: Mapping[str, Tensor]) -> Tensor:
+    """Log probability of category y from the log odds of all beside the first.
 
     Example:
-        >>> log_share({"log odds 1": torch.zeros(1), "log odds 2": torch.zeros(1)}).exp()
+        >>> log_share(torch.tensor([0.0]), {"log odds 1": torch.zeros(1), "log odds 2": torch.zeros(1)}).exp()
         tensor([0.3333])
     """
-    odds = torch.stack(torch.broadcast_tensors(*slots.values()))
-    return -log_sum_exp(torch.cat([torch.zeros_like(odds[:1]), odds]), [0])
+    odds = _odds_of(slots)
+    return picked(y, odds) - log_sum_exp(odds, [0])
+
+
+def _odds_of(slots: Mapping[str, Tensor]) -> Tensor:
+    """Of all categories, (categories, ..., rows)."""
+    every = torch.stack(torch.broadcast_tensors(*slots.values()))
+    return torch.cat([torch.zeros_like(every[:1]), every])
+
+
+def picked(y: Tensor, odds: Tensor) -> Tensor:
+    """Of each row that of its category, from (categories, ..., rows)."""
+    shape = torch.broadcast_shapes(odds.shape[1:], y.shape)
+    return odds.expand(-1, *shape).gather(0, y.long().expand(1, *shape)).squeeze(0)
 
 
 def slopes_of_share(
-    slots: Mapping[str, Tensor], names: Sequence[str]
+    y: Tensor, slots: Mapping[str, Tensor], names: Sequence[str]
 ) -> tuple[list[Tensor], dict[tuple[int, int], Tensor], Tensor]:
     """First and second derivatives of `log_share` in slots of these names, and its values."""
-    value = log_share(slots)
-    shares = [torch.exp(slots[name] + value) for name in names]
+    odds = _odds_of(slots)
+    total = log_sum_exp(odds, [0])
+    shares = {name: torch.exp(slots[name] - total) for name in names}
     bends: dict[tuple[int, int], Tensor] = {
-        (i, j): one * shares[j] - (one if i == j else 0)
-        for i, one in enumerate(shares)
-        for j in range(i, len(shares))
+        (i, j): shares[a] * (shares[b] - (1 if i == j else 0))
+        for i, a in enumerate(names)
+        for j, b in enumerate(names[i:], i)
     }
-    return [-share for share in shares], bends, value
+    slopes = [(y == float(name.removeprefix(ODDS))).to(share) - share for name, share in shares.items()]
+    return slopes, bends, picked(y, odds) - total
 
 
 def ordered_slots(fn: Any, observed: Tensor, shape: Sequence[int]) -> dict[str, Tensor]:

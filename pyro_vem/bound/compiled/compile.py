@@ -243,7 +243,7 @@ class Compiled:
                 self.refused.setdefault(name, reason)  # that of the usual slots is the one to tell
                 continue
             self.refused.pop(name, None)
-            term = CompiledTerm(spec, slots, latents)  # type: ignore[arg-type]
+            term = CompiledTerm.of(spec, slots, latents)  # type: ignore[arg-type]
             problem = term.problem()
             if problem is None:
                 self.terms[name] = term.begun()

@@ -19,12 +19,13 @@ from torch import distributions as td
 
 from .affine import AffineSlot, Dense, Local, product
 from .conditional import Group, conditional_normal, grouped, is_conditional_normal
-from .forms import BOUNDED, Form, form_of, gauss_hermite, root
-from .inputs import local_input, mean_input, variance_input
+from .forms import BOUNDED, FEW_ODDS, Form, form_of, gauss_hermite, root
+from .inputs import covariance_inputs, covary_alike, local_input, mean_input
 from .linear import Input, weighted_sum
 from .links import grows
 from .nodes import tensor_grid
 from .slots import POSITIVE, RATIO, RESIDUAL, Spec
+from .softmax import WIDE
 
 Key: TypeAlias = tuple[str, ...]
 Inputs: TypeAlias = Mapping[Key, Tensor]
@@ -59,6 +60,7 @@ class CompiledTerm:
         spec: family, rows, data.
         slots: its compiled slots by name.
         latents: names of the variables that are random.
+        is_alike: whether all pairs of slots covary alike, of categories.
         condition_nodes, slot_nodes: numbers of quadrature nodes.
         error: nats that twice as many would change, where they take too long.
     """
@@ -66,9 +68,19 @@ class CompiledTerm:
     spec: Spec
     slots: dict[str, AffineSlot]
     latents: frozenset[str]
+    is_alike: bool = False
     condition_nodes: int = FIRST_NODES
     slot_nodes: int = FIRST_NODES
     error: float = 0.0
+
+    @classmethod
+    def of(cls, spec: Spec, slots: dict[str, AffineSlot], latents: frozenset[str]) -> "CompiledTerm":
+        """A term of these slots."""
+        term = cls(spec, slots, latents)
+        if spec.family is not td.Categorical or len(term.random_slots) <= FEW_ODDS:
+            return term
+        is_alike = covary_alike(slots, term.groups, term.conditions, latents, len(spec.weight))
+        return replace(term, is_alike=is_alike)
 
     @functools.cached_property
     def conditions(self) -> dict[str, Tensor]:
@@ -93,13 +105,16 @@ class CompiledTerm:
     @functools.cached_property
     def form(self) -> Form:
         """How its rows are integrated."""
-        return form_of(self.spec, self.random_slots)
+        return form_of(self.spec, self.random_slots, self.is_alike)
 
     def begun(self) -> "CompiledTerm":
         """The term with the nodes to begin with."""
         grid = len(self.random_conditions) if self.has_grid else 0
         first = replace(self, condition_nodes=FIRST_NODES, slot_nodes=FIRST_NODES)
-        if grid + self.form.dims == 1 and FREE_NODES * len(self.spec.weight) <= FREE_POINTS:
+        if (
+            grid + self.form.dims == 1
+            and FREE_NODES * self.form.size(1) * len(self.spec.weight) <= FREE_POINTS
+        ):
             kind = "condition_nodes" if grid else "slot_nodes"
             return first._with_nodes(kind, FREE_NODES)
         if first.is_costly:
@@ -185,26 +200,22 @@ class CompiledTerm:
     @functools.cached_property
     def inputs(self) -> dict[Key, Input]:
         """What the term needs of the guide, by key: linear in its means, or in its variances."""
-        found: dict[Key, Input] = {}
+        rows, found = len(self.spec.weight), dict[Key, Input]()
         for name, index in self.conditions.items():
             found["condition", name] = local_input(name, index, torch.ones(len(index)).double(), False)
             if name in self.latents:
                 found["spread", name] = local_input(name, index, torch.ones(len(index)).double(), True)
         for slot, groups in self.groups.items():
             for g, group in enumerate(groups):
-                found["mean", slot, str(g)] = mean_input(group, len(self.spec.weight))
+                found["mean", slot, str(g)] = mean_input(group, rows)
             products = self.slots[slot].products
             for (side, key), entry in products.inputs(self.latents).items() if products else ():
                 found["product", slot, side, key] = entry
-        random = self.random_slots
-        for i, a in enumerate(random):
-            for b in random[i:]:
-                for g, one in enumerate(self.groups[a]):
-                    for h, other in enumerate(self.groups[b]):
-                        shared = [k for k in one.parts if k in other.parts and k in self.latents]
-                        if shared:
-                            entry = variance_input(one, other, shared, len(self.spec.weight))
-                            found["cov", a, str(g), b, str(h)] = entry
+        for a, b in self.form.pairs:
+            for (g, h), entry in covariance_inputs(
+                self.groups[a], self.groups[b], self.latents, rows
+            ).items():
+                found["cov", a, str(g), b, str(h)] = entry
         return found
 
     def expectation(self, x: Inputs) -> Tensor:
@@ -223,11 +234,15 @@ class CompiledTerm:
         """The term with enough nodes at these moments; or why there are not enough."""
         most = {
             "condition_nodes": MOST_NODES["conditions"] if self.has_grid else 0,
-            "slot_nodes": self.form.doubled * MOST_NODES.get(self.form.dims, 0),
+            "slot_nodes": int(self.form.doubled * MOST_NODES.get(self.form.dims, 0)),
         }
         if self.is_costly:
             return self._too_costly
         with torch.no_grad():
+            widest = self._widest(x) if self.is_alike else 0.0
+            if widest > WIDE:
+                grid = replace(self, is_alike=False)
+                return grid.begun() if grid.form.dims in MOST_NODES else f"sds of {widest:.0f}: {CHEAPER}"
             term = self
             for what in (name for name, number in most.items() if number):
                 grown = term._doubled(x, what, most[what], settled)
@@ -235,6 +250,11 @@ class CompiledTerm:
                     return grown
                 term = grown
             return term
+
+    def _widest(self, x: Inputs) -> float:
+        """The largest standard deviation of a slot."""
+        _, cov = self._slot_moments(x, self._grid(x)[0])
+        return max(float(cov[name, name].max()) for name in self.random_slots) ** 0.5
 
     def _doubled(self, x: Inputs, what: str, most: int, settled: float) -> "CompiledTerm | str":
         rows = len(self.spec.weight)

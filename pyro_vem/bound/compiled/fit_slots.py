@@ -220,7 +220,9 @@ class SlotFitter:
                     points.append({**probe.base, k: moved})
                 values = probe.at(points)
                 for key in keys:
-                    columns[key].append((values[key] - probe.here[key]) / probe.length[k])
+                    here, there = probe.here[key], values[key]
+                    is_moved = differs(there, here, torch.maximum(there.abs(), here.abs()), FAINT)
+                    columns[key].append(torch.where(is_moved, there - here, 0.0) / probe.length[k])
             self.matrices[k] = {key: torch.cat(rows_).T.contiguous() for key, rows_ in columns.items()}
 
     def _assemble(self, key: str, conditions: list[str], rest: list[str]) -> AffineSlot:

@@ -5,6 +5,7 @@ A form takes the slots' means and covariances, row by row, and the nodes of one 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from torch import Tensor
 from torch import distributions as td
 
 from ..kl.quadrature import softplus
-from .categories import LOW, ordered, slopes_between, slopes_of_share
+from .categories import LOW, ordered, picked, slopes_between, slopes_of_share
 from .counts import mean_log_density
 from .links import arguments, grows, is_linked
 from .nodes import mean_at_nodes
 from .reduced import mean_after_stirling, mean_softplus, scaled_square
 from .slots import RATIO, RESIDUAL, Spec
+from .softmax import POINTS, mean_log_sum
 from .student import mean_normaliser, mean_tail
 
 Mean: TypeAlias = Mapping[str, Tensor]
@@ -34,6 +36,7 @@ Vector: TypeAlias = NDArray[np.float64]
 REACH = 8.0  # of the trapezoid rule, in standard deviations
 FEW = 8  # nodes up to which Gauss-Hermite is always better: narrow factors need no more
 ROUNDING = 1e-13  # of a variance
+FEW_ODDS = 2  # of categories, that a grid is as cheap for
 CHEAPER = 8  # nodes that cost what one does which derivatives are taken through
 LOGIT = (td.Bernoulli, td.Binomial, td.NegativeBinomial, td.Geometric)
 KINKED = (td.Laplace, dist.AsymmetricLaplace)  # smooth only where the residual is random
@@ -89,22 +92,34 @@ class Form:
         return trapezoid(nodes) if self.is_bounded and nodes > FEW else gauss_hermite(nodes)
 
     @property
-    def doubled(self) -> int:
-        """How many nodes count as one: the trapezoid rule may take twice as many."""
-        return 2 if self.is_bounded else 1
+    def doubled(self) -> float:
+        """How many nodes count as one: the trapezoid rule may take twice as many, beside another one half."""
+        return 0.5 if self.function is _independent else 2 if self.is_bounded else 1
 
     @property
     def is_light(self) -> bool:
         """True if an evaluation costs next to what a product does: softplus at nodes of one dimension."""
         return self.function in (_logit, _ordered, _half_cauchy, _laplace)
 
+    @property
+    def pairs(self) -> list[tuple[str, ...]]:
+        """Random slots whose covariances are needed."""
+        every: list[tuple[str, ...]] = list(itertools.combinations_with_replacement(self.random, 2))
+        return (
+            [p for p in every if p[0] == p[1] or p == self.random[:2]]
+            if self.function is _independent
+            else every
+        )
+
     def size(self, nodes: int) -> int:
         """Points of the grid."""
-        return int(len(self._rule(nodes)[0]) ** self.dims)
+        return int(len(self._rule(nodes)[0]) ** self.dims) * (POINTS if self.function is _independent else 1)
 
     def points(self, nodes: int) -> int:
         """Numbers of each row that derivatives are taken through, or as many as cost what its nodes do."""
         points = self.size(nodes)
+        if self.function is _independent:
+            return points // CHEAPER
         if self.function in (_categorical, _between):
             return max(1, points // 2)
         if self.function is _grid and self.dims > 1:  # by autograd, with more derivatives in more dimensions
@@ -112,8 +127,8 @@ class Form:
         return max(1, points // CHEAPER) if self.dims > 1 else 1  # rows come with their own derivatives
 
 
-def form_of(spec: Spec, random: tuple[str, ...]) -> Form:
-    """The form of a term with these random slots."""
+def form_of(spec: Spec, random: tuple[str, ...], is_alike: bool) -> Form:
+    """The form of a term with these random slots; with `is_alike` all pairs of them have one covariance."""
     family, count = spec.family, len(random)
     is_other = is_linked(spec.slots)
     is_bounded = not any(map(grows, spec.slots)) if is_other else family in BOUNDED
@@ -147,7 +162,7 @@ def form_of(spec: Spec, random: tuple[str, ...]) -> Form:
     if family is dist.OrderedLogistic:
         return form(_ordered, 1)
     if family is td.Categorical:
-        return form(_categorical, count)
+        return form(_independent, 1) if is_alike else form(_categorical, count)
     if family in (td.StudentT, td.Cauchy):
         return form(_student, int(RESIDUAL in random) + int("scale" in random or "df" in random))
     return form(_grid, count)
@@ -304,7 +319,21 @@ def _student(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Ru
 
 def _categorical(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
     """A grid over the log odds that are random."""
-    return mean_at_nodes(spec.log_density, mean, _parts(random, cov), rule, slopes_of_share)
+    assert spec.value is not None
+    slopes = functools.partial(slopes_of_share, spec.value)
+    return mean_at_nodes(spec.log_density, mean, _parts(random, cov), rule, slopes)
+
+
+def _independent(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
+    """Log odds of independent logits: what they share is the variance of the first."""
+    zero = torch.zeros((), dtype=torch.float64)
+    shared = _of(cov, *random[:2]) if len(random) > 1 else zero
+    means = [zero, *(mean[name] for name in spec.slots)]
+    sds = [root(shared), *(root(cov[n, n] - shared) if n in random else zero for n in spec.slots)]
+    every = torch.broadcast_tensors(*means, *sds)
+    m, s = torch.stack(every[: len(means)]), torch.stack(every[len(means) :])
+    assert spec.value is not None
+    return picked(spec.value, m) - mean_log_sum(m, s, *rule)
 
 
 def _between(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:

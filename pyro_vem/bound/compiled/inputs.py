@@ -1,10 +1,16 @@
 """What slots need of the guide: rows that are linear in its means, or in its variances."""
 
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
 from torch import Tensor
 
-from .affine import Dense, Local, compact
+from .affine import AffineSlot, Dense, Local, compact, product
 from .conditional import Group
 from .linear import Input
+
+ALIKE = 1e-9  # of the largest variance: a difference of covariances that is rounding
 
 
 def local_input(name: str, index: Tensor, coefficient: Tensor, of_variance: bool) -> Input:
@@ -30,8 +36,11 @@ def mean_input(group: Group, rows: int) -> Input:
     return entry
 
 
-def variance_input(one: Group, other: Group, shared: list[str], rows: int) -> Input:
-    """Sum over the shared latents of both coefficients times the variance."""
+def variance_input(one: Group, other: Group, latents: Collection[str], rows: int) -> Input | None:
+    """Sum over the latents that both share of both coefficients times the variance; None if there is none."""
+    shared = [k for k in one.parts if k in other.parts and k in latents]
+    if not shared:
+        return None
     entry = Input(rows, True)
     for name in shared:
         first, second = one.parts[name], other.parts[name]
@@ -45,6 +54,53 @@ def variance_input(one: Group, other: Group, shared: list[str], rows: int) -> In
             return local_input(name, local.index, together, True)
         entry.locals.append((name, local.index, together))
     return entry
+
+
+def covariance_inputs(
+    one: Sequence[Group], other: Sequence[Group], latents: Collection[str], rows: int
+) -> dict[tuple[int, int], Input]:
+    """What the covariance of two slots needs, by the numbers of their groups of parts."""
+    found = {}
+    for g, mine in enumerate(one):
+        for h, theirs in enumerate(other):
+            entry = variance_input(mine, theirs, latents, rows)
+            if entry is not None:
+                found[g, h] = entry
+    return found
+
+
+def covary_alike(
+    slots: Mapping[str, AffineSlot],
+    groups: Mapping[str, Sequence[Group]],
+    conditions: Mapping[str, Tensor],
+    latents: Collection[str],
+    rows: int,
+) -> bool:
+    """True if all pairs of slots have one covariance, whatever the variances are: held against random ones.
+
+    Args:
+        slots: three or more, by name.
+        groups: their parts that are no conditions.
+        conditions: index of each condition, by row.
+        latents: names of the variables that are random.
+        rows: of each slot.
+    """
+    generator = torch.Generator().manual_seed(0)
+    given = {k: torch.randn(len(i), generator=generator).double() for k, i in conditions.items()}
+    parts = [part for mine in groups.values() for group in mine for part in group.parts.values()]
+    size = max((part.size for part in parts), default=0)
+    variances = {k: torch.rand(size, generator=generator).double() for k in sorted(latents)}
+
+    def covariance(a: str, b: str) -> Tensor:
+        found = torch.zeros((), dtype=torch.float64)
+        for (g, h), entry in covariance_inputs(groups[a], groups[b], latents, rows).items():
+            factors = (slots[s].factors(groups[s][i], given) for s, i in ((a, g), (b, h)))
+            found = found + product(entry.at(variances), *itertools.chain(*factors))
+        return found
+
+    most = max(float(covariance(name, name).max()) for name in slots)
+    first, *others = (covariance(*pair) for pair in itertools.combinations(slots, 2))
+    return all(float((other - first).abs().max()) <= ALIKE * most for other in others)
 
 
 def _at(part: Local | Dense, index: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ so that the cost of autograd does not grow with the number of sites.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ FEW = 1_000  # numbers whose sum needs no care
 # Entries of a map that is one matrix: a product costs less than going to SciPy, and so few that the
 # Hessian in all directions at once costs less than a step's products (the same from 30,000 on).
 SMALL = 25_000
+MOST_LIVE = 0.5  # of a block's columns, for which the others are left out
 _is_traced: ContextVar[bool] = ContextVar("_is_traced", default=False)
 
 
@@ -50,6 +51,15 @@ class Input:
     locals: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     denses: list[tuple[str, Tensor]] = field(default_factory=list)
 
+    def at(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The rows at some values of the variables."""
+        found = torch.zeros(self.rows, dtype=torch.float64)
+        for name, index, coefficient in self.locals:
+            found = found + coefficient * values[name][index]
+        for name, matrix in self.denses:
+            found = found + matrix @ values[name][: matrix.shape[1]]
+        return found
+
 
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     """Sum of weights * values; of few by one operation, which adds one after the other.
@@ -63,6 +73,14 @@ def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     return (weights * values).sum()
 
 
+def _live(matrix: Tensor, first: int) -> tuple[slice | Tensor, Tensor]:
+    """The columns of a matrix that are not zero, and where they are; all of them unless most are."""
+    live = (matrix != 0).any(0).nonzero().flatten()
+    if len(live) > MOST_LIVE * matrix.shape[1]:
+        return slice(first, first + matrix.shape[1]), matrix
+    return first + live, matrix[:, live]
+
+
 class Linear:
     """x -> sparse @ x + dense blocks, differentiable as often as needed.
 
@@ -74,7 +92,7 @@ class Linear:
 
     def __init__(self, size: int, inputs: Sequence[Input], starts: dict[str, int]) -> None:
         rows, columns, values = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
-        self._denses: list[tuple[slice, slice, Tensor]] = []
+        self._denses: list[tuple[slice, slice | Tensor, Tensor]] = []
         self.lengths = [entry.rows for entry in inputs]
         start = 0
         for entry in inputs:
@@ -85,9 +103,8 @@ class Linear:
                 columns.append(index.numpy()[live] + starts.get(name, 0))
                 values.append(coefficient.numpy()[live])
             for name, matrix in entry.denses:
-                first = starts[name]
                 span = slice(start, start + entry.rows)
-                self._denses.append((span, slice(first, first + matrix.shape[1]), matrix))
+                self._denses.append((span, *_live(matrix, starts[name])))
             start += entry.rows
         self._entries = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
         self._shape = start, size

@@ -79,6 +79,52 @@ def reduced(rows: Rows, *inputs: Tensor) -> Tensor:
     return value
 
 
+class Square(NamedTuple):
+    """A function of inputs that all depend on each other, row by row, at one point.
+
+    Attributes:
+        value: the function, (rows,).
+        slopes: its derivatives, (inputs, rows).
+        bends: second derivatives, (inputs, inputs, rows).
+    """
+
+    value: Tensor
+    slopes: Tensor
+    bends: Tensor
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, square: Square, inputs: Tensor) -> Tensor:
+        ctx.square = square
+        ctx.save_for_backward(inputs)
+        return square.value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        slopes = ctx.square.slopes
+        if torch.is_grad_enabled():  # as in `_Value`
+            slopes = _WholeSlopes.apply(ctx.square, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return None, grad * slopes
+
+
+class _WholeSlopes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, square: Square, inputs: Tensor) -> Tensor:
+        ctx.square = square
+        return square.slopes.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, (ctx.square.bends * grad).sum(1)
+
+
+def reduced_together(square: Square, inputs: Tensor) -> Tensor:
+    """As `reduced`, of inputs in one tensor, (inputs, rows)."""
+    value: Tensor = _Whole.apply(square, inputs)  # type: ignore[no-untyped-call]
+    return value
+
+
 def mean_of(
     function: Callable[..., Tensor],
     derivatives: Callable[..., tuple[Tensor, Tensor]],

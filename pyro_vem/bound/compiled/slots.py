@@ -75,7 +75,7 @@ GENERAL: dict[type, tuple[str, ...]] = {
     td.HalfCauchy: ("scale",),
     td.LogNormal: ("loc", "scale"),
     dist.OrderedLogistic: ("predictor", "cut", "gap"),
-    td.Categorical: (),  # as many as there are categories beside the observed one
+    td.Categorical: (),  # as many as there are categories beside the first
     dist.BetaBinomial: ("total_count", "concentration1", "concentration0"),
     dist.ZeroInflatedPoisson: ("rate", "gate_logits"),
     dist.ZeroInflatedNegativeBinomial: ("total_count", "logits", "gate_logits"),
@@ -177,7 +177,8 @@ class Spec:
             below = eta["predictor"] - eta["cut"]
             return ordered(self.value, eta["gap"], softplus(below), softplus(-below - eta["gap"]))
         if self.family is td.Categorical:
-            return log_share({name: eta[name] for name in self.slots})
+            assert self.value is not None
+            return log_share(self.value, {name: eta[name] for name in self.slots})
         if self.value is not None:
             return lean_log_prob(self.family(**args, validate_args=False), self.value)
         assert self.latent is not None
@@ -292,7 +293,7 @@ def read(spec: Spec, site: Site, u: Tensor | None) -> dict[str, Tensor]:
     if spec.family is dist.OrderedLogistic:
         found = (gap_slots if LOW in spec.slots else ordered_slots)(fn, observed, spec.shape)
     elif spec.family is td.Categorical:
-        found = odds_slots(fn, observed, spec.shape)
+        found = odds_slots(fn, spec.shape)
     for name in spec.slots if not found else ():
         if name == RESIDUAL:
             value = observed if u is None else u
