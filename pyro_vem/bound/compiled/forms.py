@@ -127,7 +127,7 @@ class Form:
         return max(1, points // CHEAPER) if self.dims > 1 else 1  # rows come with their own derivatives
 
 
-def form_of(spec: Spec, random: tuple[str, ...], is_alike: bool) -> Form:
+def form_of(spec: Spec, random: tuple[str, ...], is_alike: bool = False) -> Form:
     """The form of a term with these random slots; with `is_alike` all pairs of them have one covariance."""
     family, count = spec.family, len(random)
     is_other = is_linked(spec.slots)
