@@ -328,6 +328,9 @@ def _guide_parameters(program: Program | None, call: Arguments) -> tuple[Paramet
     if program is None:
         return ()
     program.own_weights({}, torch.float64)
+    if type(program.fn) is MeanFieldNormal:  # known without a run
+        sites = program.fn.latents(*call.args, **call.kwargs)
+        return tuple(p for site in sites for p in program.fn.free_parameters(site))
     run = run_checked(program, call, {}, lambda site: None, "guide")
     return parameters_of(program, run)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from ..model.data import Arguments
-from ..model.parameters import is_identity
+from ..model.parameters import Parameter, is_identity
 from ..model.prototype import discover_modules, on_other_data, prototype
 from ..model.roles import roles_of
 from ..model.runtime import Program, isolated
@@ -180,15 +180,19 @@ class FactorisedNormal(Factorised):
         """Name of the free standard deviation of a site's factor."""
         return f"{self.name}.scale.{site}"
 
-    def free_moments(self, site: Latent) -> tuple[Tensor, Tensor]:
+    def free_parameters(self, site: Latent) -> tuple[Parameter, Parameter]:
         """Parameters of a factor of its own: mean at the initial value, sd `INITIAL_SCALE`."""
-        start = site.unconstrained
-        loc: Tensor = pyro.param(self.loc_name(site.name), lambda: start.detach().clone())
-        scale: Tensor = pyro.param(
-            self.scale_name(site.name),
-            lambda: torch.full_like(start, INITIAL_SCALE),
-            constraint=dist.constraints.positive,
+        start = site.unconstrained.detach()
+        return (
+            Parameter(self.loc_name(site.name), dist.constraints.real, start.clone()),
+            Parameter(
+                self.scale_name(site.name), dist.constraints.positive, torch.full_like(start, INITIAL_SCALE)
+            ),
         )
+
+    def free_moments(self, site: Latent) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of a factor of its own."""
+        loc, scale = (pyro.param(p.name, p.init, p.constraint) for p in self.free_parameters(site))
         return loc, scale
 
 
