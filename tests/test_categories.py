@@ -303,6 +303,14 @@ def test_wide_logits_are_left_to_draws(fit):
     assert "sds of" in many.plan["y"].proof
 
 
+def test_many_categories_of_many_rows_are_drawn(fit, monkeypatch):
+    """Their second derivatives would fill the memory."""
+    monkeypatch.setattr(expect, "MOST_KEPT", 10_000)
+    found = fit(softmax, softmax_data(60, 1, 7))
+    assert found.plan["y"].method == "draws"
+    assert "6 random slots together" in found.plan["y"].proof
+
+
 def test_rare_categories_are_no_trouble(fit):
     """One that was never observed."""
     data = softmax_data(100, 2, 7)

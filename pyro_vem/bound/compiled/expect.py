@@ -34,6 +34,7 @@ FIRST_NODES, FREE_NODES = 8, 32  # to begin with; the second where they cost nex
 LEAST_NODES = 3  # to begin with where more take long: enough beside many rows, where factors are narrow
 MOST_NODES = {"conditions": 64, 1: 128, 2: 32, 3: 16, 4: 8}
 MOST_POINTS = 500_000  # nodes times rows of one term
+MOST_KEPT = 50_000_000  # second derivatives of one term that are kept for Hessian products
 SEEN = 32  # numbers that a draw takes as long for as for the density itself
 MOST_CHECKED = 10_000_000  # values of the density, to see that its nodes are enough
 FEW_POINTS = 256  # nodes of a row that are allowed regardless: as many as draws would be
@@ -77,9 +78,10 @@ class CompiledTerm:
     def of(cls, spec: Spec, slots: dict[str, AffineSlot], latents: frozenset[str]) -> "CompiledTerm":
         """A term of these slots."""
         term = cls(spec, slots, latents)
-        if spec.family is not td.Categorical or len(term.random_slots) <= FEW_ODDS:
+        rows, kept = len(spec.weight), (2 + 2 * len(slots)) ** 2
+        if spec.family is not td.Categorical or len(term.random_slots) <= FEW_ODDS or rows * kept > MOST_KEPT:
             return term
-        is_alike = covary_alike(slots, term.groups, term.conditions, latents, len(spec.weight))
+        is_alike = covary_alike(slots, term.groups, term.conditions, latents, rows)
         return replace(term, is_alike=is_alike)
 
     @functools.cached_property
