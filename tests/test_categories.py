@@ -317,3 +317,33 @@ def test_rare_categories_are_no_trouble(fit):
     found = fit(softmax, {**data, "y": data["y"].clamp(max=5)})
     assert found.converged
     assert found.plan["y"].method == "quadrature"
+
+
+def test_latents_in_small_units_are_seen(fit):
+    """Shared by half of the categories, by a coefficient whose square is beyond rounding of the others'."""
+
+    def shared(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(6), 2.0).to_event(1))
+        u = pyro.sample("u", dist.Normal(0.0, 3e4))
+        with pyro.plate("rows", len(y)):
+            logits = x * w + 1e-5 * u * (torch.arange(6) >= 3).double()
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+    data = softmax_data(40, 1, 6)
+    found = fit(shared, {"x": data["x"], "y": data["y"]})
+    assert found.plan["y"].method == "draws"
+    assert "5 random slots together" in found.plan["y"].proof
+
+
+@pytest.mark.parametrize(("sd", "categories", "seed"), [(100.0, 4, 5), (50.0, 5, 2)])
+def test_vague_priors_beside_separable_data_converge(fit, sd, categories, seed):
+    """Factors grow wide within a step: values there must not be noise."""
+    x = torch.randn(30, 2, generator=torch.Generator().manual_seed(seed)).double()
+    w = torch.randn(2, categories, generator=torch.Generator().manual_seed(seed + 1)).double()
+
+    def vague(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, categories), sd).to_event(2))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Categorical(logits=x @ w), obs=y)
+
+    assert fit(vague, {"x": x, "y": (x @ w).argmax(-1)}).converged

@@ -10,7 +10,7 @@ from .affine import AffineSlot, Dense, Local, compact, product
 from .conditional import Group
 from .linear import Input
 
-ALIKE = 1e-9  # of the largest variance: a difference of covariances that is rounding
+ALIKE = 1e-9  # of the largest part in a variance: a difference that is rounding
 
 
 def local_input(name: str, index: Tensor, coefficient: Tensor, of_variance: bool) -> Input:
@@ -76,7 +76,9 @@ def covary_alike(
     latents: Collection[str],
     rows: int,
 ) -> bool:
-    """True if all pairs of slots have one covariance, whatever the variances are: held against random ones.
+    """True if all pairs of slots have one covariance, whatever the variances are: element by element.
+
+    Sums would hide a latent in small units behind others.
 
     Args:
         slots: three or more, by name.
@@ -87,20 +89,30 @@ def covary_alike(
     """
     generator = torch.Generator().manual_seed(0)
     given = {k: torch.randn(len(i), generator=generator).double() for k, i in conditions.items()}
-    parts = [part for mine in groups.values() for group in mine for part in group.parts.values()]
-    size = max((part.size for part in parts), default=0)
-    variances = {k: torch.rand(size, generator=generator).double() for k in sorted(latents)}
 
-    def covariance(a: str, b: str) -> Tensor:
-        found = torch.zeros((), dtype=torch.float64)
+    def shared(a: str, b: str) -> dict[tuple[str, int], Tensor]:
+        """By latent, what each of its elements adds to the covariance of two slots."""
+        found: dict[tuple[str, int], Tensor] = {}
         for (g, h), entry in covariance_inputs(groups[a], groups[b], latents, rows).items():
             factors = (slots[s].factors(groups[s][i], given) for s, i in ((a, g), (b, h)))
-            found = found + product(entry.at(variances), *itertools.chain(*factors))
+            by = product(torch.ones(1).double(), *itertools.chain(*factors))
+            parts = [(name, coefficient) for name, _, coefficient in entry.locals]
+            for name, part in [*parts, *((n, matrix.T) for n, matrix in entry.denses)]:
+                key = name, part.dim()
+                found[key] = part * by + found[key] if key in found else part * by
         return found
 
-    most = max(float(covariance(name, name).max()) for name in slots)
-    first, *others = (covariance(*pair) for pair in itertools.combinations(slots, 2))
-    return all(float((other - first).abs().max()) <= ALIKE * most for other in others)
+    none = torch.zeros((), dtype=torch.float64)
+    most: dict[tuple[str, int], Tensor] = {}
+    for name in slots:
+        for key, own in shared(name, name).items():
+            most[key] = torch.maximum(most[key], own) if key in most else own
+    first, *others = (shared(*pair) for pair in itertools.combinations(slots, 2))
+    return all(
+        bool(((other.get(key, none) - first.get(key, none)).abs() <= ALIKE * most.get(key, none)).all())
+        for other in others
+        for key in {*first, *other}
+    )
 
 
 def _at(part: Local | Dense, index: Tensor) -> Tensor:

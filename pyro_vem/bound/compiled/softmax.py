@@ -25,8 +25,11 @@ LEFT = 3.4  # below the least exponential of the largest: exp(-exp(LEFT)) is lef
 RIGHT = 15.0  # beyond the mean of their sum: exp(-2 RIGHT) is left
 TINY = 1e-290  # of a factor that is divided by
 FLAT = 7.0  # log of a number u from which exp(-u) is zero
-POINTS = 70  # of the trapezoid rule, as a rule
-WIDE, MOST_POINTS = 10.0, 560  # sds that so many points are enough for: beyond values are rough
+POINTS, WIDENED = 70, 0.7  # of the trapezoid rule, as a rule, and times as many for each sd
+WIDE, MOST_POINTS = (
+    10.0,
+    6_000,
+)  # sds that nodes are looked at for, and of which values are rough: over a hundred
 
 
 def mean_log_sum(m: Tensor, s: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
@@ -47,7 +50,8 @@ def mean_log_sum(m: Tensor, s: Tensor, nodes: Tensor, weights: Tensor) -> Tensor
     is_value = not (m.requires_grad or s.requires_grad)
     with torch.no_grad():
         every = (part.reshape(num, -1) for part in (m, s))
-        few = max(1, MOST_AT_NODES // (num * POINTS * len(nodes)))
+        wide = max(1.0, float(s.detach().nan_to_num().max()) * WIDENED)
+        few = max(1, int(MOST_AT_NODES / (num * POINTS * len(nodes) * wide)))
         pieces = zip(*(part.split(few, 1) for part in every), strict=True)
         parts = [_few(a, b, nodes, weights, is_value) for a, b in pieces]
         found = [torch.cat(one, -1) for one in zip(*parts, strict=True)]
