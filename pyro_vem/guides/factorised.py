@@ -182,18 +182,25 @@ class FactorisedNormal(Factorised):
 
     def free_parameters(self, site: Latent) -> tuple[Parameter, Parameter]:
         """Parameters of a factor of its own: mean at the initial value, sd `INITIAL_SCALE`."""
-        start = site.unconstrained.detach()
-        return (
-            Parameter(self.loc_name(site.name), dist.constraints.real, start.clone()),
-            Parameter(
-                self.scale_name(site.name), dist.constraints.positive, torch.full_like(start, INITIAL_SCALE)
-            ),
-        )
+        loc, scale = (Parameter(name, to, init()) for name, init, to in self._starts(site))
+        return loc, scale
 
     def free_moments(self, site: Latent) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of a factor of its own."""
-        loc, scale = (pyro.param(p.name, p.init, p.constraint) for p in self.free_parameters(site))
+        loc, scale = (pyro.param(name, init, constraint=to) for name, init, to in self._starts(site))
         return loc, scale
+
+    def _starts(self, site: Latent) -> list[tuple[str, Callable[[], Tensor], Any]]:
+        """Name, initial value (made where it is asked for: runs are many) and constraint of both."""
+        start = site.unconstrained
+        return [
+            (self.loc_name(site.name), lambda: start.detach().clone(), dist.constraints.real),
+            (
+                self.scale_name(site.name),
+                lambda: torch.full_like(start, INITIAL_SCALE),
+                dist.constraints.positive,
+            ),
+        ]
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shapes:

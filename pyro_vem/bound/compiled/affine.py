@@ -75,11 +75,6 @@ class Local:
     rate: dict[str, Tensor] = field(default_factory=dict)
     slope: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def size(self) -> int:
-        """Elements of the variable, up to the last one that is seen."""
-        return 1 + int(self.index.max())
-
 
 @dataclass(frozen=True)
 class Dense:
@@ -88,11 +83,6 @@ class Dense:
     matrix: Tensor
     rate: dict[str, Tensor] = field(default_factory=dict)
     slope: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        """Elements of the variable."""
-        return self.matrix.shape[1]
 
 
 @dataclass(frozen=True)

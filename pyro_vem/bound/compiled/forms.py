@@ -104,12 +104,9 @@ class Form:
     @property
     def pairs(self) -> list[tuple[str, ...]]:
         """Random slots whose covariances are needed."""
-        every: list[tuple[str, ...]] = list(itertools.combinations_with_replacement(self.random, 2))
-        return (
-            [p for p in every if p[0] == p[1] or p == self.random[:2]]
-            if self.function is _independent
-            else every
-        )
+        if self.function is _independent:  # any two slots have one covariance
+            return [*((name, name) for name in self.random), self.random[:2]]
+        return list(itertools.combinations_with_replacement(self.random, 2))
 
     def size(self, nodes: int) -> int:
         """Points of the grid."""
@@ -327,7 +324,7 @@ def _categorical(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule
 def _independent(spec: Spec, random: tuple[str, ...], mean: Mean, cov: Cov, rule: Rule) -> Tensor:
     """Log odds of independent logits: what they share is the variance of the first."""
     zero = torch.zeros((), dtype=torch.float64)
-    shared = _of(cov, *random[:2]) if len(random) > 1 else zero
+    shared = _of(cov, *random[:2])
     means = [zero, *(mean[name] for name in spec.slots)]
     sds = [root(shared), *(root(cov[n, n] - shared) if n in random else zero for n in spec.slots)]
     every = torch.broadcast_tensors(*means, *sds)

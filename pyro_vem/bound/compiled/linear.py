@@ -6,7 +6,7 @@ so that the cost of autograd does not grow with the number of sites.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -50,15 +50,6 @@ class Input:
     of_variance: bool
     locals: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     denses: list[tuple[str, Tensor]] = field(default_factory=list)
-
-    def at(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The rows at some values of the variables."""
-        found = torch.zeros(self.rows, dtype=torch.float64)
-        for name, index, coefficient in self.locals:
-            found = found + coefficient * values[name][index]
-        for name, matrix in self.denses:
-            found = found + matrix @ values[name][: matrix.shape[1]]
-        return found
 
 
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:

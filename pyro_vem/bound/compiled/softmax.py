@@ -26,10 +26,8 @@ RIGHT = 15.0  # beyond the mean of their sum: exp(-2 RIGHT) is left
 TINY = 1e-290  # of a factor that is divided by
 FLAT = 7.0  # log of a number u from which exp(-u) is zero
 POINTS, WIDENED = 70, 0.7  # of the trapezoid rule, as a rule, and times as many for each sd
-WIDE, MOST_POINTS = (
-    10.0,
-    6_000,
-)  # sds that nodes are looked at for, and of which values are rough: over a hundred
+WIDE = 10.0  # largest sd that the integral is kept for: farther out rows take hundreds of points
+MOST_POINTS = 6_000  # enough for sds of a hundred, that steps may pass by: with fewer values are noise
 
 
 def mean_log_sum(m: Tensor, s: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
@@ -50,7 +48,7 @@ def mean_log_sum(m: Tensor, s: Tensor, nodes: Tensor, weights: Tensor) -> Tensor
     is_value = not (m.requires_grad or s.requires_grad)
     with torch.no_grad():
         every = (part.reshape(num, -1) for part in (m, s))
-        wide = max(1.0, float(s.detach().nan_to_num().max()) * WIDENED)
+        wide = max(1.0, float(s.nan_to_num().max()) * WIDENED)
         few = max(1, int(MOST_AT_NODES / (num * POINTS * len(nodes) * wide)))
         pieces = zip(*(part.split(few, 1) for part in every), strict=True)
         parts = [_few(a, b, nodes, weights, is_value) for a, b in pieces]
